@@ -1,0 +1,154 @@
+"""From a snapshot of the gates to the next ranks: pure functions of plain numbers.
+
+Nothing here knows of modules or tensors, and nothing is changed: a :class:`Plan` comes out. Deterministic; ties go
+to the adapter that comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["LayerPlan", "Plan", "allocate", "spread"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one adapter: rows ``keep`` stay, in order, and ``grow`` new ones are appended."""
+
+    keep: tuple[int, ...]
+    grow: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank after the plan."""
+        return len(self.keep) + self.grow
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One :class:`LayerPlan` an adapter, and what it leaves of the budget (in the budget's unit)."""
+
+    layers: tuple[LayerPlan, ...]
+    spare: int
+
+    @property
+    def keep(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(layer.keep for layer in self.layers)
+
+    @property
+    def grow(self) -> tuple[int, ...]:
+        return tuple(layer.grow for layer in self.layers)
+
+
+def spread(budget: int, costs: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """Initial ranks: the same for every adapter as far as the budget and the caps go, a remainder spread evenly.
+
+    Args:
+        budget: what all ranks together may cost.
+        costs: the cost of one rank of each adapter, in the unit of ``budget``.
+        caps: the largest rank of each adapter, at least 1.
+
+    Raises:
+        ValueError: the budget does not buy one rank an adapter.
+    """
+    if budget < sum(costs):
+        raise ValueError(
+            f"a budget of {budget} is below one rank for each of the {len(costs)} adapters: "
+            f"write a budget of at least {sum(costs)}, or name fewer target_modules."
+        )
+    ranks = [0] * len(costs)
+    while True:
+        open_ = [i for i, cap in enumerate(caps) if ranks[i] < cap]
+        price = sum(costs[i] for i in open_)
+        if not open_ or price > budget:
+            break
+        rounds = min(budget // price, min(caps[i] - ranks[i] for i in open_))
+        for i in open_:
+            ranks[i] += rounds
+        budget -= rounds * price
+    # The remainder buys a share of one more round: every n-th adapter, not the first ones ...
+    remainder, credit, passed = budget, 0, []
+    for i in open_:
+        credit += remainder
+        if credit >= price and costs[i] <= budget:
+            credit -= price
+            ranks[i] += 1
+            budget -= costs[i]
+        else:
+            passed.append(i)
+    # ... and where ranks differ in cost, whatever still fits.
+    for i in passed:
+        if costs[i] <= budget:
+            ranks[i] += 1
+            budget -= costs[i]
+    return ranks
+
+
+def allocate(
+    gates: Sequence[Sequence[float]],
+    importance: Sequence[Sequence[float | None]] | None,
+    costs: Sequence[int],
+    budget: int,
+    *,
+    min_rank: int,
+    caps: Sequence[int],
+    prune_threshold: float,
+    exclude_pruned: bool = True,
+) -> Plan:
+    """Cut the ranks whose gate is strictly below ``prune_threshold`` and hand out what the budget then leaves.
+
+    Without ``importance``, the paper's way: if fewer than ``min_rank`` ranks survive, the ones with the highest index
+    stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a
+    time, round-robin. With ``importance``, a rank goes each time to the adapter whose least important surviving rank
+    is the most important per cost, divided by one more than what that adapter already got; an adapter with fewer than
+    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one.
+
+    Args:
+        gates: for each adapter the gate of each rank, in row order.
+        importance: for each adapter the importance of each rank, None where a rank is too young to be judged.
+        costs: the cost of one rank of each adapter, in the unit of ``budget``.
+        budget: what all ranks together may cost.
+        min_rank: ranks that every adapter keeps.
+        caps: the largest rank of each adapter; one that is above its cap keeps what it has and gets nothing.
+        exclude_pruned: an adapter that has just had a rank cut gets none.
+
+    Returns:
+        The plan; ``plan.spare`` is what nobody could take.
+    """
+    keep: list[tuple[int, ...]] = []
+    grow = [0] * len(gates)
+    hurt = []
+    for i, row in enumerate(gates):
+        low = [k for k, gate in enumerate(row) if gate < prune_threshold]
+        alive = sorted(set(range(len(row))) - set(low))
+        hurt.append(bool(low))
+        missing = max(0, min(min_rank, len(row)) - len(alive))
+        if missing and importance is None:
+            alive = sorted(alive + low[-missing:])
+        elif missing:
+            grow[i] = missing
+        keep.append(tuple(alive))
+    spare = budget - sum(c * (len(k) + g) for c, k, g in zip(costs, keep, grow, strict=True))
+
+    def fits(i: int) -> bool:
+        return costs[i] <= spare and len(keep[i]) + grow[i] < caps[i]
+
+    receivers = [i for i in range(len(gates)) if not (exclude_pruned and hurt[i])]
+    if importance is None:
+        receivers.sort(key=lambda i: -min(gates[i]))
+        while any(fits(i) for i in receivers):
+            for i in receivers:
+                if fits(i):
+                    grow[i] += 1
+                    spare -= costs[i]
+    else:
+        need = []
+        for row, kept, cost in zip(importance, keep, costs, strict=True):
+            judged = [value for k in kept if (value := row[k]) is not None]
+            need.append(min(judged, default=0.0) / cost)
+        while open_ := [i for i in receivers if fits(i)]:
+            best = max(open_, key=lambda i: (need[i] / (1 + grow[i]), -i))
+            grow[best] += 1
+            spare -= costs[best]
+    return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)

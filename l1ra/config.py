@@ -1,0 +1,206 @@
+"""The settings of L1RA: validated once, frozen afterwards. What happens in training is never written back here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["L1RAConfig"]
+
+RULES = ("adaptive-l1", "l1")
+INITS = ("kaiming", "gaussian")
+NEW_ROWS = ("gradient", "random")
+BUDGET_UNITS = ("ranks", "params")
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class L1RAConfig:
+    """How ranks are scaled, judged and moved.
+
+    ``L1RAConfig()`` is the preset ``"default"``. ``L1RAConfig.from_preset("reference")`` is the paper as its authors
+    ran it; it departs from their code in this only: optimizer state is carried along at a reallocation instead of
+    being thrown away, ranks that find no receiver are kept as spare and offered again instead of being lost, and
+    Parameters keep their identity.
+
+    Attributes:
+        alpha: numerator of the scaling; None (default) means the adapter's initial rank, a scaling of 1.
+        rank_stabilized: scaling ``alpha / sqrt(initial rank)`` (rsLoRA, arXiv:2312.03732) instead of
+            ``alpha / initial rank``. Default False.
+        dropout: probability with which an input element of the adapter branch is dropped. Default 0.
+        init: first values of A; B starts at 0. ``"kaiming"`` (default): uniform within ``1 / sqrt(in_features)``, as
+            PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
+        new_rows: A of a rank that an adapter receives. ``"gradient"`` (default): along the leading directions of
+            the layer's weight gradient, collected over the last steps before the reallocation. ``"random"``: as
+            ``init``.
+        rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
+            ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
+        l1_lambda: strength of the L1 penalty. Rule ``"l1"``: the step is ``gate_lr * l1_lambda`` (default 1e-3).
+            Rule ``"adaptive-l1"``: relative to the pull that brings gates back to 1 (default 1).
+        l2_lambda: strength of the decoupled L2 penalty, rule ``"l1"`` only. Default 0.
+        gate_lr: the gates' own learning rate, per step, constant. Rule ``"l1"``: default 2e-2. Rule
+            ``"adaptive-l1"``: None (default) lets a useless gate fade from 1 to 0 within half an interval.
+        quantile: share of all ranks whose gates the adaptive rule presses down at first; it falls to 0 until the
+            cooldown. Default 0.7.
+        sharpness: exponent of the adaptive rule's weights. Default 4.
+        total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
+        interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
+            Default 0.05.
+        warmup: share of the total at the start without reallocation. Default 0.05.
+        cooldown: share of the total at the end without reallocation. Default 0.3.
+        prune_threshold: gates strictly below are cut at a reallocation. Default 1e-10: those at exactly 0, in effect.
+        min_rank: rank that every adapter keeps, at least 1. Default 1.
+        max_rank: largest rank of an adapter; None (default) means that of its weight.
+        budget_unit: what the budget counts: ``"ranks"`` (default), or ``"params"``, adapter parameters
+            (in_features + out_features a rank; gates are not counted).
+        exclude_pruned: an adapter that has just had a rank cut gets none at the same reallocation. Default True.
+        seed: of all random numbers drawn here; torch's global generator is never touched. Default 0.
+        adapter_dtype: of A and B: ``"float32"`` (default), ``"bfloat16"``, ``"float16"``, ``"float64"`` or a
+            torch.dtype. Gates are float32, in float64 adapters float64.
+
+    Raises:
+        ValueError, TypeError: a value is out of its range; the message says what to write.
+    """
+
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    init: str = "kaiming"
+    new_rows: str = "gradient"
+    rule: str = "adaptive-l1"
+    l1_lambda: float | None = None
+    l2_lambda: float = 0.0
+    gate_lr: float | None = None
+    quantile: float = 0.7
+    sharpness: float = 4.0
+    total_steps: int | None = None
+    interval: int | float = 0.05
+    warmup: float = 0.05
+    cooldown: float = 0.3
+    prune_threshold: float = 1e-10
+    min_rank: int = 1
+    max_rank: int | None = None
+    budget_unit: str = "ranks"
+    exclude_pruned: bool = True
+    seed: int = 0
+    adapter_dtype: str | torch.dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("init", INITS),
+            ("new_rows", NEW_ROWS),
+            ("rule", RULES),
+            ("budget_unit", BUDGET_UNITS),
+        ):
+            _check_choice(name, getattr(self, name), choices)
+        for name in ("rank_stabilized", "exclude_pruned"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        for name, low in (("total_steps", 1), ("min_rank", 1), ("max_rank", 1), ("seed", 0)):
+            _check_int(name, getattr(self, name), low, optional=name in ("total_steps", "max_rank"))
+        for name, low, high in (
+            ("alpha", 0.0, None),
+            ("gate_lr", 0.0, None),
+            ("l1_lambda", 0.0, None),
+            ("l2_lambda", 0.0, None),
+            ("prune_threshold", 0.0, 1.0),
+            ("dropout", 0.0, 1.0),
+            ("quantile", 0.0, 1.0),
+            ("sharpness", 0.0, None),
+            ("warmup", 0.0, 1.0),
+            ("cooldown", 0.0, 1.0),
+        ):
+            optional = name in ("alpha", "gate_lr", "l1_lambda")
+            _check_float(name, getattr(self, name), low, high, optional=optional)
+        if self.alpha == 0:
+            raise ValueError("alpha must be above 0: at 0 the adapters would do nothing.")
+        if isinstance(self.interval, int) and not isinstance(self.interval, bool):
+            _check_int("interval", self.interval, 1)
+        elif not (isinstance(self.interval, float) and 0 < self.interval < 1):
+            raise ValueError(
+                "interval must be a number of steps (an int from 1) or a share of the total (a float between 0 "
+                f"and 1), not {self.interval!r}."
+            )
+        if self.warmup + self.cooldown >= 1:
+            raise ValueError(
+                f"warmup {self.warmup} and cooldown {self.cooldown} leave no step for reallocations: "
+                "their sum must be below 1."
+            )
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}.")
+        if isinstance(self.adapter_dtype, torch.dtype):
+            object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
+        _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+
+    @classmethod
+    def from_preset(cls, preset: str = "default", **overrides: Any) -> L1RAConfig:
+        """The preset ``"default"`` or ``"reference"``, with single fields replaced.
+
+        Raises:
+            ValueError: no such preset.
+            TypeError: a keyword that is no field.
+        """
+        _check_choice("preset", preset, tuple(_PRESETS))
+        return cls().replace(**{**_PRESETS[preset], **overrides})
+
+    def replace(self, **overrides: Any) -> L1RAConfig:
+        """A copy with single fields replaced, validated anew."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(fields)}."
+                raise TypeError(f"{name!r} is no setting of L1RA: {hint}")
+        return dataclasses.replace(self, **overrides)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``adapter_dtype`` as a torch.dtype."""
+        return getattr(torch, self.adapter_dtype)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reference": {
+        "init": "gaussian",
+        "new_rows": "random",
+        "rule": "l1",
+        "l1_lambda": 1e-3,
+        "gate_lr": 2e-2,
+        "interval": 0.1,
+        "warmup": 0.0,
+        "cooldown": 0.0,
+        "prune_threshold": 1e-10,
+        "min_rank": 1,
+        "exclude_pruned": True,
+        "adapter_dtype": "float32",
+    },
+}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def _check_int(name: str, value: object, low: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int{' or None' if optional else ''}, not {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, not {value}.")
+
+
+def _check_float(name: str, value: object, low: float, high: float | None, optional: bool) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, not {value!r}.")
+    if not value >= low or value == float("inf") or (high is not None and value >= high):
+        span = f"from {low:g}" + (f" to below {high:g}" if high is not None else "")
+        raise ValueError(f"{name} must be {span}, not {value}.")

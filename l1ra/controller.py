@@ -1,0 +1,378 @@
+"""The controller: listens to the optimizer, moves the gates, and from time to time the ranks."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l1ra.allocation import Plan, allocate
+from l1ra.config import L1RAConfig
+from l1ra.directions import leading_rows
+from l1ra.gates import GateBank
+from l1ra.integrations.trainer import join_trainer
+from l1ra.linear import L1RALinear, find_adapters
+from l1ra.listener import BackwardCounter, OptimizerListener
+from l1ra.optimizer_state import move_state
+from l1ra.rules import Moment, make_rule
+from l1ra.schedule import Schedule
+
+__all__ = ["RankController", "check_budget", "controller_of", "rank_cap", "rank_cost"]
+
+ATTRIBUTE = "_l1ra_controller"
+PROBE_RANKS = 8
+PROBE_STEPS = 4
+
+
+def check_budget(budget: object) -> int:
+    """``budget`` if it is a positive int.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise TypeError(
+            f"budget must be an int, the sum of all adapters' ranks (or parameters), not {budget!r}: "
+            "for 8 ranks an adapter write 8 * number_of_adapters."
+        )
+    if budget < 1:
+        raise ValueError(f"budget must be positive, not {budget}.")
+    return budget
+
+
+def rank_cost(in_features: int, out_features: int, config: L1RAConfig) -> int:
+    """What one rank of a layer costs, in the unit of the budget."""
+    return 1 if config.budget_unit == "ranks" else in_features + out_features
+
+
+def rank_cap(in_features: int, out_features: int, config: L1RAConfig) -> int:
+    """The largest rank that an adapter of a layer may have."""
+    return min(in_features, out_features, config.max_rank or in_features)
+
+
+def controller_of(model: nn.Module) -> RankController | None:
+    """The controller that drives the adapters of ``model``, if there is one."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+class RankController:
+    """Moves the gates of all adapters of a model at each optimizer step, and ranks between adapters now and then.
+
+    It needs no call: it hears the steps of every torch optimizer that holds the adapters' parameters. Before a
+    step it takes the gates' gradients away, so that no optimizer moves or decays a gate; after the step it moves
+    the gates by its rule, and every interval cuts the ranks whose gate is 0 and hands them out anew. A
+    reallocation changes the model's function by no more than rounding.
+
+    Attributes:
+        model, config, budget: as given.
+        initial_ranks: module name -> rank at construction.
+        steps: optimizer steps seen.
+        total_steps: optimizer steps of the whole training, None until it is known.
+        spare: what of the budget is not given to any adapter, in the budget's unit.
+        moved: ranks that have gone from one adapter (or from the spare) to another so far.
+        history: one dict a reallocation, the start first: ``step``, ``ranks`` (name -> int), ``pruned``, ``moved``,
+            ``spare``, ``gates`` (min, mean, share at zero, steps skipped).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int,
+        *,
+        config: L1RAConfig | None = None,
+        auto: bool = True,
+        **overrides: Any,
+    ) -> None:
+        """Take charge of every ``L1RALinear`` in ``model``.
+
+        Args:
+            budget: what all adapters' ranks together may cost: ranks, or parameters (``config.budget_unit``).
+            config: settings; the default preset if None. ``overrides`` replace single fields of it.
+            auto: listen to optimizers; False: call ``step(optimizer)`` yourself.
+
+        Raises:
+            ValueError: no adapter in the model, another controller on it, or adapters that already cost more
+                than the budget.
+            TypeError: a budget that is no int.
+        """
+        check_budget(budget)
+        config = (config or L1RAConfig()).replace(**overrides)
+        adapters = dict(find_adapters(model))
+        if not adapters:
+            raise ValueError("the model has no L1RALinear: use l1ra.patch(model, budget=...) to put them in.")
+        if controller_of(model) is not None:
+            raise ValueError("the model has a controller already: call its close() or l1ra.unpatch(model) first.")
+        costs = [rank_cost(a.in_features, a.out_features, config) for a in adapters.values()]
+        spent = sum(c * a.rank for c, a in zip(costs, adapters.values(), strict=True))
+        if spent > budget:
+            raise ValueError(
+                f"the adapters already cost {spent} of a budget of {budget}: write budget={spent} or more."
+            )
+
+        self.model = model
+        self.config = config
+        self.budget = budget
+        self.adapters: dict[str, L1RALinear] = adapters
+        self.steps = 0
+        self.moved = 0
+        self.history: list[dict[str, Any]] = []
+        self.total_steps = config.total_steps
+        self._costs = costs
+        self._caps = [rank_cap(a.in_features, a.out_features, config) for a in adapters.values()]
+        self._rule = make_rule(config)
+        self._bank = GateBank(self._layers, costs)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._schedule: Schedule | None = None
+        self._probing = False
+        self._gradients: tuple[Tensor, Tensor | None] | None = None
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._resting = ""
+        self.initial_ranks = self.ranks
+        self._record(pruned=0, moved=0)
+
+        params = {id(p) for a in self._layers for p in (a.lora_A, a.lora_B, a.gate)}
+        self._listener = OptimizerListener(params, self._collect, self._after) if auto else None
+        self._auto_off: list[Optimizer] = []
+        self._backwards = BackwardCounter(self._layers[0].gate)
+        setattr(model, ATTRIBUTE, self)
+
+    def __reduce__(self) -> tuple:
+        # A copy or a pickle of the model is a model of its own, which nobody drives.
+        return (type(None), ())
+
+    @property
+    def _layers(self) -> list[L1RALinear]:
+        return list(self.adapters.values())
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module name, as in ``named_modules()``, -> rank now."""
+        return {name: layer.rank for name, layer in self.adapters.items()}
+
+    @property
+    def spare(self) -> int:
+        """What of the budget is not given to any adapter, in the budget's unit."""
+        return self.budget - sum(c * a.rank for c, a in zip(self._costs, self._layers, strict=True))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps at which the gates stood still because a gate's gradient was NaN or infinite."""
+        return int(self._bank.skipped.item())
+
+    def gates(self) -> dict[str, list[float]]:
+        """Module name -> the master gates, in row order."""
+        return dict(zip(self.adapters, self._bank.rows(self._bank.value), strict=True))
+
+    def statistics(self) -> dict[str, float]:
+        """A few numbers for a log."""
+        ranks = list(self.ranks.values())
+        return {
+            "l1ra/rank_min": min(ranks),
+            "l1ra/rank_max": max(ranks),
+            "l1ra/ranks": sum(ranks),
+            "l1ra/spare": self.spare,
+            "l1ra/moved": self.moved,
+            "l1ra/gate_mean": self._bank.value.mean().item(),
+        }
+
+    def step(self, optimizer: Optimizer) -> None:
+        """With ``auto=False``: call it after ``optimizer.step()`` and before the gradients are cleared.
+
+        Raises:
+            RuntimeError: the controller listens by itself; the step would count twice.
+        """
+        if self._listener is not None:
+            raise RuntimeError("this controller hears the optimizer by itself: drop the call, or pass auto=False.")
+        if not any(known is optimizer for known in self._auto_off):
+            self._auto_off.append(optimizer)
+        self._after(optimizer)
+
+    def close(self) -> None:
+        """Stop driving: the adapters stay as they are."""
+        if self._listener is not None:
+            self._listener.close()
+        self._backwards.close()
+        for layer in self._layers:
+            layer.take_probe()
+        if controller_of(self.model) is self:
+            delattr(self.model, ATTRIBUTE)
+
+    # --- around an optimizer's step
+
+    def _collect(self, optimizer: Optimizer) -> None:
+        taken = self._bank.take_gradients()
+        if taken is None:
+            return
+        grad, seen = taken
+        # A fused optimizer unscales inside its step: GradScaler leaves the scale and its verdict on it.
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            grad = grad / scale.to(grad)
+        if getattr(optimizer, "found_inf", None) is not None:
+            grad = torch.where(optimizer.found_inf.to(grad.device) > 0, torch.nan, grad)
+        self._gradients = (grad, seen)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer) -> None:
+        if any(layer.rank != rank for layer, rank in zip(self._layers, self._bank.ranks, strict=True)):
+            self._bank.read()  # a state dict of other ranks was loaded
+            self._gradients = None
+        if self._gradients is None:
+            self._collect(optimizer)  # a closure computed them within the step
+        # Several optimizers may share the adapters: a new training step begins when one of them comes round again.
+        if self._stepped and optimizer not in self._stepped:
+            self._stepped.add(optimizer)
+            self._bank.write()
+            return
+        self._stepped = weakref.WeakSet([optimizer])
+        self._backwards.stepped()
+        if self._schedule is None:
+            self._start()
+        self.steps += 1
+        schedule = self._schedule
+        if self._gradients is not None and not self._resting:
+            grad, seen = self._gradients
+            at = self._moment()
+            self._bank.update(self._rule.step(self._bank, grad, at), grad, seen)
+        self._gradients = None
+        self._bank.write()
+        if self._resting:
+            return
+        if schedule.reallocates(self.steps):
+            self._reallocate()
+        if self.config.new_rows == "gradient" and not self._probing:
+            span = min(PROBE_STEPS, schedule.interval)
+            if schedule.probes(self.steps, span):
+                self._probing = True
+                for layer in self._layers:
+                    layer.start_probe(PROBE_RANKS, self._generator)
+
+    def _moment(self) -> Moment:
+        schedule = self._schedule
+        return Moment(schedule.interval, schedule.progress(self.steps), schedule.over(self.steps))
+
+    def _start(self) -> None:
+        trainer_steps = join_trainer(self)
+        if self.total_steps is None:
+            self.total_steps = trainer_steps
+        if self.total_steps is None:
+            warnings.warn(
+                "L1RA does not know how long the training is: ranks move every "
+                f"{Schedule.from_config(self.config, None).interval} steps until it ends. Pass total_steps=<number of "
+                "optimizer steps> to l1ra.patch or RankController for a warm-up and a cooldown.",
+                stacklevel=2,
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                self._resting = "ranks stay fixed in distributed training"
+                warnings.warn(
+                    "L1RA can't move ranks in distributed training yet: all adapters keep the ranks they have, as in "
+                    "plain LoRA.",
+                    stacklevel=2,
+                )
+        self._schedule = Schedule.from_config(self.config, self.total_steps)
+
+    # --- reallocation
+
+    def _plan(self) -> Plan:
+        bank = self._bank
+        return allocate(
+            bank.rows(bank.value),
+            self._rule.importance(bank, self._moment()),
+            self._costs,
+            self.budget,
+            min_rank=self.config.min_rank,
+            caps=self._caps,
+            prune_threshold=self.config.prune_threshold,
+            exclude_pruned=self.config.exclude_pruned,
+        )
+
+    def _reallocate(self) -> None:
+        plan = self._plan()
+        pruned = moved = 0
+        for layer, change in zip(self._layers, plan.layers, strict=True):
+            sketch = layer.take_probe()
+            cut = layer.rank - len(change.keep)
+            pruned += cut
+            moved += max(0, change.rank - layer.rank)
+            if not cut and not change.grow:
+                continue
+            rows = layer.initial_rows(change.grow, self._generator)
+            if change.grow and self.config.new_rows == "gradient":
+                rows = leading_rows(sketch, layer.lora_A.detach()[list(change.keep)], rows)
+            params = (layer.lora_A, layer.gate, layer.lora_B)
+            shapes = [p.shape for p in params]
+            layer.resize(change, rows)
+            for param, shape in zip(params, shapes, strict=True):
+                for optimizer in self._optimizers():
+                    move_state(optimizer, param, change, shape)
+        self._probing = False
+        self._bank.move(plan)
+        self.moved += moved
+        self._record(pruned=pruned, moved=moved)
+
+    def _optimizers(self) -> list[Optimizer]:
+        return list(self._listener.optimizers) if self._listener is not None else self._auto_off
+
+    def _record(self, pruned: int, moved: int) -> None:
+        self.history.append(
+            {
+                "step": self.steps,
+                "ranks": self.ranks,
+                "pruned": pruned,
+                "moved": moved,
+                "spare": self.spare,
+                "gates": self._bank.summary(),
+            }
+        )
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the adapters' own tensors, which the model's state dict holds."""
+        return {
+            "ranks": self.ranks,
+            "initial_ranks": dict(self.initial_ranks),
+            "budget": self.budget,
+            "rule": self.config.rule,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "moved": self.moved,
+            "history": [dict(entry) for entry in self.history],
+            "gates": self._bank.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict()``, after the model's own state dict was loaded.
+
+        Raises:
+            ValueError: it belongs to other adapters, ranks, another budget or rule; nothing is changed then.
+        """
+        missing = {"ranks", "budget", "rule", "gates", "steps", "history", "generator"} - set(state)
+        if missing:
+            raise ValueError(f"this is no state of a RankController: {', '.join(sorted(missing))} missing.")
+        if list(state["ranks"]) != list(self.adapters):
+            raise ValueError(
+                "the state is of a model with other adapters: patch this one with the same target_modules."
+            )
+        for name in ("budget", "rule"):
+            mine = self.budget if name == "budget" else self.config.rule
+            if state[name] != mine:
+                raise ValueError(
+                    f"the state has {name} {state[name]!r}, this controller {mine!r}: construct it the same."
+                )
+        if state["ranks"] != self.ranks:
+            raise ValueError("the state has other ranks than the model: load the model's state dict first.")
+        if self._bank.ranks != list(self.ranks.values()):
+            self._bank.read()
+        self._bank.load_state_dict(state["gates"])
+        self._generator.set_state(state["generator"])
+        self.initial_ranks = dict(state["initial_ranks"])
+        self.steps, self.moved = state["steps"], state["moved"]
+        self.total_steps = self.total_steps or state["total_steps"]
+        self.history = [dict(entry) for entry in state["history"]]

@@ -1,0 +1,123 @@
+"""The gates of all adapters as flat vectors: the fp32 master copy that the controller moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from l1ra.allocation import Plan
+from l1ra.linear import L1RALinear
+from l1ra_kernels import dispatch
+
+__all__ = ["GateBank"]
+
+# name -> value of a new rank
+STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0}
+
+
+class GateBank:
+    """Flat float32 tensors ``(R,)``, R the sum of all ranks, adapter after adapter, on the first gate's device.
+
+    Attributes:
+        value: the master gates. The layers' Parameters are copies of them, in whatever dtype the model has.
+        exp_avg, exp_avg_sq: Adam moments (rule ``"l1"``).
+        importance_sq: moving average of ``(g * dL/dg)**2``.
+        age: steps that each gate has seen.
+        cost: of each rank relative to the mean.
+        skipped: int64 scalar, steps whose gradient was not finite.
+    """
+
+    def __init__(self, layers: Sequence[L1RALinear], costs: Sequence[int]) -> None:
+        self.layers = list(layers)
+        self.costs = list(costs)
+        device = self.layers[0].gate.device
+        value = torch.cat([layer.gate.detach().to(device, torch.float32) for layer in self.layers])
+        self.value = value
+        for name, fill in STATE.items():
+            if name != "value":
+                setattr(self, name, torch.full_like(value, fill))
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.ranks = [layer.rank for layer in self.layers]
+        relative = torch.tensor(self.costs, dtype=torch.float32) * (len(self.costs) / sum(self.costs))
+        self.cost = relative.repeat_interleave(torch.tensor(self.ranks)).to(self.value.device)
+
+    def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
+        """Remove the gradients from the gates: flat, and a mask of the gates that had one (None: all of them).
+
+        None if no gate has a gradient.
+        """
+        grads = [layer.gate.grad for layer in self.layers]
+        if all(grad is None for grad in grads):
+            return None
+        for layer in self.layers:
+            layer.gate.grad = None
+        device, dtype = self.value.device, self.value.dtype
+        parts = [
+            torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad.to(device, dtype)
+            for grad, rank in zip(grads, self.ranks, strict=True)
+        ]
+        seen = None
+        if any(grad is None for grad in grads):
+            had = torch.tensor([grad is not None for grad in grads])
+            seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
+        return torch.cat(parts), seen
+
+    def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
+        """Take over new values of the state, but nothing at all at a step whose gradient is not finite.
+
+        No value is brought to the host, so that a GPU is not waited for.
+        """
+        finite = torch.isfinite(grad).all()
+        self.skipped += ~finite
+        where = finite if seen is None else finite & seen
+        for name, tensor in {**new, "age": self.age + 1}.items():
+            setattr(self, name, torch.where(where, tensor, getattr(self, name)))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy the masters into the layers' gates, undoing whatever an optimizer did to them."""
+        for layer, value in zip(self.layers, self.value.split(self.ranks), strict=True):
+            layer.gate.copy_(value)
+
+    def read(self) -> None:
+        """Start anew from the layers' gates, which somebody else has loaded or resized."""
+        self.__init__(self.layers, self.costs)
+
+    def move(self, plan: Plan) -> None:
+        """Carry the state along with a plan that the layers have followed."""
+        for name, fill in STATE.items():
+            parts = getattr(self, name).split(self.ranks)
+            moved = [
+                dispatch.move_rows(part, layer.keep, layer.grow, fill)
+                for part, layer in zip(parts, plan.layers, strict=True)
+            ]
+            setattr(self, name, torch.cat(moved))
+        self._measure()
+
+    def rows(self, flat: Tensor) -> list[list[float]]:
+        """A flat tensor as one list an adapter."""
+        return [part.tolist() for part in flat.cpu().split(self.ranks)]
+
+    def summary(self) -> dict[str, float]:
+        """Smallest and mean gate, the share at exactly 0, and the steps skipped."""
+        value = self.value
+        return {
+            "min": value.min().item(),
+            "mean": value.mean().item(),
+            "zero": (value == 0).float().mean().item(),
+            "skipped": self.skipped.item(),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state of the same ranks."""
+        for name in (*STATE, "skipped"):
+            setattr(self, name, state[name].to(getattr(self, name)).clone())
+        self.write()

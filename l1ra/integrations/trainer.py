@@ -1,0 +1,58 @@
+"""transformers.Trainer and its subclasses (TRL's among them), used unmodified.
+
+A Trainer can't be told of the controller, since the user passes it nothing; but it is on the call stack when its
+optimizer steps. There it is found once, at the first step: it knows the number of steps, and gets a callback that
+puts the rank statistics into its logs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l1ra.controller import RankController
+
+__all__ = ["join_trainer"]
+
+
+def join_trainer(controller: RankController) -> int | None:
+    """Attach to the Trainer that is stepping the optimizer right now; its total number of steps.
+
+    None if no Trainer is.
+    """
+    trainer = _stepping_trainer()
+    if trainer is None:
+        return None
+    # First, so that the integrations that report logs see what it adds.
+    trainer.callback_handler.callbacks.insert(0, _log_callback(controller))
+    return trainer.state.max_steps
+
+
+def _stepping_trainer() -> Any | None:
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, module.Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _log_callback(controller: RankController) -> Any:
+    from transformers import TrainerCallback
+
+    class RankStatistics(TrainerCallback):
+        """Adds ``controller.statistics()`` to what the Trainer logs."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
+                statistics = controller.statistics()
+                logs.update(statistics)
+                if state.log_history:
+                    state.log_history[-1].update(statistics)
+
+    return RankStatistics()

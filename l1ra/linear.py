@@ -1,0 +1,290 @@
+"""The adapted linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l1ra.allocation import LayerPlan
+from l1ra_kernels import dispatch
+
+__all__ = ["L1RALinear", "base_features", "find_adapters"]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D, a Linear with its weight transposed."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def base_features(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of a layer that can be adapted, None for any other."""
+    # Attention modules read this class's weight without calling it: an adapter on it would do nothing.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+class L1RALinear(nn.Module):
+    """A frozen linear layer with a gated low-rank adapter: ``y = base(x) + s * ((x @ A.T) * g) @ B``.
+
+    Source: L1RA; ``s = alpha / rank`` at construction (or ``alpha / sqrt(rank)``) and never changes afterwards,
+    whatever the rank becomes.
+
+    Attributes:
+        base_layer: the frozen layer, an ``nn.Linear`` (or subclass) or transformers' ``Conv1D``.
+        lora_A: Parameter ``(rank, in_features)``.
+        gate: Parameter ``(rank,)``, 1 at first; float32, or float64 where A is.
+        lora_B: Parameter ``(rank, out_features)``, 0 at first.
+        scaling: s.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        rank_stabilized: bool = False,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """A new ``nn.Linear(in_features, out_features, bias)``, frozen, with an adapter on it.
+
+        Args:
+            rank: of the adapter, from 1 to the smaller of the two sizes.
+            alpha: numerator of the scaling; None means ``rank``.
+            rank_stabilized: divide alpha by the square root of the rank.
+            dropout: of the adapter's input, from 0 to below 1.
+            init: of A, ``"kaiming"`` or ``"gaussian"`` (see ``L1RAConfig``).
+            adapter_dtype: of A and B; the base keeps its own, and no copy of the input is made in this one.
+            generator: a CPU generator for A.
+
+        Raises:
+            ValueError: a rank out of its range.
+        """
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, generator)
+
+    @classmethod
+    def from_linear(
+        cls,
+        base: nn.Module,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        rank_stabilized: bool = False,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> L1RALinear:
+        """An adapter around an existing layer, which is frozen and kept as the very object.
+
+        Raises:
+            TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D``.
+            ValueError: a rank out of its range.
+        """
+        if base_features(base) is None:
+            raise TypeError(
+                f"{type(base).__name__} can't be adapted: pass an nn.Linear or transformers' Conv1D, as the layer itself."
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, generator)
+        return layer
+
+    def _adapt(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float | None,
+        rank_stabilized: bool,
+        dropout: float,
+        init: str,
+        adapter_dtype: torch.dtype,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.in_features, self.out_features = base_features(base)
+        largest = min(self.in_features, self.out_features)
+        if not isinstance(rank, int) or not 1 <= rank <= largest:
+            raise ValueError(
+                f"rank must be from 1 to {largest} for a layer {self.in_features} -> {self.out_features}, not {rank!r}."
+            )
+        self.initial_rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.init = init
+        self.base_layer = base.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.train(base.training)
+        device = base.weight.device
+        gate_dtype = torch.promote_types(adapter_dtype, torch.float32)
+        rows = self.initial_rows(rank, generator)
+        self.lora_A = nn.Parameter(rows.to(device, adapter_dtype))
+        self.gate = nn.Parameter(torch.ones(rank, device=device, dtype=gate_dtype))
+        self.lora_B = nn.Parameter(torch.zeros(rank, self.out_features, device=device, dtype=adapter_dtype))
+        self._merged_from: Tensor | None = None
+        self._probe: tuple[Tensor, Tensor] | None = None
+
+    def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""
+        if self.init == "gaussian":
+            return torch.randn(count, self.in_features, generator=generator) / self.initial_rank
+        bound = 1 / math.sqrt(self.in_features)
+        return torch.empty(count, self.in_features).uniform_(-bound, bound, generator=generator)
+
+    @property
+    def rank(self) -> int:
+        """The current rank, pruned gates that wait to be cut included."""
+        return self.lora_A.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: model code reads its dtype and device. The adapter is not in it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is added into the base weight."""
+        return self._merged_from is not None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``, in the dtype that the base layer returns."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        a, gate, b = self.lora_A, self.gate, self.lora_B
+        if self._probe is not None and torch.is_grad_enabled():
+            zeros, mix = self._probe
+            a, b = torch.cat([a, zeros]), torch.cat([b, mix])
+            gate = torch.cat([gate, gate.new_ones(mix.shape[0])])
+        return dispatch.gated_lora(y, self.dropout(x), a, gate, b, self.scaling)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``s * (g * B).T @ A`` in the layout of the base weight and the dtype of A."""
+        delta = (self.lora_B * (self.scaling * self.gate).unsqueeze(1)).T.to(self.lora_A.dtype) @ self.lora_A
+        return delta.T if is_conv1d(self.base_layer) else delta
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter into the base weight; the adapter's forward is skipped until :meth:`unmerge`.
+
+        The original weight is kept beside the merged one. Merging into a 16-bit weight rounds the sum: changes smaller
+        than half a unit in the last place of an entry are lost.
+
+        Raises:
+            RuntimeError: already merged.
+            TypeError: the base weight is not a plain floating-point tensor of the layer's shape (quantised).
+        """
+        if self.merged:
+            raise RuntimeError("the adapter is merged already: call unmerge() first.")
+        weight = self.base_layer.weight
+        delta = self.delta_weight()
+        if not weight.is_floating_point() or weight.shape != delta.shape:
+            raise TypeError(
+                f"can't merge into a {type(self.base_layer).__name__} with a {weight.dtype} weight of shape "
+                f"{tuple(weight.shape)}: load the base in a floating-point dtype to merge."
+            )
+        self._merged_from = weight.detach().clone()
+        wide = torch.promote_types(delta.dtype, weight.dtype)
+        weight.copy_(weight.to(wide) + delta.to(wide))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back, bit for bit.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if self._merged_from is None:
+            raise RuntimeError("the adapter is not merged: call merge() first.")
+        self.base_layer.weight.copy_(self._merged_from)
+        self._merged_from = None
+
+    @torch.no_grad()
+    def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
+        """Keep the rows ``plan.keep`` in order and append ``plan.grow`` new ones, with gate 1 and B = 0.
+
+        The Parameters stay the same objects, hooks included, and a gradient they hold moves along.
+
+        Args:
+            new_rows: A of the new ranks, ``(plan.grow, in_features)``; None draws them as at construction.
+
+        Raises:
+            ValueError: a plan that does not fit this layer.
+            RuntimeError: the adapter is merged.
+        """
+        keep, grow = plan.keep, plan.grow
+        if self.merged:
+            raise RuntimeError("a merged adapter can't change its rank: call unmerge() first.")
+        if list(keep) != sorted(set(keep)) or any(not 0 <= k < self.rank for k in keep):
+            raise ValueError(f"keep must be rising row numbers below the rank {self.rank}, not {keep}.")
+        if grow < 0 or plan.rank < 1:
+            raise ValueError(f"the plan leaves rank {plan.rank}: at least 1 must stay.")
+        rows = self.initial_rows(grow) if new_rows is None else new_rows
+        if rows.shape != (grow, self.in_features):
+            raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(rows.shape)}.")
+        if grow == 0 and len(keep) == self.rank:
+            return
+        for param, fill in ((self.lora_A, 0.0), (self.gate, 1.0), (self.lora_B, 0.0)):
+            moved = dispatch.move_rows(param.detach(), keep, grow, fill)
+            if param is self.lora_A:
+                moved[len(keep) :] = rows.to(moved)
+            grad = None if param.grad is None else dispatch.move_rows(param.grad, keep, grow)
+            param.grad = None
+            param.set_(moved)
+            param.grad = grad
+
+    def start_probe(self, count: int, generator: torch.Generator) -> None:
+        """From the next forward on, collect a sketch of the weight's gradient.
+
+        ``count`` ranks with A = 0 and a random B ride along: they leave the output as it is, and the gradient of
+        their A is ``mix @ dL/dW``.
+        """
+        like = self.lora_A
+        mix = torch.randn(count, self.out_features, generator=generator).to(like) / math.sqrt(count)
+        zeros = torch.zeros(count, self.in_features, device=like.device, dtype=like.dtype, requires_grad=True)
+        self._probe = (zeros, mix)
+
+    def take_probe(self) -> Tensor | None:
+        """End the probe; the sketch ``(count, in_features)`` summed since its start, None if nothing was seen."""
+        probe, self._probe = self._probe, None
+        return None if probe is None else probe[0].grad
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
+        rows = state_dict.get(prefix + "lora_A")
+        if rows is not None and rows.shape[1:] == self.lora_A.shape[1:] and rows.shape[0] != self.rank:
+            self.resize(LayerPlan((), rows.shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
+
+
+def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
+    """Every :class:`L1RALinear` of ``model`` with its name as in ``named_modules()``."""
+    for name, module in model.named_modules():
+        if isinstance(module, L1RALinear):
+            yield name, module

@@ -1,0 +1,96 @@
+"""Hears the steps of whichever torch optimizer holds a controller's parameters."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from l1ra.optimizer_state import holds
+
+__all__ = ["BackwardCounter", "OptimizerListener"]
+
+
+class OptimizerListener:
+    """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold ``params``.
+
+    Built on torch's global step hooks. It holds its callbacks weakly, and is deaf once their object is gone.
+
+    Attributes:
+        optimizers: the optimizers that have been heard.
+    """
+
+    def __init__(self, params: set[int], before: Callable, after: Callable) -> None:
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._params = params
+        self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._forward_to(weakref.WeakMethod(before))),
+            register_optimizer_step_post_hook(self._forward_to(weakref.WeakMethod(after))),
+        ]
+
+    def _forward_to(self, callback: weakref.WeakMethod) -> Callable:
+        listener = weakref.ref(self)
+
+        def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+            me, call = listener(), callback()
+            if me is not None and call is not None and me.hears(optimizer):
+                call(optimizer)
+
+        return hook
+
+    def hears(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds any of the parameters; one that does is remembered."""
+        size = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._known.get(optimizer)
+        if known is None or known[0] != size:
+            known = self._known[optimizer] = (size, holds(optimizer, self._params))
+            if known[1]:
+                self.optimizers.add(optimizer)
+        return known[1]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class BackwardCounter:
+    """Warns once when many backward passes go by without an optimizer step."""
+
+    LIMIT = 256
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self.count = 0
+        counter = weakref.ref(self)
+
+        def hook(_: torch.Tensor) -> None:
+            if (me := counter()) is not None:
+                me.passed()
+
+        self._handle = param.register_post_accumulate_grad_hook(hook)
+
+    def passed(self) -> None:
+        self.count += 1
+        if self.count == self.LIMIT:
+            warnings.warn(
+                f"{self.LIMIT} backward passes have gone by and the L1RA controller has seen no optimizer step: no rank "
+                "will move. Give the model's trainable parameters to a torch.optim optimizer; if yours is none, or "
+                "auto=False, call controller.step(optimizer) after each of its steps.",
+                stacklevel=2,
+            )
+
+    def stepped(self) -> None:
+        self.count = 0
+
+    def close(self) -> None:
+        self._handle.remove()

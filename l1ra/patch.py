@@ -1,0 +1,196 @@
+"""Put adapters into a model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from l1ra.allocation import spread
+from l1ra.config import L1RAConfig
+from l1ra.controller import RankController, check_budget, controller_of, rank_cap, rank_cost
+from l1ra.linear import L1RALinear, base_features, find_adapters
+from l1ra.targets import saved_modules, select_targets
+
+__all__ = ["patch", "unpatch"]
+
+UNDO = "_l1ra_undo"
+
+
+def patch(
+    model: nn.Module,
+    budget: int,
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] | None = None,
+    preset: str | None = None,
+    config: L1RAConfig | None = None,
+    auto: bool = True,
+    **overrides: Any,
+) -> RankController:
+    """Freeze ``model`` and put adapters under a rank budget into it, in place.
+
+    The model's output does not change by a bit. Nothing else needs to be called: the controller hears the steps of
+    whichever torch optimizer trains the model.
+
+    Args:
+        model: any module; a transformers model as a rule.
+        budget: what all adapters' ranks together may cost: the sum of the ranks, or with ``budget_unit="params"``
+            the number of adapter parameters. Spread evenly at first.
+        target_modules: as in PEFT: ``"all-linear"`` (every Linear and Conv1D but the output head), a regular
+            expression for the whole name, or a list of names or their last components.
+        modules_to_save: names of modules to train in full, e.g. a new head. None: the head of a transformers model for
+            classification or question answering; ``[]``: none.
+        preset: ``"default"`` or ``"reference"``, in place of ``config``.
+        config: settings; ``overrides`` replace single fields of it (see ``L1RAConfig``).
+        auto: listen to optimizers; with False call ``controller.step(optimizer)`` after each step.
+
+    Returns:
+        The controller, which the model holds too.
+
+    Raises:
+        ValueError, TypeError: the message says what to write instead; the model is untouched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
+    if preset is not None and config is not None:
+        raise ValueError("pass preset or config, not both: L1RAConfig.from_preset(preset) makes a config.")
+    config = L1RAConfig.from_preset(preset or "default") if config is None else config
+    if not isinstance(config, L1RAConfig):
+        raise TypeError(
+            f"config must be an L1RAConfig, not {type(config).__name__}; a preset's name goes into preset=."
+        )
+    config = config.replace(**overrides)
+    check_budget(budget)
+    _refuse_adapted(model)
+    saved = saved_modules(model, modules_to_save)
+    targets = select_targets(model, target_modules, saved)
+    sizes = [base_features(module) for module in targets.values()]
+    caps = [rank_cap(*size, config) for size in sizes]
+    low = next((i for i, cap in enumerate(caps) if cap < config.min_rank), None)
+    if low is not None:
+        raise ValueError(f"min_rank {config.min_rank} is above the largest rank of {list(targets)[low]}, {caps[low]}.")
+    costs = [rank_cost(*size, config) for size in sizes]
+    ranks = spread(budget, costs, caps)
+    if min(ranks) < config.min_rank:
+        need = config.min_rank * sum(costs)
+        raise ValueError(
+            f"a budget of {budget} can't give every adapter min_rank {config.min_rank}: write {need} or more."
+        )
+
+    # Built before the model is touched: whatever fails, fails here.
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    generator = torch.Generator().manual_seed(config.seed)
+    swaps: list[tuple[nn.Module, str, nn.Module, L1RALinear]] = []
+    try:
+        adapters = {
+            id(module): L1RALinear.from_linear(
+                module,
+                rank=rank,
+                alpha=config.alpha,
+                rank_stabilized=config.rank_stabilized,
+                dropout=config.dropout,
+                init=config.init,
+                adapter_dtype=config.dtype,
+                generator=generator,
+            )
+            for module, rank in zip(targets.values(), ranks, strict=True)
+        }
+        # A layer that is shared between parents is replaced in all of them.
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if id(child) in adapters:
+                    swaps.append((parent, name, child, adapters[id(child)]))
+        for parent, name, _, adapter in swaps:
+            parent._modules[name] = adapter
+        model.requires_grad_(False)
+        for layer in adapters.values():
+            for param in (layer.lora_A, layer.gate, layer.lora_B):
+                param.requires_grad_(True)
+        for module in saved.values():
+            module.requires_grad_(True)
+        controller = RankController(model, budget, config=config, auto=auto)
+    except BaseException:
+        _restore(swaps, required)
+        raise
+    hook = _let_gradients_through(model)
+    object.__setattr__(model, UNDO, _Undo(swaps, required, hook))
+    return controller
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give the original modules back, the very objects, with the ``requires_grad`` they had; the adapters are dropped.
+
+    A merged adapter is unmerged first; to keep its effect, copy the merged weights before. Modules in
+    ``modules_to_save`` keep what they have learned.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model was not patched.
+    """
+    undo = getattr(model, UNDO, None)
+    if undo is None:
+        raise ValueError("the model was not patched by l1ra.patch, or has been unpatched already.")
+    for _, adapter in find_adapters(model):
+        if adapter.merged:
+            adapter.unmerge()
+    controller = controller_of(model)
+    if controller is not None:
+        controller.close()
+    _restore(undo.swaps, undo.required)
+    undo.hook.remove()
+    object.__delattr__(model, UNDO)
+    return model
+
+
+class _Undo:
+    """What :func:`unpatch` needs."""
+
+    def __init__(self, swaps: list, required: list, hook: Any) -> None:
+        self.swaps, self.required, self.hook = swaps, required, hook
+
+
+def _restore(swaps: list, required: list) -> None:
+    for parent, name, original, _ in swaps:
+        parent._modules[name] = original
+    for param, flag in required:
+        param.requires_grad_(flag)
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
+        raise ValueError("the model is patched already: call l1ra.unpatch(model) first, or patch a fresh one.")
+    for name, module in model.named_modules():
+        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
+            where = f"{name} is a" if name else "the model is a"
+            raise ValueError(
+                f"{where} PEFT {type(module).__name__}: pass the plain model "
+                "(merged = peft_model.merge_and_unload(), then l1ra.patch(merged, ...))."
+            )
+
+
+def _let_gradients_through(model: nn.Module) -> Any:
+    """Make gradient checkpointing work, also the reentrant kind, which needs an input that requires a gradient.
+
+    With frozen embeddings no input does; transformers mends that for PEFT models alone.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = getter() if callable(getter) else None
+    except NotImplementedError:
+        embeddings = None
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        if (
+            getattr(model, "is_gradient_checkpointing", False)
+            and module.training
+            and torch.is_grad_enabled()
+            and isinstance(output, torch.Tensor)
+        ):
+            output.requires_grad_(True)
+
+    return (embeddings if isinstance(embeddings, nn.Module) else nn.Identity()).register_forward_hook(hook)

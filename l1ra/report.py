@@ -1,0 +1,211 @@
+"""Where the ranks are: a table, and a picture of how they came there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from l1ra.controller import RankController, controller_of
+from l1ra.linear import L1RALinear, find_adapters
+from l1ra_kernels import dispatch
+
+__all__ = ["Report", "ReportRow", "plot_ranks", "report"]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One adapter.
+
+    Attributes:
+        name: as in ``named_modules()``.
+        in_features, out_features: of the layer.
+        rank, initial_rank: now and at the start.
+        smallest_gate: of its ranks.
+        params: adapter parameters now, gates included.
+        path: the implementation that runs, with the reason.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    initial_rank: int
+    smallest_gate: float
+    params: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The adapters of a model; ``str()`` makes a table of it.
+
+    ``budget``, ``spare`` and ``moved`` are None where no controller drives the model.
+    """
+
+    rows: tuple[ReportRow, ...]
+    trained_in_full: int
+    budget: int | None = None
+    budget_unit: str = "ranks"
+    spare: int | None = None
+    moved: int | None = None
+
+    @property
+    def params(self) -> int:
+        """Adapter parameters in all, gates included."""
+        return sum(row.params for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "rank", "was", "smallest gate", "parameters", "path")
+        paths = list(dict.fromkeys(row.path for row in self.rows))
+        cells = [
+            (
+                row.name,
+                f"{row.in_features} -> {row.out_features}",
+                str(row.rank),
+                str(row.initial_rank),
+                f"{row.smallest_gate:.3f}",
+                f"{row.params:,}",
+                row.path.split(" ")[0] + ("" if len(paths) == 1 else f" [{paths.index(row.path) + 1}]"),
+            )
+            for row in self.rows
+        ]
+        ranks = sum(row.rank for row in self.rows)
+        was = sum(row.initial_rank for row in self.rows)
+        cells.append((f"{len(self.rows)} adapters", "", str(ranks), str(was), "", f"{self.params:,}", ""))
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        left = (True, True, False, False, False, False, True)
+
+        def line(row: tuple[str, ...]) -> str:
+            parts = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left, strict=True))
+            return "  ".join(parts).rstrip()
+
+        rule = "-" * len(line(head))
+        lines = [line(head), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
+        if self.budget is not None:
+            lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
+        if self.trained_in_full:
+            lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
+        for number, path in enumerate(paths, 1):
+            lines.append(f"path{'' if len(paths) == 1 else f' [{number}]'}: {path}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The adapters of ``model``: ranks now and at the start, gates, parameters, and which implementation runs.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    adapters = dict(find_adapters(model))
+    if not adapters:
+        raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
+    controller = controller_of(model)
+    start = controller.initial_ranks if controller else {}
+    rows = tuple(_row(name, layer, start.get(name, layer.initial_rank)) for name, layer in adapters.items())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = max(0, trainable - sum(row.params for row in rows))
+    if controller is None:
+        return Report(rows, others)
+    return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
+
+
+def _row(name: str, layer: L1RALinear, initial_rank: int) -> ReportRow:
+    return ReportRow(
+        name,
+        layer.in_features,
+        layer.out_features,
+        layer.rank,
+        initial_rank,
+        layer.gate.detach().min().item(),
+        layer.lora_A.numel() + layer.gate.numel() + layer.lora_B.numel(),
+        str(dispatch.path_for(layer.lora_A.device)),
+    )
+
+
+def grid(ranks: dict[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
+    """Module names cut into layer number and projection.
+
+    Returns:
+        The layer numbers and the projections in order, and the rank of each pair. A module outside of any numbered
+        layer has layer -1.
+    """
+    cells = {}
+    for name, rank in ranks.items():
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        layer = int(match.group(1)) if match else -1
+        projection = (name[match.end() :] if match else "") or name
+        cells[layer, projection] = cells.get((layer, projection), 0) + rank
+    return sorted({key[0] for key in cells}), list(dict.fromkeys(key[1] for key in cells)), cells
+
+
+def plot_ranks(model: nn.Module, path: str | Path) -> Path:
+    """Draw the ranks: a heat map layer by projection as they are now, and the mean of each projection over time.
+
+    Args:
+        path: of the picture; the ending chooses the format.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the model has no controller.
+    """
+    controller = controller_of(model)
+    if controller is None:
+        raise ValueError("the model has no controller: call l1ra.patch(model, budget=...) first.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot_ranks needs matplotlib: pip install 'l1ra[plot]'.") from None
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers, projections, cells = grid(controller.ranks)
+    figure = Figure(figsize=(11, max(3.2, 0.32 * len(projections) + 1.6)), layout="constrained")
+    _draw_map(figure, *figure.subplots(1, 2, width_ratios=[3, 2]), controller, layers, projections, cells)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _draw_map(
+    figure: Any,
+    now: Any,
+    over_time: Any,
+    controller: RankController,
+    layers: list[int],
+    projections: list[str],
+    cells: dict[tuple[int, str], int],
+) -> None:
+    values = [[cells.get((layer, p), float("nan")) for layer in layers] for p in projections]
+    image = now.imshow(values, aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=now, label="rank")
+    now.set_xticks(range(len(layers)), ["-" if layer < 0 else str(layer) for layer in layers])
+    now.set_yticks(range(len(projections)), projections)
+    now.set_xlabel("layer")
+    now.set_title("rank now")
+    if len(cells) <= 200:
+        for (layer, projection), rank in cells.items():
+            now.text(
+                layers.index(layer),
+                projections.index(projection),
+                str(rank),
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
+    steps = [entry["step"] for entry in controller.history]
+    for projection in projections:
+        means = []
+        for entry in controller.history:
+            ranks = [r for key, r in grid(entry["ranks"])[2].items() if key[1] == projection]
+            means.append(sum(ranks) / len(ranks))
+        over_time.step(steps, means, where="post", label=projection)
+    over_time.set_xlabel("optimizer step")
+    over_time.set_ylabel("mean rank")
+    over_time.set_title("ranks over time")
+    over_time.legend(fontsize=7)

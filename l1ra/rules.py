@@ -1,0 +1,113 @@
+"""Gate rules: how gates move at an optimizer step, and how much each rank matters.
+
+A rule has two methods. ``step(bank, grad, at)`` returns the new state of the bank, by name of its tensor; it changes
+nothing. ``importance(bank, at)`` returns one number a rank (None in place of one that can't be judged yet) for the
+allocation, or None if the allocation shall go by the gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from l1ra.config import L1RAConfig
+from l1ra.gates import GateBank
+from l1ra_kernels import dispatch
+
+__all__ = ["AdaptiveL1", "Moment", "PaperL1", "Rule", "make_rule"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the training a step lies.
+
+    Attributes:
+        interval: steps between two reallocations.
+        progress: share, from 0 to 1, of the way to the last reallocation.
+        over: whether no reallocation will come any more.
+    """
+
+    interval: int
+    progress: float
+    over: bool
+
+
+class Rule(Protocol):
+    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]: ...
+
+    def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]] | None: ...
+
+
+class PaperL1:
+    """The paper's rule: Adam with decoupled elastic net (AdamE), then the clamp to [0, 1]; receivers by their gates."""
+
+    def __init__(self, config: L1RAConfig) -> None:
+        self.lr = 2e-2 if config.gate_lr is None else config.gate_lr
+        self.l1 = 1e-3 if config.l1_lambda is None else config.l1_lambda
+        self.l2 = config.l2_lambda
+
+    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]:
+        value, exp_avg, exp_avg_sq = dispatch.adam_elastic_net_step(
+            bank.value, grad, bank.exp_avg, bank.exp_avg_sq, bank.age, lr=self.lr, l1=self.l1, l2=self.l2
+        )
+        return {"value": value, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+    def importance(self, bank: GateBank, at: Moment) -> None:
+        return None
+
+
+class AdaptiveL1:
+    """An L1 step weighted by importance, against a constant pull back to 1.
+
+    A rank's importance is ``I = sqrt(EMA[(g * dL/dg)**2])``, the first-order change of the loss if it were removed: it
+    is blind to how a rank's scale is split among A, g and B. Its weight is ``min(4, (I_q / I) ** sharpness)``, where I_q is
+    the q-quantile over all ranks that are alive and old enough to be judged (half an interval). Ranks that matter stay
+    at 1, the others fade to exactly 0. q falls to 0 until the last reallocation; then nothing fades any more.
+    """
+
+    LARGEST_WEIGHT = 4.0
+
+    def __init__(self, config: L1RAConfig) -> None:
+        self.lr = config.gate_lr
+        self.l1 = 1.0 if config.l1_lambda is None else config.l1_lambda
+        self.quantile = config.quantile
+        self.sharpness = config.sharpness
+
+    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]:
+        importance_sq = dispatch.importance_step(
+            bank.value, grad, bank.importance_sq, bank.age, horizon=max(2.0, at.interval / 2)
+        )
+        judged = self._judged(bank, at)
+        if at.over:
+            weight = torch.zeros_like(bank.value)
+        else:
+            per_cost = importance_sq.sqrt() / bank.cost
+            # Sorted with the unjudged last, so that the quantile needs no tensor of unknown length.
+            ordered = torch.where(judged, per_cost, torch.inf).sort().values
+            index = (self.quantile * (1 - at.progress) * (judged.sum() - 1)).long().clamp(min=0)
+            level = ordered[index]
+            weight = (level / per_cost).pow(self.sharpness).nan_to_num(nan=0.0).clamp(max=self.LARGEST_WEIGHT)
+            weight = torch.where(judged, weight, 0.0)
+        lr = self.lr if self.lr is not None else self._fading_lr(at)
+        value = dispatch.weighted_l1_step(bank.value, weight, lr=lr, l1=self.l1)
+        return {"value": value, "importance_sq": importance_sq}
+
+    def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]]:
+        judged = bank.rows(self._judged(bank, at))
+        values = bank.rows(bank.importance_sq.sqrt())
+        return [[v if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, judged, strict=True)]
+
+    def _judged(self, bank: GateBank, at: Moment) -> Tensor:
+        return (bank.age >= at.interval / 2) & (bank.value > 0)
+
+    def _fading_lr(self, at: Moment) -> float:
+        # From 1 to 0 at the largest weight within half an interval.
+        return 2 / (max(self.l1 * self.LARGEST_WEIGHT - 1, 0.1) * at.interval)
+
+
+def make_rule(config: L1RAConfig) -> Rule:
+    """The rule that ``config.rule`` names."""
+    return {"l1": PaperL1, "adaptive-l1": AdaptiveL1}[config.rule](config)

@@ -1,0 +1,54 @@
+"""When ranks are moved: steps of the optimizer, counted from 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l1ra.config import L1RAConfig
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Reallocations come after every ``interval``-th step within ``first`` ... ``last``.
+
+    Attributes:
+        interval: steps between two reallocations.
+        first, last: the first and last step after which there may be one; ``last`` None means for ever.
+    """
+
+    interval: int
+    first: int
+    last: int | None
+
+    @classmethod
+    def from_config(cls, config: L1RAConfig, total_steps: int | None) -> Schedule:
+        """The schedule of a training of ``total_steps``; None, unknown: shares of the total then fall away.
+
+        An interval given as a share of an unknown total becomes 100 steps.
+        """
+        interval = config.interval
+        if total_steps is None:
+            steps = 100 if isinstance(interval, float) else interval
+            return cls(steps, steps, None)
+        steps = max(1, int(interval * total_steps)) if isinstance(interval, float) else interval
+        # Not after the very last step: ranks that are dealt then would never be trained.
+        last = min(total_steps - 1, int((1 - config.cooldown) * total_steps))
+        return cls(steps, max(1, int(config.warmup * total_steps)), last)
+
+    def reallocates(self, step: int) -> bool:
+        """Whether there is a reallocation after ``step``."""
+        return step % self.interval == 0 and step >= self.first and not self.over(step)
+
+    def over(self, step: int) -> bool:
+        """Whether ``step`` lies behind the last possible reallocation."""
+        return self.last is not None and step > self.last
+
+    def progress(self, step: int) -> float:
+        """The share, from 0 to 1, of the way to the last possible reallocation; 0 while the total is unknown."""
+        return 0.0 if self.last is None else min(1.0, step / max(1, self.last))
+
+    def probes(self, step: int, span: int) -> bool:
+        """Whether one of the next ``span`` steps after ``step`` brings a reallocation."""
+        return any(self.reallocates(step + ahead) for ahead in range(1, span + 1))
