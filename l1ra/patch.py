@@ -173,6 +173,12 @@ def _refuse_adapted(model: nn.Module) -> None:
             )
 
 
+def _checkpoints(model: nn.Module) -> bool:
+    # transformers 5.2x renames the property, and warns at each use of the old name.
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+
+
 def _let_gradients_through(model: nn.Module) -> Any:
     """Make gradient checkpointing work, also the reentrant kind, which needs an input that requires a gradient.
 
@@ -185,12 +191,7 @@ def _let_gradients_through(model: nn.Module) -> Any:
         embeddings = None
 
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if (
-            getattr(model, "is_gradient_checkpointing", False)
-            and module.training
-            and torch.is_grad_enabled()
-            and isinstance(output, torch.Tensor)
-        ):
+        if _checkpoints(model) and module.training and torch.is_grad_enabled() and isinstance(output, torch.Tensor):
             output.requires_grad_(True)
 
     return (embeddings if isinstance(embeddings, nn.Module) else nn.Identity()).register_forward_hook(hook)
