@@ -274,10 +274,18 @@ class L1RALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
-        rows = state_dict.get(prefix + "lora_A")
-        if rows is not None and rows.shape[1:] == self.lora_A.shape[1:] and rows.shape[0] != self.rank:
-            self.resize(LayerPlan((), rows.shape[0]))
+        params = {name: getattr(self, name) for name in ("lora_A", "gate", "lora_B")}
+        found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
+        ranks = {rows.shape[:1] for rows in found.values()}
+        same_layer = all(rows.shape[1:] == params[name].shape[1:] for name, rows in found.items())
+        if len(found) == len(params) and len(ranks) == 1 and same_layer and ranks != {(self.rank,)}:
+            (rank,) = ranks.pop()
+            self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A probe belongs to the controller of this very layer; a copy has none that would ever take it.
+        return {**self.__dict__, "_probe": None}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
