@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from l1ra.allocation import spread
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController, check_budget, controller_of, rank_cap, rank_cost
 from l1ra.linear import L1RALinear, base_features, find_adapters
-from l1ra.targets import saved_modules, select_targets
+from l1ra.targets import part_of, saved_modules, select_targets
 
 __all__ = ["patch", "unpatch"]
 
@@ -142,7 +143,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     if controller is not None:
         controller.close()
     _restore(undo.swaps, undo.required)
-    undo.hook.remove()
+    if undo.hook is not None:
+        undo.hook.remove()
     object.__delattr__(model, UNDO)
     return model
 
@@ -150,7 +152,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 class _Undo:
     """What :func:`unpatch` needs."""
 
-    def __init__(self, swaps: list, required: list, hook: Any) -> None:
+    def __init__(self, swaps: list, required: list, hook: RemovableHandle | None) -> None:
         self.swaps, self.required, self.hook = swaps, required, hook
 
 
@@ -179,19 +181,26 @@ def _checkpoints(model: nn.Module) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
-def _let_gradients_through(model: nn.Module) -> Any:
+def _let_gradients_through(model: nn.Module) -> RemovableHandle | None:
     """Make gradient checkpointing work, also the reentrant kind, which needs an input that requires a gradient.
 
     With frozen embeddings no input does; transformers mends that for PEFT models alone.
     """
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = getter() if callable(getter) else None
-    except NotImplementedError:
-        embeddings = None
+    embeddings = part_of(model, "get_input_embeddings")
+    return None if embeddings is None else embeddings.register_forward_hook(_RequireGradient(model))
 
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if _checkpoints(model) and module.training and torch.is_grad_enabled() and isinstance(output, torch.Tensor):
+
+class _RequireGradient:
+    """A forward hook, an object and not a closure: so that a copy or a pickle of the model has its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if (
+            _checkpoints(self.model)
+            and module.training
+            and torch.is_grad_enabled()
+            and isinstance(output, torch.Tensor)
+        ):
             output.requires_grad_(True)
-
-    return (embeddings if isinstance(embeddings, nn.Module) else nn.Identity()).register_forward_hook(hook)

@@ -11,7 +11,7 @@ from torch import nn
 
 from l1ra.linear import base_features
 
-__all__ = ["saved_modules", "select_targets"]
+__all__ = ["part_of", "saved_modules", "select_targets"]
 
 # Fresh heads of transformers' task models, and the tasks that have them.
 HEADS = ("score", "classifier", "classification_head", "qa_outputs")
@@ -22,6 +22,15 @@ TASKS += ("ForImageClassification", "ForVideoClassification", "ForAudioClassific
 def fits(name: str, pattern: str) -> bool:
     """Whether a module's name is ``pattern`` or ends with it as whole components."""
     return name == pattern or name.endswith("." + pattern)
+
+
+def part_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a method such as ``get_input_embeddings`` of a transformers model returns; None if there is no such part."""
+    try:
+        part = getattr(model, getter)()
+    except Exception:  # models without the part say so in many ways, and it is optional
+        return None
+    return part if isinstance(part, nn.Module) else None
 
 
 def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -35,6 +44,8 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> di
     """
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save must be a list of names: write [{modules_to_save!r}].")
+    if modules_to_save is not None and not _is_names(modules_to_save):
+        raise TypeError(f"modules_to_save must be a list of names, not {modules_to_save!r}.")
     if modules_to_save is None:
         has_head = type(model).__name__.endswith(TASKS)
         return {name: m for name, m in model.named_children() if has_head and name in HEADS}
@@ -62,10 +73,16 @@ def select_targets(
         TypeError: neither a string nor a list of strings.
         ValueError: nothing fits, or a layer that is named can't be adapted.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    if base_features(model) is not None:
+        raise ValueError(
+            "the model is itself a linear layer, which can't be replaced in place: use L1RALinear.from_linear(model, "
+            "rank=...), or patch a module that contains it."
+        )
+    # A layer that is shared between parents answers to all its names, and is listed once, by the first.
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     blocked = {id(inner) for module in saved.values() for inner in module.modules()}
     if target_modules == "all-linear":
-        head = _output_head(model)
+        head = part_of(model, "get_output_embeddings")
         chosen = {
             name: module
             for name, module in modules.items()
@@ -77,6 +94,8 @@ def select_targets(
         chosen = _named(modules, target_modules)
         if clash := [name for name, module in chosen.items() if id(module) in blocked]:
             raise ValueError(f"{', '.join(clash)}: named in both target_modules and modules_to_save; choose one.")
+    ids = {id(module) for module in chosen.values()}
+    chosen = {name: module for name, module in model.named_modules() if id(module) in ids}
     _refuse_fast_path(model, chosen)
     return chosen
 
@@ -94,11 +113,11 @@ def _named(modules: dict[str, nn.Module], target_modules: str | Sequence[str]) -
                 f"suffix write [{target_modules!r}].{_suggest(target_modules, modules)}"
             )
     else:
-        names = list(target_modules)
-        if not names or not all(isinstance(name, str) for name in names):
+        if not _is_names(target_modules) or not target_modules:
             raise TypeError(
-                f"target_modules must be 'all-linear', a regular expression or a list of names, not {names}."
+                f"target_modules must be 'all-linear', a regular expression or a list of names, not {target_modules!r}."
             )
+        names = list(target_modules)
         lost = [name for name in names if not any(fits(module, name) for module in modules)]
         if lost:
             raise ValueError(f"target_modules: no module is named {lost[0]!r}.{_suggest(lost[0], modules)}")
@@ -112,16 +131,15 @@ def _named(modules: dict[str, nn.Module], target_modules: str | Sequence[str]) -
     return chosen
 
 
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(name, str) for name in value)
+
+
 def _suggest(wanted: str, modules: dict[str, nn.Module]) -> str:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name, m in modules.items() if base_features(m) is not None})
     close = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], suffixes, 3, 0.5)
     meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"{meant} The linear layers are named: {', '.join(suffixes) or '(none)'}."
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
 
 
 def _refuse_fast_path(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
