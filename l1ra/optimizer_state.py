@@ -16,6 +16,9 @@ __all__ = ["holds", "move_state"]
 # Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
 SHARED = ("col_var", "exp_avg_sq_col")
+# What starts at a value of the user's choice instead of 0, and the setting of the group that holds it: Adagrad's sum
+# and the step of Rprop, which is only ever multiplied.
+STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 def holds(optimizer: Optimizer, params: set[int]) -> bool:
@@ -30,19 +33,22 @@ def move_state(optimizer: Optimizer, param: torch.nn.Parameter, plan: LayerPlan,
     State tensors of the parameter's old shape and per-row factors move; scalars and factors shared by all rows stay.
     The rest can't be followed: then the state of this parameter alone is reset, and a warning names it.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        _reset_lbfgs(optimizer)
+        return
     state = optimizer.state.get(param)
     if not state:
         return
     group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
     moved = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() < len(old_shape)):
+        # By name first: at rank 1 a factor has the shape of the parameter itself, or that of a scalar.
+        if not isinstance(value, Tensor) or name in SHARED:
             continue
         if value.shape == old_shape or (name in PER_ROW and value.shape[:1] == old_shape[:1]):
-            # Adagrad's sum starts at a value of the user's choice.
-            start = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
-            moved[name] = dispatch.move_rows(value, plan.keep, plan.grow, start)
-        elif name not in SHARED:
+            start = group.get(STARTS[name], 0.0) if name in STARTS else 0.0
+            moved[name] = dispatch.move_rows(value, plan.keep, plan.grow, float(start))
+        elif value.numel() != 1 or value.dim() >= len(old_shape):
             warnings.warn(
                 f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for an adapter parameter of "
                 f"shape {tuple(old_shape)}, which can't be moved with its rows: the state of that parameter starts "
@@ -52,3 +58,15 @@ def move_state(optimizer: Optimizer, param: torch.nn.Parameter, plan: LayerPlan,
             state.clear()
             return
     state.update(moved)
+
+
+def _reset_lbfgs(optimizer: torch.optim.LBFGS) -> None:
+    # One state for all parameters, flattened one after the other.
+    if optimizer.state:
+        warnings.warn(
+            "LBFGS keeps one flat state for all parameters, which can't be moved with the rows of one: it starts anew "
+            "after a reallocation.",
+            stacklevel=3,
+        )
+    optimizer.state.clear()
+    optimizer._numel_cache = None
