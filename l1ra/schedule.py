@@ -32,10 +32,19 @@ class Schedule:
         if total_steps is None:
             steps = 100 if isinstance(interval, float) else interval
             return cls(steps, steps, None)
-        steps = max(1, int(interval * total_steps)) if isinstance(interval, float) else interval
+
+        def share(part: float) -> int:
+            return int(part * total_steps + 1e-6)  # 0.29 * 100 is 28.999... in floats
+
+        steps = max(1, share(interval)) if isinstance(interval, float) else interval
         # Not after the very last step: ranks that are dealt then would never be trained.
-        last = min(total_steps - 1, int((1 - config.cooldown) * total_steps))
-        return cls(steps, max(1, int(config.warmup * total_steps)), last)
+        last = min(total_steps - 1, share(1 - config.cooldown))
+        return cls(steps, max(1, share(config.warmup)), last)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no reallocation at all."""
+        return self.last is not None and self.last // self.interval * self.interval < max(self.first, 1)
 
     def reallocates(self, step: int) -> bool:
         """Whether there is a reallocation after ``step``."""
