@@ -1,0 +1,149 @@
+"""How gates move: the paper's rule and the adaptive one. What holds whatever their constants."""
+
+import pytest
+import torch
+from helpers import Adapted, Residual, play
+from torch import nn
+
+import l1ra
+from l1ra import L1RAConfig, L1RALinear, RankController
+from l1ra.gates import GateBank
+from l1ra.rules import AdaptiveL1, Moment, PaperL1, make_rule
+from l1ra_kernels.reference import adam_elastic_net_step
+
+INTERVAL = 20
+
+
+def bank(ranks=(4, 4), gates=None):
+    made = GateBank([L1RALinear(8, 8, rank=r) for r in ranks], [1] * len(ranks))
+    if gates is not None:
+        made.value = torch.tensor(gates)
+    return made
+
+
+def run(rule, made, grads, progress=0.0, over=False):
+    for grad in grads:
+        grad = torch.as_tensor(grad)
+        made.update(rule.step(made, grad, Moment(INTERVAL, progress, over)), grad, None)
+    return made
+
+
+def weak_and_strong(steps, scale=1.0):
+    """Gradients of eight gates, the first three far less important than the others."""
+    size = torch.tensor([1e-3, 1e-3, 1e-3, 1.0, 1.2, 0.9, 1.1, 1.0]) * scale
+    return torch.randn(steps, 8).sign() * size
+
+
+def test_the_config_names_the_rule():
+    assert isinstance(make_rule(L1RAConfig(rule="l1")), PaperL1)
+    assert isinstance(make_rule(L1RAConfig(rule="adaptive-l1")), AdaptiveL1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gate_lr": 0.1, "l1_lambda": 0.5, "l2_lambda": 0.2}])
+def test_the_papers_rule_is_adam_e(settings):
+    made = run(PaperL1(L1RAConfig(rule="l1", **settings)), bank(), grads := torch.randn(15, 8))
+    lr, l1, l2 = (settings.get(n, d) for n, d in (("gate_lr", 2e-2), ("l1_lambda", 1e-3), ("l2_lambda", 0.0)))
+    gate, m, v = torch.ones(8), torch.zeros(8), torch.zeros(8)
+    for age, grad in enumerate(grads):
+        gate, m, v = adam_elastic_net_step(gate, grad, m, v, torch.full((8,), float(age)), lr=lr, l1=l1, l2=l2)
+    torch.testing.assert_close(made.value, gate, rtol=0, atol=0)
+    assert PaperL1(L1RAConfig(rule="l1")).importance(made, Moment(INTERVAL, 0.0, False)) is None
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_adaptive_gates_that_do_not_matter_fade_to_exactly_zero_within_an_interval(scale):
+    made = run(AdaptiveL1(L1RAConfig()), bank(), weak_and_strong(INTERVAL, scale))
+    assert (made.value[:3] == 0).all() and (made.value[3:] > 0.5).all()
+
+
+def test_adaptive_gates_are_not_judged_while_they_are_young():
+    made = run(AdaptiveL1(L1RAConfig()), bank(), weak_and_strong(INTERVAL // 2))
+    assert (made.value == 1).all()
+    judged = AdaptiveL1(L1RAConfig()).importance(bank(), Moment(INTERVAL, 0.0, False))
+    assert judged == [[None] * 4, [None] * 4]
+
+
+def test_adaptive_gates_that_are_zero_stay_so_until_they_are_cut():
+    made = bank(gates=[0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    run(AdaptiveL1(L1RAConfig()), made, torch.ones(5, 8))
+    assert made.value[0] == 0 and made.value[1] > 0.5
+
+
+def test_adaptive_gates_recover_once_no_reallocation_will_come():
+    made = bank(gates=[0.4, 0.6, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+    made.age += 3 * INTERVAL
+    run(AdaptiveL1(L1RAConfig()), made, weak_and_strong(INTERVAL), progress=1.0, over=True)
+    assert (made.value == 1).all()
+
+
+@pytest.mark.parametrize("rule", ["l1", "adaptive-l1"])
+def test_gates_stay_between_zero_and_one_whatever_the_gradients(rule):
+    made = bank(ranks=(1, 5, 2))
+    for scale in (1e-30, 1.0, 1e18):
+        run(make_rule(L1RAConfig(rule=rule)), made, torch.randn(30, 8) * scale)
+        assert torch.isfinite(made.value).all() and made.value.min() >= 0 and made.value.max() <= 1
+
+
+@pytest.mark.parametrize("rule", ["l1", "adaptive-l1"])
+def test_a_gradient_of_zero_everywhere_does_no_harm(rule):
+    made = run(make_rule(L1RAConfig(rule=rule)), bank(), torch.zeros(3 * INTERVAL, 8))
+    assert torch.isfinite(made.value).all() and made.value.max() > 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rule", ["l1", "adaptive-l1"])
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(rule, bad):
+    steady, disturbed = bank(), bank()
+    grads = weak_and_strong(INTERVAL)
+    run(make_rule(L1RAConfig(rule=rule)), steady, grads)
+    spoilt = grads[7].clone()
+    spoilt[2] = bad
+    run(make_rule(L1RAConfig(rule=rule)), disturbed, [*grads[:7], spoilt, *grads[7:]])
+    assert disturbed.skipped == 1 and steady.skipped == 0
+    for name in ("value", "age", "exp_avg", "exp_avg_sq", "importance_sq"):
+        assert torch.equal(getattr(steady, name), getattr(disturbed, name)), name
+
+
+def test_gates_without_a_gradient_stand_still():
+    model = Adapted()
+    controller = RankController(model, 8, total_steps=100, rule="l1", gate_lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.up.gate.grad = torch.ones(4)
+    optimizer.step()
+    gates = controller.gates()
+    assert gates["up"] == pytest.approx([0.95 - 5e-5] * 4) and gates["down"] == [1.0] * 4
+
+
+def test_importance_of_a_rank_does_not_depend_on_how_its_scale_is_split():
+    """Half the gate and twice the B is the same function: the same importance."""
+    found = []
+    for gate in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = nn.Sequential(L1RALinear(6, 6, rank=3))
+        with torch.no_grad():
+            model[0].lora_B.normal_().div_(gate)
+            model[0].gate.fill_(gate)
+        controller = RankController(model, 3, total_steps=100)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model(torch.randn(9, 6)).square().mean().backward()
+        optimizer.step()
+        found.append(controller._bank.importance_sq)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_new_ranks_start_with_a_clean_record():
+    model = Residual()
+    controller = l1ra.patch(model, 16, total_steps=1000, interval=10, warmup=0.0)
+    bank = controller._bank
+    for name in ("exp_avg", "exp_avg_sq", "importance_sq", "age"):
+        setattr(bank, name, torch.arange(1.0, 17.0))
+    play(controller, {})
+    bank.value[1] = 0.0
+    bank.write()
+    controller._start()
+    controller._reallocate()
+    assert list(controller.ranks.values()) == [3, 5, 4, 4]
+    kept = [1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, *map(float, range(9, 17))]
+    for name in ("exp_avg", "exp_avg_sq", "importance_sq", "age"):
+        assert getattr(bank, name).tolist() == kept, name
+    assert bank.value.tolist() == [1.0] * 16

@@ -1,0 +1,66 @@
+"""At which steps ranks are moved."""
+
+import pytest
+
+from l1ra import L1RAConfig
+from l1ra.schedule import Schedule
+
+
+def steps(total, until=None, **settings):
+    settings = {"warmup": 0.0, "cooldown": 0.0, **settings}
+    schedule = Schedule.from_config(L1RAConfig(**settings), total)
+    return [step for step in range((until or total) + 1) if schedule.reallocates(step)]
+
+
+def test_every_interval_but_not_at_the_start_nor_after_the_last_step():
+    assert steps(50, interval=10) == [10, 20, 30, 40]
+    assert steps(55, interval=10) == [10, 20, 30, 40, 50]
+
+
+def test_an_interval_may_be_a_share_of_the_total():
+    assert steps(50, interval=0.1) == list(range(5, 50, 5))
+    assert steps(5, interval=0.1) == [1, 2, 3, 4]  # at least a step
+
+
+@pytest.mark.parametrize("share, total, interval", [(0.29, 100, 29), (0.57, 100, 57), (0.07, 100, 7), (0.1, 30, 3)])
+def test_a_share_is_not_lost_to_the_rounding_of_floats(share, total, interval):
+    assert Schedule.from_config(L1RAConfig(interval=share), total).interval == interval
+
+
+def test_warmup_and_cooldown_are_left_out():
+    assert steps(100, interval=10, warmup=0.25) == [30, 40, 50, 60, 70, 80, 90]
+    assert steps(100, interval=10, warmup=0.2) == [20, 30, 40, 50, 60, 70, 80, 90]
+    assert steps(100, interval=10, cooldown=0.3) == [10, 20, 30, 40, 50, 60, 70]
+
+
+@pytest.mark.parametrize("cooldown, last", [(0.9, 1), (0.7, 3), (0.4, 6), (0.3, 7)])
+def test_the_last_step_is_where_the_cooldown_begins(cooldown, last):
+    assert Schedule.from_config(L1RAConfig(cooldown=cooldown, warmup=0.0), 10).last == last
+
+
+def test_an_unknown_total_means_every_hundred_steps_for_ever():
+    assert steps(None, until=350, interval=0.05, warmup=0.1, cooldown=0.3) == [100, 200, 300]
+    assert steps(None, until=100, interval=40) == [40, 80]
+
+
+def test_progress_runs_to_the_last_reallocation():
+    schedule = Schedule.from_config(L1RAConfig(interval=10, cooldown=0.5), 100)
+    assert [schedule.progress(s) for s in (0, 25, 50, 99)] == [0.0, 0.5, 1.0, 1.0]
+    assert [schedule.over(s) for s in (50, 51)] == [False, True]
+    unknown = Schedule.from_config(L1RAConfig(), None)
+    assert unknown.progress(10**6) == 0.0 and not unknown.over(10**6)
+
+
+def test_probes_run_just_before_a_reallocation():
+    schedule = Schedule.from_config(L1RAConfig(interval=10, warmup=0.15, cooldown=0.5), 60)
+    assert [s for s in range(60) if schedule.probes(s, 3)] == [7, 8, 9, 17, 18, 19, 27, 28, 29]
+
+
+@pytest.mark.parametrize("total", [1, 2, 9, 10, 19, 20, 40])
+@pytest.mark.parametrize("warmup, cooldown", [(0.0, 0.0), (0.3, 0.4), (0.6, 0.3)])
+def test_an_empty_schedule_says_so(total, warmup, cooldown):
+    config = L1RAConfig(interval=10, warmup=warmup, cooldown=cooldown)
+    assert Schedule.from_config(config, total).empty == (
+        not steps(total, interval=10, warmup=warmup, cooldown=cooldown)
+    )
+    assert not Schedule.from_config(config, None).empty
