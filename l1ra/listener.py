@@ -71,6 +71,7 @@ class BackwardCounter:
 
     def __init__(self, param: torch.nn.Parameter) -> None:
         self.count = 0
+        self.warned = False
         counter = weakref.ref(self)
 
         def hook(_: torch.Tensor) -> None:
@@ -81,11 +82,12 @@ class BackwardCounter:
 
     def passed(self) -> None:
         self.count += 1
-        if self.count == self.LIMIT:
+        if self.count >= self.LIMIT and not self.warned:
+            self.warned = True
             warnings.warn(
-                f"{self.LIMIT} backward passes have gone by and the L1RA controller has seen no optimizer step: no rank "
-                "will move. Give the model's trainable parameters to a torch.optim optimizer; if yours is none, or "
-                "auto=False, call controller.step(optimizer) after each of its steps.",
+                f"{self.LIMIT} backward passes have gone by and the L1RA controller has seen no optimizer step: no "
+                "rank will move. Give the model's trainable parameters to a torch.optim optimizer; if yours is none, "
+                "or auto=False, call controller.step(optimizer) after each of its steps.",
                 stacklevel=2,
             )
 
