@@ -204,6 +204,8 @@ class RankController:
     # --- around an optimizer's step
 
     def _collect(self, optimizer: Optimizer) -> None:
+        if self._bank.stale():
+            self._bank.read()
         taken = self._bank.take_gradients()
         if taken is None:
             return
@@ -218,21 +220,17 @@ class RankController:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer) -> None:
-        if any(layer.rank != rank for layer, rank in zip(self._layers, self._bank.ranks, strict=True)):
-            self._bank.read()  # a state dict of other ranks was loaded
-            self._gradients = None
         if self._gradients is None:
             self._collect(optimizer)  # a closure computed them within the step
         # Several optimizers may share the adapters: a new training step begins when one of them comes round again.
-        if self._stepped and optimizer not in self._stepped:
-            self._stepped.add(optimizer)
-            self._bank.write()
-            return
-        self._stepped = weakref.WeakSet([optimizer])
+        begins = not self._stepped or optimizer in self._stepped
+        if begins:
+            self._stepped.clear()
+            if self._schedule is None:
+                self._start()
+            self.steps += 1
+        self._stepped.add(optimizer)
         self._backwards.stepped()
-        if self._schedule is None:
-            self._start()
-        self.steps += 1
         schedule = self._schedule
         if self._gradients is not None and not self._resting:
             grad, seen = self._gradients
@@ -240,7 +238,7 @@ class RankController:
             self._bank.update(self._rule.step(self._bank, grad, at), grad, seen)
         self._gradients = None
         self._bank.write()
-        if self._resting:
+        if self._resting or not begins:
             return
         if schedule.reallocates(self.steps):
             self._reallocate()
@@ -266,15 +264,21 @@ class RankController:
                 "optimizer steps> to l1ra.patch or RankController for a warm-up and a cooldown.",
                 stacklevel=2,
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                self._resting = "ranks stay fixed in distributed training"
-                warnings.warn(
-                    "L1RA can't move ranks in distributed training yet: all adapters keep the ranks they have, as in "
-                    "plain LoRA.",
-                    stacklevel=2,
-                )
         self._schedule = Schedule.from_config(self.config, self.total_steps)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            self._resting = "ranks stay fixed in distributed training"
+            warnings.warn(
+                "L1RA can't move ranks in distributed training yet: all adapters keep the ranks they have, as in "
+                "plain LoRA.",
+                stacklevel=2,
+            )
+        elif self._schedule.empty:
+            warnings.warn(
+                f"no rank will move: {self.total_steps} steps have no reallocation at interval {self.config.interval}, "
+                f"warmup {self.config.warmup} and cooldown {self.config.cooldown}. Train longer, or lower these.",
+                stacklevel=2,
+            )
 
     # --- reallocation
 
@@ -353,7 +357,7 @@ class RankController:
         Raises:
             ValueError: it belongs to other adapters, ranks, another budget or rule; nothing is changed then.
         """
-        missing = {"ranks", "budget", "rule", "gates", "steps", "history", "generator"} - set(state)
+        missing = set(self.state_dict()) - set(state)
         if missing:
             raise ValueError(f"this is no state of a RankController: {', '.join(sorted(missing))} missing.")
         if list(state["ranks"]) != list(self.adapters):
@@ -368,7 +372,7 @@ class RankController:
                 )
         if state["ranks"] != self.ranks:
             raise ValueError("the state has other ranks than the model: load the model's state dict first.")
-        if self._bank.ranks != list(self.ranks.values()):
+        if self._bank.stale():
             self._bank.read()
         self._bank.load_state_dict(state["gates"])
         self._generator.set_state(state["generator"])

@@ -84,6 +84,18 @@ class GateBank:
         for layer, value in zip(self.layers, self.value.split(self.ranks), strict=True):
             layer.gate.copy_(value)
 
+    def stale(self) -> bool:
+        """Whether somebody else has resized a layer or loaded other gates into it."""
+        if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
+            return True
+        loaded = [layer.gate_loaded for layer in self.layers]
+        for layer in self.layers:
+            layer.gate_loaded = False
+        return any(
+            new and not torch.equal(layer.gate, value.to(layer.gate))
+            for new, layer, value in zip(loaded, self.layers, self.value.split(self.ranks), strict=True)
+        )
+
     def read(self) -> None:
         """Start anew from the layers' gates, which somebody else has loaded or resized."""
         self.__init__(self.layers, self.costs)
@@ -117,7 +129,15 @@ class GateBank:
         return {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state of the same ranks."""
+        """Take over a state of the same ranks.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing is changed then.
+        """
+        for name in (*STATE, "skipped"):
+            shape = getattr(self, name).shape
+            if name not in state or state[name].shape != shape:
+                raise ValueError(f"the state of the gates has no {name!r} of shape {tuple(shape)}.")
         for name in (*STATE, "skipped"):
             setattr(self, name, state[name].to(getattr(self, name)).clone())
         self.write()

@@ -44,6 +44,7 @@ class L1RALinear(nn.Module):
         gate: Parameter ``(rank,)``, 1 at first; float32, or float64 where A is.
         lora_B: Parameter ``(rank, out_features)``, 0 at first.
         scaling: s.
+        gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class L1RALinear(nn.Module):
         """
         if base_features(base) is None:
             raise TypeError(
-                f"{type(base).__name__} can't be adapted: pass an nn.Linear or transformers' Conv1D, as the layer itself."
+                f"{type(base).__name__} can't be adapted: pass an nn.Linear or transformers' Conv1D, the layer itself."
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -140,6 +141,7 @@ class L1RALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(rank, self.out_features, device=device, dtype=adapter_dtype))
         self._merged_from: Tensor | None = None
         self._probe: tuple[Tensor, Tensor] | None = None
+        self.gate_loaded = False
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""
@@ -282,6 +284,7 @@ class L1RALinear(nn.Module):
             (rank,) = ranks.pop()
             self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.gate_loaded |= "gate" in found
 
     def __getstate__(self) -> dict[str, Any]:
         # A probe belongs to the controller of this very layer; a copy has none that would ever take it.
