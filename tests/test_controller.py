@@ -1,0 +1,416 @@
+"""RankController: what drives it, what it never does, and its state."""
+
+import copy
+import gc
+import io
+import warnings
+import weakref
+
+import pytest
+import torch
+from helpers import MLP, Adapted, Residual, bert, llama, play, same_bits, step, task, tokens, trainable
+from torch import nn
+
+import l1ra
+from l1ra import L1RALinear, RankController
+from l1ra.linear import find_adapters
+from l1ra.listener import BackwardCounter
+
+# Many reallocations in a short run.
+BRISK = {"total_steps": 60, "interval": 6, "warmup": 0.0, "cooldown": 0.2}
+
+
+def patched(budget=16, **settings):
+    model = Residual()
+    x, y = task(model)
+    controller = l1ra.patch(model, budget, **{**BRISK, **settings})
+    return model, controller, torch.optim.AdamW(trainable(model), lr=1e-2), x, y
+
+
+def around_reallocation(controller, note):
+    notes, inner = [], controller._reallocate
+
+    def wrapped():
+        before = note()
+        inner()
+        notes.append((before, note()))
+
+    controller._reallocate = wrapped
+    return notes
+
+
+def language(model):
+    return lambda: model(tokens()).logits, lambda: model(tokens(), labels=tokens()).loss
+
+
+def classes(model):
+    return lambda: model(tokens()).logits, lambda: model(tokens(), labels=torch.tensor([0, 2])).loss
+
+
+def numbers(model):
+    x, y = task(model)
+    return lambda: model(x), lambda: (model(x) - y).square().mean()
+
+
+@pytest.mark.parametrize("rule", ["adaptive-l1", "l1"])
+@pytest.mark.parametrize("make, use", [(Residual, numbers), (MLP, numbers), (llama, language), (bert, classes)])
+def test_no_reallocation_of_a_real_run_changes_the_output(make, use, rule):
+    model = make()
+    output, loss = use(model)
+    settings = {"gate_lr": 0.5, "l1_lambda": 1.0} if rule == "l1" else {}  # so that the paper's rule prunes at all
+    controller = l1ra.patch(model, 60, rule=rule, **BRISK, **settings)
+    model.eval()  # no dropout
+
+    @torch.no_grad()
+    def note():
+        return output().clone()
+
+    notes = around_reallocation(controller, note)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert len(notes) == 8 and sum(entry["pruned"] for entry in controller.history) > 5
+    for before, after in notes:
+        assert (after - before).abs().max() <= 1e-6 * before.abs().max()
+
+
+@pytest.mark.parametrize("unit, budget", [("ranks", 18), ("params", 300)])
+def test_the_budget_is_never_exceeded_and_never_lost(unit, budget):
+    model = MLP()
+    x, y = task(model)
+    controller = l1ra.patch(model, budget, budget_unit=unit, max_rank=7, **BRISK)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for _ in range(60):
+        step(model, optimizer, x, y)
+        cost = sum(
+            layer.rank * (1 if unit == "ranks" else layer.in_features + layer.out_features)
+            for layer in controller.adapters.values()
+        )
+        assert cost + controller.spare == budget and controller.spare >= 0
+        assert all(1 <= rank <= min(7, *sizes) for rank, sizes in zip(controller.ranks.values(), SIZES, strict=True))
+    assert controller.history[-1]["moved"] >= 0 and sum(entry["pruned"] for entry in controller.history) > 0
+
+
+SIZES = [(6, 10), (10, 8), (8, 4)]
+
+
+def test_history_ranks_and_statistics_agree():
+    model, controller, optimizer, x, y = patched()
+    for _ in range(60):
+        step(model, optimizer, x, y)
+    assert [entry["step"] for entry in controller.history] == [0, 6, 12, 18, 24, 30, 36, 42, 48]
+    assert controller.history[0]["ranks"] == controller.initial_ranks == dict.fromkeys(controller.adapters, 4)
+    assert controller.history[-1]["ranks"] == controller.ranks == {n: a.rank for n, a in find_adapters(model)}
+    assert controller.moved == sum(entry["moved"] for entry in controller.history) > 0
+    assert controller.steps == 60
+    statistics = controller.statistics()
+    assert statistics["l1ra/ranks"] + statistics["l1ra/spare"] == 16
+    assert statistics["l1ra/rank_max"] == max(controller.ranks.values())
+    assert statistics["l1ra/moved"] == controller.moved
+    assert controller.gates() == {n: pytest.approx(a.gate.tolist()) for n, a in find_adapters(model)}
+
+
+def test_the_same_run_twice_gives_the_same_ranks():
+    def run():
+        torch.manual_seed(0)
+        model, controller, optimizer, x, y = patched()
+        for _ in range(60):
+            step(model, optimizer, x, y)
+        return controller.history, model(x)
+
+    (first, a), (second, b) = run(), run()
+    assert first == second and same_bits(a, b)
+
+
+def test_it_hears_only_optimizers_of_its_own_parameters():
+    (model, controller, optimizer, x, y), (_, other, *_) = patched(), patched()
+    stranger = nn.Linear(2, 2)
+    stranger_steps = torch.optim.SGD(stranger.parameters(), lr=0.1)
+    for _ in range(3):
+        step(stranger, stranger_steps, torch.ones(1, 2), torch.ones(1, 2))
+        step(model, optimizer, x, y)
+    assert (controller.steps, other.steps) == (3, 0)
+
+
+def test_it_hears_an_optimizer_that_gets_the_parameters_later():
+    model, controller, _, x, y = patched()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.step()
+    optimizer.add_param_group({"params": trainable(model)})
+    step(model, optimizer, x, y)
+    assert controller.steps == 1
+
+
+def test_two_optimizers_of_half_the_adapters_each_make_one_step_together():
+    model, controller, _, x, y = patched()
+    halves = [trainable(model.blocks[:2]), trainable(model.blocks[2:])]
+    optimizers = [torch.optim.AdamW(half, lr=1e-2) for half in halves]
+    for n in range(1, 61):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert controller.steps == n
+    assert controller.moved > 0 and controller._bank.age.max() > 6
+    for optimizer, half in zip(optimizers, halves, strict=True):
+        for p in half:
+            assert all(v.shape == p.shape for v in optimizer.state[p].values() if v.dim())
+
+
+def test_two_losses_with_an_optimizer_each_both_reach_the_gates():
+    model = nn.ModuleList([Adapted(), Adapted()])
+    controller = RankController(model, 16, total_steps=100, rule="l1")
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    for _ in range(3):
+        for part, optimizer in zip(model, optimizers, strict=True):
+            step(part, optimizer, torch.randn(4, 6), torch.randn(4, 6))
+    assert (controller._bank.age == 3).all() and controller.steps == 3
+
+
+def test_a_new_optimizer_takes_over_from_one_that_is_gone():
+    model, controller, optimizer, x, y = patched()
+    step(model, optimizer, x, y)
+    del optimizer
+    gc.collect()
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    for n in range(2, 8):
+        step(model, optimizer, x, y)
+        assert controller.steps == n
+    assert controller._bank.age.max() == 7
+
+
+def test_a_new_optimizer_takes_over_from_one_that_is_kept_but_not_used():
+    model, controller, first, x, y = patched()
+    step(model, first, x, y)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    for _ in range(6):
+        step(model, optimizer, x, y)
+    # Its first step could as well have been the second half of the other's, and counts as that; but no gate misses it.
+    assert controller.steps == 6 and controller._bank.age.max() == 7
+
+
+def test_nobody_is_kept_alive_or_called_when_the_model_is_gone():
+    model, controller, optimizer, x, y = patched()
+    step(model, optimizer, x, y)
+    params, gone = trainable(model), weakref.ref(controller)
+    del model, controller
+    gc.collect()
+    assert gone() is None
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
+def test_close_ends_it():
+    model, controller, optimizer, x, y = patched()
+    controller.close()
+    step(model, optimizer, x, y)
+    assert controller.steps == 0 and l1ra.report(model).budget is None
+    RankController(model, 16).close()
+
+
+def test_without_auto_it_moves_at_your_call_alone():
+    model, controller, optimizer, x, y = patched(auto=False)
+    step(model, optimizer, x, y)
+    assert controller.steps == 0
+    for _ in range(60):
+        step(model, optimizer, x, y)
+        controller.step(optimizer)
+    assert controller.steps == 60 and controller.moved > 0
+    for p in trainable(model):
+        assert all(v.shape == p.shape for v in optimizer.state[p].values() if v.dim())
+
+
+def test_with_auto_a_call_of_step_is_an_error():
+    _, controller, optimizer, *_ = patched()
+    with pytest.raises(RuntimeError, match="drop the call, or pass auto=False"):
+        controller.step(optimizer)
+
+
+def test_auto_and_explicit_steps_give_the_same_gates_whatever_the_optimizer_does_to_them():
+    ends = []
+    for auto in (True, False):
+        torch.manual_seed(0)
+        model, controller, _, x, y = patched(auto=auto)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.5)
+        for _ in range(20):
+            step(model, optimizer, x, y)
+            if not auto:
+                controller.step(optimizer)
+        ends.append((controller.gates(), controller.ranks))
+    assert ends[0] == ends[1]
+
+
+def test_many_backward_passes_without_a_step_warn_once():
+    model, _, optimizer, x, y = patched()
+    step(model, optimizer, x, y)
+    stepped = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3 * BackwardCounter.LIMIT):
+            model(x[:1]).sum().backward()
+            if len(caught) == 1 and not stepped:
+                optimizer.step()  # also where steps come after all
+                stepped = True
+    (warning,) = caught
+    assert "256 backward passes" in str(warning.message) and "controller.step(optimizer)" in str(warning.message)
+
+
+def test_steps_in_time_keep_it_silent():
+    model, _, optimizer, x, _ = patched()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3 * BackwardCounter.LIMIT // 8):
+            for _ in range(8):
+                model(x[:1]).sum().backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_moves_no_gate_and_prunes_nothing(bad):
+    model, controller, optimizer, x, y = patched(interval=3)
+    for _ in range(5):
+        step(model, optimizer, x, y)
+    gates = controller.gates()
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    model.blocks[0].gate.grad[0] = bad
+    optimizer.step()  # a reallocation is due
+    alive = {name: [g for g in row if g > 0] for name, row in gates.items()}
+    assert controller.steps == 6
+    for name, row in controller.gates().items():  # none moved; those that were zero before are cut as they would be
+        assert row[: len(alive[name])] == alive[name] and set(row[len(alive[name]) :]) <= {1.0}
+    assert controller.skipped_steps == 1 and controller.history[-1]["gates"]["skipped"] == 1
+    step(model, optimizer, x, y)
+    assert controller.skipped_steps == 1 and controller._bank.age.max() == 6
+
+
+def test_without_total_steps_it_warns_and_moves_ranks_every_hundred_steps():
+    model, controller, optimizer, x, y = patched(total_steps=None, interval=0.05)
+    play(controller, {})
+    with pytest.warns(UserWarning, match="every 100 steps .* Pass total_steps="):
+        step(model, optimizer, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(204):
+            step(model, optimizer, x, y)
+    assert [entry["step"] for entry in controller.history] == [0, 100, 200]
+
+
+def test_a_schedule_without_any_reallocation_is_said():
+    model, _, optimizer, x, y = patched(total_steps=50, interval=100)
+    with pytest.warns(UserWarning, match="no rank will move: .* interval 100"):
+        step(model, optimizer, x, y)
+
+
+def test_in_distributed_training_ranks_rest_and_a_warning_says_so(monkeypatch):
+    model, controller, optimizer, x, y = patched(interval=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="can't move ranks in distributed training"):
+        step(model, optimizer, x, y)
+    for _ in range(5):
+        step(model, optimizer, x, y)
+    assert len(controller.history) == 1 and all((layer.gate == 1).all() for _, layer in find_adapters(model))
+
+
+# --- state
+
+
+def run_to(steps, *made):
+    model, controller, optimizer, x, y = made
+    while controller.steps < steps:
+        step(model, optimizer, x, y)
+    return made
+
+
+def test_a_run_resumed_from_its_state_goes_on_bit_for_bit():
+    whole = run_to(60, *patched(init="gaussian", new_rows="random"))
+    torch.manual_seed(0)
+    first = run_to(31, *patched(init="gaussian", new_rows="random"))
+    file = io.BytesIO()
+    torch.save({"model": first[0].state_dict(), "ranks": first[1].state_dict(), "adam": first[2].state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert len(set(first[1].ranks.values())) > 1  # ranks differ by now
+
+    second = (*patched(init="gaussian", new_rows="random", seed=9)[:3], *first[3:])
+    second[0].load_state_dict(saved["model"])
+    second[1].load_state_dict(saved["ranks"])
+    second[2].load_state_dict(saved["adam"])
+    assert second[1].ranks == first[1].ranks and second[1].gates() == first[1].gates()
+    run_to(60, *second)
+    assert second[1].history == whole[1].history and second[1].moved == whole[1].moved
+    assert all(same_bits(a, b) for a, b in zip(second[0].parameters(), whole[0].parameters(), strict=True))
+
+
+def test_a_state_does_not_change_when_the_run_goes_on():
+    made = run_to(20, *patched())
+    state = made[1].state_dict()
+    kept = copy.deepcopy(state)
+    run_to(40, *made)
+    assert state["history"] == kept["history"] and torch.equal(state["gates"]["value"], kept["gates"]["value"])
+
+
+@pytest.mark.parametrize("ranks", ["same ranks", "other ranks"])
+def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ranks):
+    model, controller, optimizer, x, y = patched()
+    source = patched()[0]
+    with torch.no_grad():
+        for _, layer in find_adapters(source):
+            layer.gate.fill_(0.5)
+    if ranks == "other ranks":
+        source.blocks[0].resize(l1ra.allocation.LayerPlan((0, 1)))
+        source.blocks[1].resize(l1ra.allocation.LayerPlan((0, 1, 2, 3), 1))
+    step(model, optimizer, x, y)
+    model.load_state_dict(source.state_dict())
+    play(controller, {})  # so that no rule moves them either
+    step(model, torch.optim.SGD(trainable(model), lr=0.1), x, y)
+    expected = {n: [0.5] * a.rank for n, a in find_adapters(model)}
+    if ranks == "other ranks":
+        expected["blocks.1"][-1] = 1.0
+    assert controller.gates() == {n: a.gate.tolist() for n, a in find_adapters(model)} == expected
+
+
+def snapshot(controller):
+    return copy.deepcopy({**controller.state_dict(), "generator": controller._generator.get_state().tolist()})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda s: s.pop("gates"), "no state of a RankController: gates missing"),
+        (lambda s: s.pop("initial_ranks"), "no state of a RankController: initial_ranks missing"),
+        (lambda s: s.clear(), "no state of a RankController"),
+        (lambda s: s["ranks"].update(other=3), "other adapters"),
+        (lambda s: s.update(budget=99), "budget 99, this controller 16"),
+        (lambda s: s.update(rule="l1"), "rule 'l1', this controller 'adaptive-l1'"),
+        (lambda s: s["ranks"].update({"blocks.0": 99}), "load the model's state dict first"),
+        (lambda s: s["gates"].pop("age"), "age"),
+        (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(damage, message):
+    _, controller, *_ = run_to(20, *patched())
+    state = copy.deepcopy(run_to(25, *patched())[1].state_dict())
+    state["ranks"] = dict(controller.ranks)
+    before = snapshot(controller)
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        controller.load_state_dict(state)
+    after = snapshot(controller)
+    for name in before:
+        if name == "gates":
+            assert all(torch.equal(before["gates"][k], after["gates"][k]) for k in before["gates"])
+        else:
+            assert before[name] == after[name], name
+
+
+def test_a_merged_adapter_is_not_resized_under_the_user():
+    model = nn.Sequential(L1RALinear(6, 6, rank=2))
+    RankController(model, 2)
+    model[0].merge()
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        model[0].resize(l1ra.allocation.LayerPlan((0,)))
