@@ -188,6 +188,7 @@ def _draw_map(
     now.set_xlabel("layer")
     now.set_title("rank now")
     if len(cells) <= 200:
+        bright = 0.7 * max(cells.values())
         for (layer, projection), rank in cells.items():
             now.text(
                 layers.index(layer),
@@ -195,7 +196,7 @@ def _draw_map(
                 str(rank),
                 ha="center",
                 va="center",
-                color="white",
+                color="black" if rank > bright else "white",
                 fontsize=8,
             )
     steps = [entry["step"] for entry in controller.history]
