@@ -41,13 +41,13 @@ $(VENV)/python.stamp:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# Without an NVIDIA GPU the CPU build of torch comes first, and the rest is held to it.
+# Without an NVIDIA GPU the CPU build of torch comes first, alone from its own index, and the rest is held to it.
 $(VENV)/%.stamp: pyproject.toml constraints-cpu.txt | $(VENV)/python.stamp
 	@{ if nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "installing l1ra[$*] with CUDA ..." && $(PIP) -e '.[$*]'; \
 	else \
 	    echo "installing torch for the CPU ..." && \
-	    $(PIP) --retries 1 --extra-index-url $(CPU_WHEELS) -c constraints-cpu.txt torch && \
+	    $(PIP) --no-deps --retries 1 --extra-index-url $(CPU_WHEELS) -c constraints-cpu.txt torch && \
 	    echo "installing l1ra[$*] ..." && $(PIP) -c constraints-cpu.txt -e '.[$*]'; \
 	fi; } || { echo "make: the installation failed; make PIP_FLAGS= says more" >&2; exit 1; }
 	@touch $@
