@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import l1ra
 from l1ra.allocation import LayerPlan
 from l1ra.linear import L1RALinear
 
@@ -140,6 +141,17 @@ def step(model, optimizer, x, y):
     loss.backward()
     optimizer.step()
     return loss
+
+
+# Many reallocations in a short run.
+BRISK = {"total_steps": 60, "interval": 6, "warmup": 0.0, "cooldown": 0.2}
+
+
+def patched(budget=16, **settings):
+    model = Residual()
+    x, y = task(model)
+    controller = l1ra.patch(model, budget, **{**BRISK, **settings})
+    return model, controller, torch.optim.AdamW(trainable(model), lr=1e-2), x, y
 
 
 class ScriptedRule:

@@ -1,0 +1,99 @@
+"""The state of a controller: resumed bit for bit, refused where it does not fit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import patched, play, same_bits, step, trainable
+
+import l1ra
+from l1ra.linear import find_adapters
+
+
+def run_to(steps, *made):
+    model, controller, optimizer, x, y = made
+    while controller.steps < steps:
+        step(model, optimizer, x, y)
+    return made
+
+
+def test_a_run_resumed_from_its_state_goes_on_bit_for_bit():
+    whole = run_to(60, *patched(init="gaussian", new_rows="random"))
+    torch.manual_seed(0)
+    first = run_to(31, *patched(init="gaussian", new_rows="random"))
+    file = io.BytesIO()
+    torch.save({"model": first[0].state_dict(), "ranks": first[1].state_dict(), "adam": first[2].state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert len(set(first[1].ranks.values())) > 1  # ranks differ by now
+
+    second = (*patched(init="gaussian", new_rows="random", seed=9)[:3], *first[3:])
+    second[0].load_state_dict(saved["model"])
+    second[1].load_state_dict(saved["ranks"])
+    second[2].load_state_dict(saved["adam"])
+    assert second[1].ranks == first[1].ranks and second[1].gates() == first[1].gates()
+    run_to(60, *second)
+    assert second[1].history == whole[1].history and second[1].moved == whole[1].moved
+    assert all(same_bits(a, b) for a, b in zip(second[0].parameters(), whole[0].parameters(), strict=True))
+
+
+def test_a_state_does_not_change_when_the_run_goes_on():
+    made = run_to(20, *patched())
+    state = made[1].state_dict()
+    kept = copy.deepcopy(state)
+    run_to(40, *made)
+    assert state["history"] == kept["history"] and torch.equal(state["gates"]["value"], kept["gates"]["value"])
+
+
+@pytest.mark.parametrize("ranks", ["same ranks", "other ranks"])
+def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ranks):
+    model, controller, optimizer, x, y = patched()
+    source = patched()[0]
+    with torch.no_grad():
+        for _, layer in find_adapters(source):
+            layer.gate.fill_(0.5)
+    if ranks == "other ranks":
+        source.blocks[0].resize(l1ra.allocation.LayerPlan((0, 1)))
+        source.blocks[1].resize(l1ra.allocation.LayerPlan((0, 1, 2, 3), 1))
+    step(model, optimizer, x, y)
+    model.load_state_dict(source.state_dict())
+    play(controller, {})  # so that no rule moves them either
+    step(model, torch.optim.SGD(trainable(model), lr=0.1), x, y)
+    expected = {n: [0.5] * a.rank for n, a in find_adapters(model)}
+    if ranks == "other ranks":
+        expected["blocks.1"][-1] = 1.0
+    assert controller.gates() == {n: a.gate.tolist() for n, a in find_adapters(model)} == expected
+
+
+def snapshot(controller):
+    return copy.deepcopy({**controller.state_dict(), "generator": controller._generator.get_state().tolist()})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda s: s.pop("gates"), "no state of a RankController: gates missing"),
+        (lambda s: s.pop("initial_ranks"), "no state of a RankController: initial_ranks missing"),
+        (lambda s: s.clear(), "no state of a RankController"),
+        (lambda s: s["ranks"].update(other=3), "other adapters"),
+        (lambda s: s.update(budget=99), "budget 99, this controller 16"),
+        (lambda s: s.update(rule="l1"), "rule 'l1', this controller 'adaptive-l1'"),
+        (lambda s: s["ranks"].update({"blocks.0": 99}), "load the model's state dict first"),
+        (lambda s: s["gates"].pop("age"), "age"),
+        (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(damage, message):
+    _, controller, *_ = run_to(20, *patched())
+    state = copy.deepcopy(run_to(25, *patched())[1].state_dict())
+    state["ranks"] = dict(controller.ranks)
+    before = snapshot(controller)
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        controller.load_state_dict(state)
+    after = snapshot(controller)
+    for name in before:
+        if name == "gates":
+            assert all(torch.equal(before["gates"][k], after["gates"][k]) for k in before["gates"])
+        else:
+            assert before[name] == after[name], name
