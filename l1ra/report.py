@@ -129,16 +129,24 @@ def _row(name: str, layer: L1RALinear, initial_rank: int) -> ReportRow:
 def grid(ranks: dict[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
     """Module names cut into layer number and projection.
 
+    A projection is what stands behind the number; before it too, where there are several stacks of layers, such as
+    an encoder and a decoder.
+
     Returns:
         The layer numbers and the projections in order, and the rank of each pair. A module outside of any numbered
         layer has layer -1.
     """
+    cut = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name) for name in ranks}
+    stacks = {match[1] for match in cut.values() if match}
     cells = {}
     for name, rank in ranks.items():
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        layer = int(match.group(1)) if match else -1
-        projection = (name[match.end() :] if match else "") or name
-        cells[layer, projection] = cells.get((layer, projection), 0) + rank
+        match = cut[name]
+        if match is None:
+            cells[-1, name] = rank
+            continue
+        stack, number, inner = match.groups()
+        names = [inner] if inner and len(stacks) == 1 else [part for part in (stack, inner) if part]
+        cells[int(number), ".".join(names) or "layer"] = rank
     return sorted({key[0] for key in cells}), list(dict.fromkeys(key[1] for key in cells)), cells
 
 
