@@ -1,0 +1,197 @@
+"""transformers.Trainer and TRL's SFTTrainer, unmodified: nothing to pass, nothing to call."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import bert, llama
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import l1ra
+from l1ra.linear import find_adapters
+
+STEPS = 30
+
+
+class Board(TrainerCallback):
+    """Writes down what it is given to log, as the TensorBoard callback does."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name, value in logs.items():
+            self.scalars.setdefault(name, []).append((state.global_step, value))
+
+
+def sentences(count=64, length=10):
+    generator = torch.Generator().manual_seed(3)
+    starts = torch.randint(0, 50, (count, 1), generator=generator)
+    ids = (starts + 3 * torch.arange(length)) % 50  # a pattern that can be learnt
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def livelier(model):
+    """Random tiny models have weights too small to learn anything from."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0, 0.2)
+    return model
+
+
+def arguments(path, **kwargs):
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return {"output_dir": str(path), **settings, **kwargs}
+
+
+def train(path, model=None, budget=28, patch=None, **kwargs):
+    model = livelier(model or llama())
+    controller = l1ra.patch(model, budget, **{"interval": 3, "warmup": 0.0, **(patch or {})})
+    board = Board()
+    data = kwargs.pop("data", sentences())
+    args = TrainingArguments(**arguments(path, **kwargs))
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[board])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(L1RA|rank).*")
+        trainer.train()
+    return controller, trainer, board
+
+
+def test_the_trainer_says_how_long_and_ranks_move(tmp_path):
+    controller, trainer, _ = train(tmp_path)
+    assert controller.total_steps == controller.steps == trainer.state.global_step == STEPS
+    assert [entry["step"] for entry in controller.history] == [0, 3, 6, 9, 12, 15, 18, 21]  # a cooldown of 0.3
+    assert controller.moved > 0 and sum(controller.ranks.values()) + controller.spare == 28
+    assert trainer.state.log_history[-2]["loss"] < trainer.state.log_history[0]["loss"]
+
+
+def test_statistics_stand_in_the_history_and_on_every_board(tmp_path):
+    controller, trainer, board = train(tmp_path)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == STEPS // 5 and all(controller.statistics().keys() <= entry.keys() for entry in logged)
+    for name, value in controller.statistics().items():
+        assert [step for step, _ in board.scalars[name]][: STEPS // 5] == list(range(5, STEPS + 1, 5))
+        assert board.scalars[name][-1] == (STEPS, value)
+    assert board.scalars["l1ra/moved"][0][1] <= board.scalars["l1ra/moved"][-1][1] == controller.moved
+
+
+def test_a_number_of_epochs_is_counted_in_optimizer_steps(tmp_path):
+    controller, *_ = train(tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=4)
+    assert controller.total_steps == controller.steps == 8  # 64 samples, 4 a batch, 4 batches a step
+
+
+def test_total_steps_of_your_own_win(tmp_path):
+    controller, *_ = train(tmp_path, patch={"total_steps": 12})
+    assert controller.total_steps == 12 and controller.steps == STEPS
+    assert controller.history[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_both_kinds_moves_the_same_ranks(tmp_path, reentrant):
+    plain, *_ = train(tmp_path)
+    saved, trainer, _ = train(
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    assert saved.history[1]["ranks"] == plain.history[1]["ranks"]
+    assert saved.gates() == {name: pytest.approx(row, abs=0.05) for name, row in plain.gates().items()}
+    assert saved.moved > 0 and trainer.state.global_step == STEPS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": "adafactor"},
+        {"optim": "adamw_torch", "max_grad_norm": 0.1, "weight_decay": 0.3, "lr_scheduler_type": "cosine"},
+        {"optim": "sgd", "learning_rate": 0.3},
+        {"optim": "rmsprop"},
+        {"optim": "adagrad"},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 3},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_the_trainers_settings_do_not_reach_the_gates(tmp_path, settings):
+    controller, trainer, _ = train(tmp_path, **settings)
+    gates = [g for row in controller.gates().values() for g in row]
+    assert controller.steps == STEPS and len(controller.history) == 8 and controller.skipped_steps == 0
+    assert min(gates) >= 0 and max(gates) <= 1
+    for layer in controller.adapters.values():
+        assert layer.gate.grad is None or not layer.gate.grad.any()
+        # Adagrad alone has a state before it has seen a gradient.
+        assert trainer.optimizer.state.get(layer.gate, {}).keys() <= {"step", "sum"}
+
+
+def test_a_classifier_is_trained_with_its_head(tmp_path):
+    data = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 3} for row in sentences()]
+    model = bert()
+    head = model.classifier.weight.detach().clone()
+    controller, trainer, _ = train(tmp_path, model, budget=40, data=data)
+    assert not torch.equal(model.classifier.weight, head) and controller.steps == STEPS
+    assert all("l1ra/ranks" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_a_checkpoint_of_the_trainer_can_be_loaded_into_a_fresh_patched_model(tmp_path):
+    controller, trainer, _ = train(tmp_path, save_strategy="steps", save_steps=15)
+    assert len(set(controller.ranks.values())) > 1
+    fresh = llama()
+    l1ra.patch(fresh, 28)
+    from safetensors.torch import load_file
+
+    missing = fresh.load_state_dict(load_file(tmp_path / f"checkpoint-{STEPS}" / "model.safetensors"), strict=False)
+    assert not missing.unexpected_keys
+    assert {name: layer.rank for name, layer in find_adapters(fresh)} == controller.ranks
+    ids = sentences(2)[0]["input_ids"][None]
+    torch.testing.assert_close(fresh(ids).logits, trainer.model(ids).logits, rtol=0, atol=0)
+
+
+def test_two_trainers_one_after_the_other_each_drive_their_own_model(tmp_path):
+    first, *_ = train(tmp_path)
+    second, *_ = train(tmp_path, max_steps=10)
+    assert (first.steps, first.total_steps, second.steps, second.total_steps) == (STEPS, STEPS, 10, 10)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[PAD]": 0, "[EOS]": 1, "[UNK]": 2, **{f"w{i}": i for i in range(3, 50)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trls_sft_trainer_is_driven_just_the_same(tmp_path, checkpointing):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    texts = [" ".join(f"w{3 + (i + 2 * j) % 47}" for j in range(12)) for i in range(48)]
+    model = livelier(llama())
+    controller, board = l1ra.patch(model, 28, interval=3, warmup=0.0), Board()
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            **arguments(tmp_path, gradient_checkpointing=checkpointing, bf16=False),
+            max_length=16,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer(),
+        callbacks=[board],
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(L1RA|rank).*")
+        trainer.train()
+    assert controller.total_steps == controller.steps == STEPS and controller.moved > 0
+    assert len(board.scalars["l1ra/moved"]) >= STEPS // 5
+    assert all("l1ra/ranks" in entry for entry in trainer.state.log_history if "loss" in entry)
