@@ -38,7 +38,7 @@ class ResidualNet(nn.Module):
         return x / math.sqrt(len(self.layers))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """Of one run: mean-squared error on fresh inputs, final ranks by layer, ranks moved."""
 

@@ -88,7 +88,7 @@ class AdaptiveL1:
             # Sorted with the unjudged last, so that the quantile needs no tensor of unknown length.
             ordered = torch.where(judged, per_cost, torch.inf).sort().values
             index = (self.quantile * (1 - at.progress) * (judged.sum() - 1)).long().clamp(min=0)
-            level = ordered[index]
+            level = ordered.index_select(0, index.reshape(1))  # indexing by a tensor would wait for the GPU
             weight = (level / per_cost).pow(self.sharpness).nan_to_num(nan=0.0).clamp(max=self.LARGEST_WEIGHT)
             weight = torch.where(judged, weight, 0.0)
         lr = self.lr if self.lr is not None else self._fading_lr(at)
