@@ -83,17 +83,19 @@ def load_model(name: str, data: Data, tokenizer: Any, seed: int) -> nn.Module:
 def evaluate(model: nn.Module, examples: list[dict], collate: Any) -> float:
     """Accuracy from 0 to 1, or perplexity of the labelled tokens."""
     model.eval()
-    right = loss = count = 0
+    total, count = 0.0, 0
     for _, batch in batches(examples, collate, model.device):
         labels = batch.pop("labels")
+        classes = labels.dim() == 1
         logits = model(**batch).logits
-        if labels.dim() == 1:
-            right += (logits.argmax(-1) == labels).sum().item()
+        if classes:
+            total += (logits.argmax(-1) == labels).sum().item()
             count += len(labels)
         else:
-            loss += nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            count += (labels[:, 1:] >= 0).sum().item()
-    return right / count if not torch.is_tensor(loss) else math.exp(loss.item() / count)
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += (labels >= 0).sum().item()
+    return total / count if classes else math.exp(total / count)
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def main() -> None:
     budget = options.budget or RANKS_PER_ADAPTER * len(select_targets(model, targets, head))
 
     # The whole integration. The model's output is still the same to the last bit.
-    controller = l1ra.patch(model, budget=budget, target_modules=targets)
+    controller = l1ra.patch(model, budget=budget, target_modules=targets, seed=options.seed)
 
     print("measuring the model before training, and the frozen baseline ...", flush=True)
     before = evaluate(model, test_set, collate)
