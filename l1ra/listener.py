@@ -31,20 +31,20 @@ class OptimizerListener:
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._params = params
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-        self._handles = [
-            register_optimizer_step_pre_hook(self._forward_to(weakref.WeakMethod(before))),
-            register_optimizer_step_post_hook(self._forward_to(weakref.WeakMethod(after))),
-        ]
+        self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        _listeners.add(self)
+        _hook_into_torch()
 
-    def _forward_to(self, callback: weakref.WeakMethod) -> Callable:
-        listener = weakref.ref(self)
+    def before(self, optimizer: Optimizer) -> None:
+        self._pass_on(self._before, optimizer)
 
-        def hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            me, call = listener(), callback()
-            if me is not None and call is not None and me.hears(optimizer):
-                call(optimizer)
+    def after(self, optimizer: Optimizer) -> None:
+        self._pass_on(self._after, optimizer)
 
-        return hook
+    def _pass_on(self, callback: weakref.WeakMethod, optimizer: Optimizer) -> None:
+        call = callback()
+        if call is not None and self.hears(optimizer):
+            call(optimizer)
 
     def hears(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds any of the parameters; one that does is remembered."""
@@ -57,11 +57,24 @@ class OptimizerListener:
         return known[1]
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        _listeners.discard(self)
 
-    def __del__(self) -> None:
-        self.close()
+
+# One pair of hooks for all listeners, registered once and left in place: torch iterates over its hooks as they are,
+# so that one which goes away during a step, by close() or by garbage collection, makes that step fail.
+_listeners: weakref.WeakSet[OptimizerListener] = weakref.WeakSet()
+_handles: list = []
+
+
+def _hook_into_torch() -> None:
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell("before", optimizer)))
+        _handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell("after", optimizer)))
+
+
+def _tell(when: str, optimizer: Optimizer) -> None:
+    for listener in list(_listeners):
+        getattr(listener, when)(optimizer)
 
 
 class BackwardCounter:
