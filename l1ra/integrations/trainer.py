@@ -35,9 +35,12 @@ def _stepping_trainer() -> Any | None:
         return None
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, module.Trainer):
-            return owner
+        # Only there are the locals read: before Python 3.13 a frame whose locals were read holds on to all of them,
+        # also to a model that its function deletes later.
+        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") == module.__name__:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, module.Trainer):
+                return owner
         frame = frame.f_back
     return None
 
