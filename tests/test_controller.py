@@ -22,6 +22,7 @@ from helpers import (
     trainable,
 )
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import l1ra
 from l1ra import RankController
@@ -195,6 +196,8 @@ def test_a_new_optimizer_takes_over_from_one_that_is_kept_but_not_used():
 
 
 def test_nobody_is_kept_alive_or_called_when_the_model_is_gone():
+    import transformers.trainer  # noqa: F401  where it is there, the controller looks for a Trainer
+
     model, controller, optimizer, x, y = patched()
     step(model, optimizer, x, y)
     params, gone = trainable(model), weakref.ref(controller)
@@ -204,6 +207,22 @@ def test_nobody_is_kept_alive_or_called_when_the_model_is_gone():
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
+
+
+def test_controllers_may_come_and_go_during_an_optimizers_step():
+    model, controller, optimizer, x, y = patched()
+    others = [patched()[:2] for _ in range(3)]
+
+    def hook(*_):
+        others.pop()[1].close()
+        others.clear()  # and one is garbage
+        gc.collect()
+        others.append(patched()[:2])
+
+    with register_optimizer_step_post_hook(hook):
+        for _ in range(3):
+            step(model, optimizer, x, y)
+    assert controller.steps == 3
 
 
 def test_close_ends_it():
