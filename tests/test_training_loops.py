@@ -170,6 +170,31 @@ def test_steps_that_a_grad_scaler_skips_move_no_gate(fused):
     assert not any(torch.equal(p, old) for p, old in zip(trainable(model), rows, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_skipped_because_of_another_parameter_moves_no_gate(fused):
+    model, controller, x, y = paper()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    gates = controller.gates()
+    scaled_loop(model, optimizer, x, y, scaler)
+    model.blocks[1].lora_A.grad[0, 0] = torch.inf  # the gates' own gradients are fine
+    scaler.step(optimizer)
+    scaler.update()
+    assert controller.gates() == gates and scaler.get_scale() == 32
+
+
+def test_gates_in_bf16_move_by_steps_too_small_for_bf16():
+    model, controller, x, y = paper()
+    model.bfloat16()
+    controller._rule.lr = 1e-4
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
+    for _ in range(200):
+        step(model, optimizer, x.bfloat16(), y.bfloat16())
+    gates = [layer.gate for _, layer in find_adapters(model)]
+    assert {gate.dtype for gate in gates} == {torch.bfloat16}
+    assert max((gate.float() - 0.6).abs().max() for gate in gates) > 0.01  # a step of 1e-4 alone is rounded away
+
+
 def test_ranks_move_under_a_grad_scaler_and_a_fused_optimizer():
     model, controller, _, x, y = patched()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
