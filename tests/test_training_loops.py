@@ -298,3 +298,21 @@ def test_adapters_that_a_batch_does_not_use_stand_still():
         if before is not None and len(controller.history) == reallocations:
             assert torch.equal(unused.gate, before)
     assert controller.steps == 30 and sum(controller.ranks.values()) + controller.spare == 16
+
+
+def test_a_loop_of_accelerate_drives_it_once_a_real_step():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, controller, _, x, y = patched()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for n in range(240):
+        part = n % 4
+        with accelerator.accumulate(model):
+            accelerator.backward((model(x[part::4]) - y[part::4]).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert controller.steps == (n + 1) // 4
+    assert controller.moved > 0 and sum(controller.ranks.values()) + controller.spare == 16
