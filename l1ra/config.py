@@ -35,7 +35,7 @@ class L1RAConfig:
         init: first values of A; B starts at 0. ``"kaiming"`` (default): uniform within ``1 / sqrt(in_features)``, as
             PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
         new_rows: A of a rank that an adapter receives. ``"gradient"`` (default): along the leading directions of
-            the layer's weight gradient, collected over the last steps before the reallocation. ``"random"``: as
+            the layer's weight gradient, summed over the last half interval before the reallocation. ``"random"``: as
             ``init``.
         rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
             ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
@@ -50,6 +50,8 @@ class L1RAConfig:
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
             Default 0.05.
+        min_interval: shortest interval in steps when it is given as a share: in fewer, the worth of a rank can't be
+            told from noise, and what is dealt has no time to learn. Default 20.
         warmup: share of the total at the start without reallocation. Default 0.05.
         cooldown: share of the total at the end without reallocation. Default 0.3.
         prune_threshold: gates strictly below are cut at a reallocation. Default 1e-10: those at exactly 0, in effect.
@@ -79,6 +81,7 @@ class L1RAConfig:
     sharpness: float = 4.0
     total_steps: int | None = None
     interval: int | float = 0.05
+    min_interval: int = 20
     warmup: float = 0.05
     cooldown: float = 0.3
     prune_threshold: float = 1e-10
@@ -100,7 +103,7 @@ class L1RAConfig:
         for name in ("rank_stabilized", "exclude_pruned"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        for name, low in (("total_steps", 1), ("min_rank", 1), ("max_rank", 1), ("seed", 0)):
+        for name, low in (("total_steps", 1), ("min_interval", 1), ("min_rank", 1), ("max_rank", 1), ("seed", 0)):
             _check_int(name, getattr(self, name), low, optional=name in ("total_steps", "max_rank"))
         for name, low, high in (
             ("alpha", 0.0, None),
@@ -172,6 +175,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "l1_lambda": 1e-3,
         "gate_lr": 2e-2,
         "interval": 0.1,
+        "min_interval": 1,
         "warmup": 0.0,
         "cooldown": 0.0,
         "prune_threshold": 1e-10,

@@ -24,8 +24,7 @@ from l1ra.schedule import Schedule
 __all__ = ["RankController", "check_budget", "controller_of", "rank_cap", "rank_cost"]
 
 ATTRIBUTE = "_l1ra_controller"
-PROBE_RANKS = 8
-PROBE_STEPS = 4
+PROBE_RANKS = 4
 
 
 def check_budget(budget: object) -> int:
@@ -242,12 +241,10 @@ class RankController:
             return
         if schedule.reallocates(self.steps):
             self._reallocate()
-        if self.config.new_rows == "gradient" and not self._probing:
-            span = min(PROBE_STEPS, schedule.interval)
-            if schedule.probes(self.steps, span):
-                self._probing = True
-                for layer in self._layers:
-                    layer.start_probe(PROBE_RANKS, self._generator)
+        if self.config.new_rows == "gradient" and not self._probing and schedule.probes(self.steps):
+            self._probing = True
+            for layer in self._layers:
+                layer.start_probe(PROBE_RANKS, self._generator)
 
     def _moment(self) -> Moment:
         schedule = self._schedule

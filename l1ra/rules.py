@@ -63,9 +63,10 @@ class AdaptiveL1:
     """An L1 step weighted by importance, against a constant pull back to 1.
 
     A rank's importance is ``I = sqrt(EMA[(g * dL/dg)**2])``, the first-order change of the loss if it were removed: it
-    is blind to how a rank's scale is split among A, g and B. Its weight is ``min(4, (I_q / I) ** sharpness)``, where I_q is
-    the q-quantile over all ranks that are alive and old enough to be judged (half an interval). Ranks that matter stay
-    at 1, the others fade to exactly 0. q falls to 0 until the last reallocation; then nothing fades any more.
+    is blind to how a rank's scale is split among A, g and B. Its weight is ``min(4, (I_q / I) ** sharpness)``, where
+    I_q is the q-quantile over all ranks that are alive and old enough to be judged (half an interval). Ranks that
+    matter stay at 1, the others fade to exactly 0. q falls to 0 until the last reallocation; then nothing fades any
+    more. Under ``budget_unit="params"``, I counts per parameter.
     """
 
     LARGEST_WEIGHT = 4.0

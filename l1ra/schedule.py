@@ -36,15 +36,15 @@ class Schedule:
         def share(part: float) -> int:
             return int(part * total_steps + 1e-6)  # 0.29 * 100 is 28.999... in floats
 
-        steps = max(1, share(interval)) if isinstance(interval, float) else interval
+        steps = max(config.min_interval, share(interval)) if isinstance(interval, float) else interval
         # Not after the very last step: ranks that are dealt then would never be trained.
-        last = min(total_steps - 1, share(1 - config.cooldown))
+        last = min(total_steps - 1, share(1 - config.cooldown)) // steps * steps
         return cls(steps, max(1, share(config.warmup)), last)
 
     @property
     def empty(self) -> bool:
         """Whether there is no reallocation at all."""
-        return self.last is not None and self.last // self.interval * self.interval < max(self.first, 1)
+        return self.last is not None and self.last < self.first
 
     def reallocates(self, step: int) -> bool:
         """Whether there is a reallocation after ``step``."""
@@ -58,6 +58,7 @@ class Schedule:
         """The share, from 0 to 1, of the way to the last possible reallocation; 0 while the total is unknown."""
         return 0.0 if self.last is None else min(1.0, step / max(1, self.last))
 
-    def probes(self, step: int, span: int) -> bool:
-        """Whether one of the next ``span`` steps after ``step`` brings a reallocation."""
-        return any(self.reallocates(step + ahead) for ahead in range(1, span + 1))
+    def probes(self, step: int) -> bool:
+        """Whether the steps after ``step`` are the last half interval before a reallocation."""
+        coming = (step // self.interval + 1) * self.interval
+        return self.reallocates(coming) and coming - step <= max(1, self.interval // 2)

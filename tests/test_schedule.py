@@ -7,7 +7,7 @@ from l1ra.schedule import Schedule
 
 
 def steps(total, until=None, **settings):
-    settings = {"warmup": 0.0, "cooldown": 0.0, **settings}
+    settings = {"warmup": 0.0, "cooldown": 0.0, "min_interval": 1, **settings}
     schedule = Schedule.from_config(L1RAConfig(**settings), total)
     return [step for step in range((until or total) + 1) if schedule.reallocates(step)]
 
@@ -20,11 +20,13 @@ def test_every_interval_but_not_at_the_start_nor_after_the_last_step():
 def test_an_interval_may_be_a_share_of_the_total():
     assert steps(50, interval=0.1) == list(range(5, 50, 5))
     assert steps(5, interval=0.1) == [1, 2, 3, 4]  # at least a step
+    assert steps(100, interval=0.1, min_interval=30) == [30, 60, 90]
+    assert steps(100, interval=10, min_interval=30) == list(range(10, 100, 10))  # a number of steps is taken as it is
 
 
 @pytest.mark.parametrize("share, total, interval", [(0.29, 100, 29), (0.57, 100, 57), (0.07, 100, 7), (0.1, 30, 3)])
 def test_a_share_is_not_lost_to_the_rounding_of_floats(share, total, interval):
-    assert Schedule.from_config(L1RAConfig(interval=share), total).interval == interval
+    assert Schedule.from_config(L1RAConfig(interval=share, min_interval=1), total).interval == interval
 
 
 def test_warmup_and_cooldown_are_left_out():
@@ -35,7 +37,7 @@ def test_warmup_and_cooldown_are_left_out():
 
 @pytest.mark.parametrize("cooldown, last", [(0.9, 1), (0.7, 3), (0.4, 6), (0.3, 7)])
 def test_the_last_step_is_where_the_cooldown_begins(cooldown, last):
-    assert Schedule.from_config(L1RAConfig(cooldown=cooldown, warmup=0.0), 10).last == last
+    assert Schedule.from_config(L1RAConfig(interval=1, cooldown=cooldown, warmup=0.0), 10).last == last
 
 
 def test_an_unknown_total_means_every_hundred_steps_for_ever():
@@ -51,9 +53,17 @@ def test_progress_runs_to_the_last_reallocation():
     assert unknown.progress(10**6) == 0.0 and not unknown.over(10**6)
 
 
-def test_probes_run_just_before_a_reallocation():
-    schedule = Schedule.from_config(L1RAConfig(interval=10, warmup=0.15, cooldown=0.5), 60)
-    assert [s for s in range(60) if schedule.probes(s, 3)] == [7, 8, 9, 17, 18, 19, 27, 28, 29]
+def test_nothing_fades_after_the_last_reallocation_even_if_the_cooldown_has_not_begun():
+    schedule = Schedule.from_config(L1RAConfig(interval=40, cooldown=0.25), 100)
+    assert schedule.last == 40
+    assert schedule.progress(40) == 1.0 and schedule.over(41)
+
+
+def test_probes_run_for_half_an_interval_before_a_reallocation():
+    schedule = Schedule.from_config(L1RAConfig(interval=6, warmup=0.2, cooldown=0.5), 60)
+    assert [s for s in range(60) if schedule.probes(s)] == [9, 10, 11, 15, 16, 17, 21, 22, 23, 27, 28, 29]
+    shortest = Schedule.from_config(L1RAConfig(interval=1, warmup=0.0, cooldown=0.5), 8)
+    assert [s for s in range(8) if shortest.probes(s)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 10, 19, 20, 40])
