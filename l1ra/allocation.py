@@ -102,7 +102,8 @@ def allocate(
     stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a
     time, round-robin. With ``importance``, a rank goes each time to the adapter whose least important surviving rank
     is the most important per cost, divided by one more than what that adapter already got; an adapter with fewer than
-    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one.
+    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one, and what no other can
+    take goes to those that have just had a rank cut, so that the budget is spent.
 
     Args:
         gates: for each adapter the gate of each rank, in row order.
@@ -111,7 +112,8 @@ def allocate(
         budget: what all ranks together may cost.
         min_rank: ranks that every adapter keeps.
         caps: the largest rank of each adapter; one that is above its cap keeps what it has and gets nothing.
-        exclude_pruned: an adapter that has just had a rank cut gets none.
+        exclude_pruned: an adapter that has just had a rank cut gets none (with ``importance``: none that another can
+            take).
 
     Returns:
         The plan; ``plan.spare`` is what nobody could take.
@@ -147,7 +149,7 @@ def allocate(
         for row, kept, cost in zip(importance, keep, costs, strict=True):
             judged = [value for k in kept if (value := row[k]) is not None]
             need.append(min(judged, default=0.0) / cost)
-        while open_ := [i for i in receivers if fits(i)]:
+        while open_ := [i for i in receivers if fits(i)] or [i for i in range(len(gates)) if fits(i)]:
             best = max(open_, key=lambda i: (need[i] / (1 + grow[i]), -i))
             grow[best] += 1
             spare -= costs[best]

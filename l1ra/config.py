@@ -59,7 +59,8 @@ class L1RAConfig:
         max_rank: largest rank of an adapter; None (default) means that of its weight.
         budget_unit: what the budget counts: ``"ranks"`` (default), or ``"params"``, adapter parameters
             (in_features + out_features a rank; gates are not counted).
-        exclude_pruned: an adapter that has just had a rank cut gets none at the same reallocation. Default True.
+        exclude_pruned: an adapter that has just had a rank cut gets none at the same reallocation; with the adaptive
+            rule, only what no other adapter can take. Default True.
         seed: of all random numbers drawn here; torch's global generator is never touched. Default 0.
         adapter_dtype: of A and B: ``"float32"`` (default), ``"bfloat16"``, ``"float16"``, ``"float64"`` or a
             torch.dtype. Gates are float32, in float64 adapters float64.

@@ -129,12 +129,12 @@ class RankController:
         self._probing = False
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._resting = ""
         self.initial_ranks = self.ranks
         self._record(pruned=0, moved=0)
 
-        params = {id(p) for a in self._layers for p in (a.lora_A, a.lora_B, a.gate)}
-        self._listener = OptimizerListener(params, self._collect, self._after) if auto else None
+        self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
         self._auto_off: list[Optimizer] = []
         self._backwards = BackwardCounter(self._layers[0].gate)
         setattr(model, ATTRIBUTE, self)
@@ -146,6 +146,9 @@ class RankController:
     @property
     def _layers(self) -> list[L1RALinear]:
         return list(self.adapters.values())
+
+    def _parameter_ids(self) -> set[int]:
+        return {id(p) for layer in self._layers for p in (layer.lora_A, layer.gate, layer.lora_B)}
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -188,6 +191,12 @@ class RankController:
             raise RuntimeError("this controller hears the optimizer by itself: drop the call, or pass auto=False.")
         if not any(known is optimizer for known in self._auto_off):
             self._auto_off.append(optimizer)
+        if all(layer.gate.grad is None for layer in self._layers):
+            warnings.warn(
+                "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
+                "cleared.",
+                stacklevel=2,
+            )
         self._after(optimizer)
 
     def close(self) -> None:
@@ -225,9 +234,15 @@ class RankController:
         begins = not self._stepped or optimizer in self._stepped
         if begins:
             self._stepped.clear()
-            if self._schedule is None:
-                self._start()
+            if optimizer not in self._met:
+                self._meet(optimizer)
             self.steps += 1
+            if self.total_steps is not None and self.steps == self.total_steps + 1:
+                warnings.warn(
+                    f"the training goes on beyond its {self.total_steps} total_steps: no rank moves any more. Pass the "
+                    "optimizer steps of all trainings together as total_steps to l1ra.patch or RankController.",
+                    stacklevel=2,
+                )
         self._stepped.add(optimizer)
         self._backwards.stepped()
         schedule = self._schedule
@@ -250,8 +265,13 @@ class RankController:
         schedule = self._schedule
         return Moment(schedule.interval, schedule.progress(self.steps), schedule.over(self.steps))
 
-    def _start(self) -> None:
-        trainer_steps = join_trainer(self)
+    def _meet(self, optimizer: Optimizer) -> None:
+        self._met.add(optimizer)
+        trainer_steps = join_trainer(self.statistics)
+        if self._schedule is None:
+            self._start(trainer_steps)
+
+    def _start(self, trainer_steps: int | None) -> None:
         if self.total_steps is None:
             self.total_steps = trainer_steps
         if self.total_steps is None:

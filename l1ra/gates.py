@@ -18,7 +18,9 @@ STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, 
 
 
 class GateBank:
-    """Flat float32 tensors ``(R,)``, R the sum of all ranks, adapter after adapter, on the first gate's device.
+    """Flat float32 tensors ``(R,)``, R the sum of all ranks, adapter after adapter.
+
+    They live on the first gate's device and follow it: a model is often moved after it was patched.
 
     Attributes:
         value: the master gates. The layers' Parameters are copies of them, in whatever dtype the model has.
@@ -46,6 +48,11 @@ class GateBank:
         relative = torch.tensor(self.costs, dtype=torch.float32) * (len(self.costs) / sum(self.costs))
         self.cost = relative.repeat_interleave(torch.tensor(self.ranks)).to(self.value.device)
 
+    def _follow(self, device: torch.device) -> None:
+        if self.value.device != device:
+            for name in (*STATE, "skipped", "cost"):
+                setattr(self, name, getattr(self, name).to(device))
+
     def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
         """Remove the gradients from the gates: flat, and a mask of the gates that had one (None: all of them).
 
@@ -56,6 +63,7 @@ class GateBank:
             return None
         for layer in self.layers:
             layer.gate.grad = None
+        self._follow(self.layers[0].gate.device)
         device, dtype = self.value.device, self.value.dtype
         parts = [
             torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad.to(device, dtype)

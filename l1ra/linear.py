@@ -261,8 +261,8 @@ class L1RALinear(nn.Module):
     def start_probe(self, count: int, generator: torch.Generator) -> None:
         """From the next forward on, collect a sketch of the weight's gradient.
 
-        ``count`` ranks with A = 0 and a random B ride along: they leave the output as it is, and the gradient of
-        their A is ``mix @ dL/dW``.
+        ``count`` ranks with A = 0 and a random B ride along: they leave the output as it is, up to the rounding of a
+        sum, and the gradient of their A is ``mix @ dL/dW``.
         """
         like = self.lora_A
         mix = torch.randn(count, self.out_features, generator=generator).to(like) / math.sqrt(count)

@@ -19,17 +19,18 @@ __all__ = ["BackwardCounter", "OptimizerListener"]
 
 
 class OptimizerListener:
-    """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold ``params``.
+    """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold some parameters.
 
-    Built on torch's global step hooks. It holds its callbacks weakly, and is deaf once their object is gone.
+    Built on torch's global step hooks. ``params()`` returns the parameters' ids. It holds the three, bound methods,
+    weakly, and is deaf once their object is gone.
 
     Attributes:
         optimizers: the optimizers that have been heard.
     """
 
-    def __init__(self, params: set[int], before: Callable, after: Callable) -> None:
+    def __init__(self, params: Callable[[], set[int]], before: Callable, after: Callable) -> None:
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._params = params
+        self._params = weakref.WeakMethod(params)
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
         self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         _listeners.add(self)
@@ -51,7 +52,8 @@ class OptimizerListener:
         size = tuple(len(group["params"]) for group in optimizer.param_groups)
         known = self._known.get(optimizer)
         if known is None or known[0] != size:
-            known = self._known[optimizer] = (size, holds(optimizer, self._params))
+            params = self._params()
+            known = self._known[optimizer] = (size, params is not None and holds(optimizer, params()))
             if known[1]:
                 self.optimizers.add(optimizer)
         return known[1]

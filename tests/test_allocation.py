@@ -51,7 +51,7 @@ def test_whatever_the_gates_budget_bounds_and_survivors_are_respected():
             assert list(layer.keep) == sorted(set(layer.keep)) and set(alive) <= set(layer.keep) <= set(range(len(row)))
             if len(alive) >= settings["min_rank"] or importance is not None:
                 assert list(layer.keep) == alive
-            if settings["exclude_pruned"] and len(alive) < len(row):
+            if importance is None and settings["exclude_pruned"] and len(alive) < len(row):
                 assert layer.grow == max(0, settings["min_rank"] - len(layer.keep))  # only in place of the dead
 
 
@@ -82,6 +82,13 @@ def test_without_candidates_the_ranks_are_kept_as_spare():
 
 def test_spare_ranks_are_offered_again():
     assert plan([[1.0], [1.0]], budget=4).grow == (1, 1)
+
+
+def test_with_importance_what_no_other_can_take_goes_to_the_pruned():
+    gates, importance = [[1.0, 0.0, 0.0], [1.0]], [[9.0, None, None], [1.0]]
+    assert plan(gates, importance, caps=[9, 2]).grow == (1, 1)  # the healthy one first, up to its cap
+    assert plan(gates, importance, caps=[9, 9]).grow == (0, 2)
+    assert plan(gates, importance, caps=[9, 9], exclude_pruned=False).grow == (2, 0)
 
 
 def test_without_importance_the_dead_with_the_highest_index_stay():

@@ -281,7 +281,7 @@ def test_many_backward_passes_without_a_step_warn_once():
 
 
 def test_steps_in_time_keep_it_silent():
-    model, _, optimizer, x, _ = patched()
+    model, _, optimizer, x, _ = patched(total_steps=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3 * BackwardCounter.LIMIT // 8):
@@ -336,3 +336,33 @@ def test_in_distributed_training_ranks_rest_and_a_warning_says_so(monkeypatch):
     for _ in range(5):
         step(model, optimizer, x, y)
     assert len(controller.history) == 1 and all((layer.gate == 1).all() for _, layer in find_adapters(model))
+
+
+def test_training_beyond_total_steps_is_said_once():
+    model, _, optimizer, x, y = patched(total_steps=4, interval=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            step(model, optimizer, x, y)
+        assert not caught
+        for _ in range(4):
+            step(model, optimizer, x, y)
+    assert len(caught) == 1 and "beyond its 4 total_steps" in str(caught[0].message)
+
+
+def test_parameters_that_a_load_has_replaced_are_still_heard():
+    model, controller, _, x, y = patched()
+    old = dict(model.named_parameters())
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    adapted = [p for n, p in model.named_parameters() if "base_layer" not in n]
+    assert all(p is not old[n] for n, p in model.named_parameters())
+    step(model, torch.optim.SGD(adapted, lr=1e-3), x, y)
+    assert controller.steps == 1
+
+
+def test_an_explicit_step_after_the_gradients_were_cleared_is_said():
+    model, controller, optimizer, x, y = patched(auto=False)
+    step(model, optimizer, x, y)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="before the gradients are cleared"):
+        controller.step(optimizer)

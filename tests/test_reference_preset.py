@@ -110,7 +110,7 @@ def test_a_new_row_of_a_is_drawn_with_the_first_rank_as_its_scale():
 
 def test_reallocations_come_every_tenth_of_the_training_but_not_at_its_start_or_end():
     model, controller = scripted({})
-    run(model, 60)
+    run(model, 50)
     assert [entry["step"] for entry in controller.history] == [0, *range(5, 50, 5)]
 
 

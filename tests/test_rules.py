@@ -140,7 +140,7 @@ def test_new_ranks_start_with_a_clean_record():
     play(controller, {})
     bank.value[1] = 0.0
     bank.write()
-    controller._start()
+    controller._start(None)
     controller._reallocate()
     assert list(controller.ranks.values()) == [3, 5, 4, 4]
     kept = [1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, *map(float, range(9, 17))]

@@ -92,9 +92,9 @@ def test_a_number_of_epochs_is_counted_in_optimizer_steps(tmp_path):
 
 
 def test_total_steps_of_your_own_win(tmp_path):
-    controller, *_ = train(tmp_path, patch={"total_steps": 12})
-    assert controller.total_steps == 12 and controller.steps == STEPS
-    assert controller.history[-1]["step"] == 6
+    controller, *_ = train(tmp_path, patch={"total_steps": 2 * STEPS})
+    assert controller.total_steps == 2 * STEPS and controller.steps == STEPS
+    assert controller.history[-1]["step"] == STEPS
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -195,3 +195,14 @@ def test_trls_sft_trainer_is_driven_just_the_same(tmp_path, checkpointing):
     assert controller.total_steps == controller.steps == STEPS and controller.moved > 0
     assert len(board.scalars["l1ra/moved"]) >= STEPS // 5
     assert all("l1ra/ranks" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_a_second_trainer_on_the_same_model_logs_the_statistics_too(tmp_path):
+    model = livelier(llama())
+    l1ra.patch(model, 28, interval=3, warmup=0.0, total_steps=12)
+    for _ in range(2):
+        trainer = Trainer(
+            model=model, args=TrainingArguments(**arguments(tmp_path, max_steps=6)), train_dataset=sentences()
+        )
+        trainer.train()
+        assert [e["step"] for e in trainer.state.log_history if "loss" in e and "l1ra/ranks" in e] == [5]

@@ -1,31 +1,30 @@
 """transformers.Trainer and its subclasses (TRL's among them), used unmodified.
 
 A Trainer can't be told of the controller, since the user passes it nothing; but it is on the call stack when its
-optimizer steps. There it is found once, at the first step: it knows the number of steps, and gets a callback that
-puts the rank statistics into its logs.
+optimizer steps. There it is found, at an optimizer's first step: it knows the number of steps, and gets a callback
+that puts the rank statistics into its logs.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from l1ra.controller import RankController
+from collections.abc import Callable
+from typing import Any
 
 __all__ = ["join_trainer"]
 
 
-def join_trainer(controller: RankController) -> int | None:
-    """Attach to the Trainer that is stepping the optimizer right now; its total number of steps.
+def join_trainer(statistics: Callable[[], dict[str, float]]) -> int | None:
+    """Put ``statistics()`` into the logs of the Trainer that is stepping an optimizer right now.
 
-    None if no Trainer is.
+    Returns:
+        The Trainer's total number of steps; None if no Trainer is at work.
     """
     trainer = _stepping_trainer()
     if trainer is None:
         return None
     # First, so that the integrations that report logs see what it adds.
-    trainer.callback_handler.callbacks.insert(0, _log_callback(controller))
+    trainer.callback_handler.callbacks.insert(0, _log_callback(statistics))
     return trainer.state.max_steps
 
 
@@ -45,17 +44,17 @@ def _stepping_trainer() -> Any | None:
     return None
 
 
-def _log_callback(controller: RankController) -> Any:
+def _log_callback(statistics: Callable[[], dict[str, float]]) -> Any:
     from transformers import TrainerCallback
 
     class RankStatistics(TrainerCallback):
-        """Adds ``controller.statistics()`` to what the Trainer logs."""
+        """Adds the controller's statistics to what the Trainer logs of the training."""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
-                statistics = controller.statistics()
-                logs.update(statistics)
+                numbers = statistics()
+                logs.update(numbers)
                 if state.log_history:
-                    state.log_history[-1].update(statistics)
+                    state.log_history[-1].update(numbers)
 
     return RankStatistics()
