@@ -316,3 +316,17 @@ def test_a_loop_of_accelerate_drives_it_once_a_real_step():
             optimizer.zero_grad()
         assert controller.steps == (n + 1) // 4
     assert controller.moved > 0 and sum(controller.ranks.values()) + controller.spare == 16
+
+
+def test_a_compiled_model_is_driven_just_the_same():
+    runs = []
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(5)
+        model, controller, optimizer, x, y = patched(total_steps=25, interval=10)
+        use = wrap(model)
+        for _ in range(25):
+            step(use, optimizer, x, y)
+        runs.append((controller.ranks, controller.moved, model(x).detach()))
+    (ranks, moved, out), (compiled_ranks, compiled_moved, compiled_out) = runs
+    assert moved > 0 and (compiled_ranks, compiled_moved) == (ranks, moved)
+    torch.testing.assert_close(compiled_out, out, rtol=1e-3, atol=1e-4)
