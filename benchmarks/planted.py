@@ -66,7 +66,10 @@ def problem(seed: int) -> tuple[ResidualNet, ResidualNet]:
 
 
 def run(method: str, seed: int, steps: int = STEPS, **overrides: object) -> Result:
-    """Train with ``method``: ``"frozen"``, ``"uniform"``, ``"oracle"``, ``"reference"`` or ``"default"``."""
+    """Train with ``method``: ``"frozen"``, ``"uniform"``, ``"oracle"``, ``"reference"`` or ``"default"``.
+
+    Uniform LoRA is the same layers with all gates held at 1. ``overrides`` are settings of ``L1RAConfig``.
+    """
     student, teacher = problem(seed)
     budget = PER_LAYER * DEPTH
     controller = None

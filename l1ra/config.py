@@ -45,13 +45,13 @@ class L1RAConfig:
         gate_lr: the gates' own learning rate, per step, constant. Rule ``"l1"``: default 2e-2. Rule
             ``"adaptive-l1"``: None (default) lets a useless gate fade from 1 to 0 within half an interval.
         quantile: share of all ranks whose gates the adaptive rule presses down at first; it falls to 0 until the
-            cooldown. Default 0.7.
+            cooldown. Default 0.5.
         sharpness: exponent of the adaptive rule's weights. Default 4.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
             Default 0.05.
         min_interval: shortest interval in steps when it is given as a share: in fewer, the worth of a rank can't be
-            told from noise, and what is dealt has no time to learn. Default 20.
+            told from noise, and what is dealt has no time to learn. Default 40.
         warmup: share of the total at the start without reallocation. Default 0.05.
         cooldown: share of the total at the end without reallocation. Default 0.3.
         prune_threshold: gates strictly below are cut at a reallocation. Default 1e-10: those at exactly 0, in effect.
@@ -78,11 +78,11 @@ class L1RAConfig:
     l1_lambda: float | None = None
     l2_lambda: float = 0.0
     gate_lr: float | None = None
-    quantile: float = 0.7
+    quantile: float = 0.5
     sharpness: float = 4.0
     total_steps: int | None = None
     interval: int | float = 0.05
-    min_interval: int = 20
+    min_interval: int = 40
     warmup: float = 0.05
     cooldown: float = 0.3
     prune_threshold: float = 1e-10
