@@ -173,7 +173,7 @@ def plot_ranks(model: nn.Module, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     layers, projections, cells = grid(controller.ranks)
-    figure = Figure(figsize=(11, max(3.2, 0.32 * len(projections) + 1.6)), layout="constrained")
+    figure = Figure(figsize=(13, max(3.2, 0.32 * len(projections) + 1.6)), layout="constrained")
     _draw_map(figure, *figure.subplots(1, 2, width_ratios=[3, 2]), controller, layers, projections, cells)
     figure.savefig(path, dpi=120)
     return path
@@ -217,4 +217,4 @@ def _draw_map(
     over_time.set_xlabel("optimizer step")
     over_time.set_ylabel("mean rank")
     over_time.set_title("ranks over time")
-    over_time.legend(fontsize=7)
+    over_time.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
