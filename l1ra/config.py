@@ -24,8 +24,8 @@ class L1RAConfig:
 
     ``L1RAConfig()`` is the preset ``"default"``. ``L1RAConfig.from_preset("reference")`` is the paper as its authors
     ran it; it departs from their code in this only: optimizer state is carried along at a reallocation instead of
-    being thrown away, ranks that find no receiver are kept as spare and offered again instead of being lost, and
-    Parameters keep their identity.
+    being thrown away, ranks that find no receiver are kept as spare and offered again instead of being lost, no
+    adapter gets more ranks than its weight has, and Parameters keep their identity.
 
     Attributes:
         alpha: numerator of the scaling; None (default) means the adapter's initial rank, a scaling of 1.
