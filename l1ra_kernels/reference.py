@@ -6,6 +6,7 @@ Dimensions: M tokens, K in_features, N out_features, r rank. Adapter tensors are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scalin
         ``(..., N)`` in the dtype of ``y0``.
     """
     dtype = y0.dtype
-    # The dtype is settled by y0; an enclosing autocast region must not lower it further.
-    with torch.autocast(y0.device.type, enabled=False):
+    # The dtype is settled by y0; an enclosing autocast region must not lower it further. The meta device has none.
+    kind = y0.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         c = (b * (scaling * gate).unsqueeze(1)).to(dtype)
         h = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), a.to(dtype))
         return torch.addmm(y0.reshape(-1, y0.shape[-1]), h, c).view(y0.shape)

@@ -292,3 +292,9 @@ def test_a_copy_works_and_carries_no_probe(how):
     assert twin.lora_A is not layer.lora_A and twin._probe is None and layer.take_probe() is not None
     twin.resize(full(3, 1))
     assert (twin.rank, layer.rank) == (4, 3)
+
+
+def test_shapes_can_be_inferred_on_the_meta_device():
+    layer = L1RALinear(6, 5, rank=2, device="meta", dtype=torch.bfloat16)
+    out = layer(torch.empty(3, 4, 6, device="meta", dtype=torch.bfloat16))
+    assert out.shape == (3, 4, 5) and out.dtype == torch.bfloat16 and out.is_meta
