@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.allocation import LayerPlan
+from l1ra.config import INITS
 from l1ra_kernels import dispatch
 
 __all__ = ["L1RALinear", "base_features", "find_adapters"]
@@ -75,7 +76,7 @@ class L1RALinear(nn.Module):
             generator: a CPU generator for A.
 
         Raises:
-            ValueError: a rank out of its range.
+            ValueError: a rank, alpha or dropout out of its range, or no such init.
         """
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
@@ -98,7 +99,7 @@ class L1RALinear(nn.Module):
 
         Raises:
             TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D``.
-            ValueError: a rank out of its range.
+            ValueError: a rank, alpha or dropout out of its range, or no such init.
         """
         if base_features(base) is None:
             raise TypeError(
@@ -126,6 +127,10 @@ class L1RALinear(nn.Module):
             raise ValueError(
                 f"rank must be from 1 to {largest} for a layer {self.in_features} -> {self.out_features}, not {rank!r}."
             )
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}.")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"alpha must be above 0, not {alpha!r}: at 0 the adapter would do nothing.")
         self.initial_rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)

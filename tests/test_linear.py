@@ -298,3 +298,9 @@ def test_shapes_can_be_inferred_on_the_meta_device():
     layer = L1RALinear(6, 5, rank=2, device="meta", dtype=torch.bfloat16)
     out = layer(torch.empty(3, 4, 6, device="meta", dtype=torch.bfloat16))
     assert out.shape == (3, 4, 5) and out.dtype == torch.bfloat16 and out.is_meta
+
+
+@pytest.mark.parametrize("wrong", [{"init": "zeros"}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.5}])
+def test_settings_of_a_layer_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        L1RALinear(6, 5, rank=2, **wrong)
