@@ -40,7 +40,7 @@ from transformers import (
 import l1ra
 from l1ra.targets import saved_modules, select_targets
 
-RANKS_PER_ADAPTER = 4
+RANKS_PER_ADAPTER = 2
 
 
 def parse_arguments() -> argparse.Namespace:
