@@ -255,7 +255,14 @@ class RankController:
         if self._resting or not begins:
             return
         if schedule.reallocates(self.steps):
-            self._reallocate()
+            merged = [name for name, layer in self.adapters.items() if layer.merged]
+            if merged:
+                warnings.warn(
+                    f"ranks wait for the next interval: {merged[0]} is merged. Call its unmerge() to train on.",
+                    stacklevel=2,
+                )
+            else:
+                self._reallocate()
         if self.config.new_rows == "gradient" and not self._probing and schedule.probes(self.steps):
             self._probing = True
             for layer in self._layers:

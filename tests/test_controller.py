@@ -366,3 +366,22 @@ def test_an_explicit_step_after_the_gradients_were_cleared_is_said():
     optimizer.zero_grad()
     with pytest.warns(UserWarning, match="before the gradients are cleared"):
         controller.step(optimizer)
+
+
+def test_ranks_wait_while_an_adapter_is_merged():
+    """A head that goes on learning keeps the optimizer stepping; a merged layer can't be resized."""
+    model, controller, optimizer, x, y = patched(total_steps=60, interval=6)
+    play(controller, {5: [[0.0, 1.0, 1.0, 1.0]] + [[1.0] * 4] * 3})
+    receiver = list(find_adapters(model))[1][1]
+    for n in range(6):
+        if n == 5:
+            receiver.merge()
+            with pytest.warns(UserWarning, match="unmerge"):
+                step(model, optimizer, x, y)
+        else:
+            step(model, optimizer, x, y)
+    assert list(controller.ranks.values()) == [4, 4, 4, 4] and controller._bank.ranks == [4, 4, 4, 4]
+    receiver.unmerge()
+    for _ in range(6):
+        step(model, optimizer, x, y)
+    assert list(controller.ranks.values()) == [3, 5, 4, 4]
