@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 
 import torch
@@ -211,3 +213,12 @@ def assert_untouched(model, before):
 
 def full(rank, grow=0):
     return LayerPlan(tuple(range(rank)), grow)
+
+
+def copied(module, how):
+    """A copy by ``"deepcopy"`` or ``"pickle"``."""
+    if how == "deepcopy":
+        return copy.deepcopy(module)
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)

@@ -1,13 +1,12 @@
 """L1RALinear: its function, its dtypes, merge and resize."""
 
 import copy
-import io
 import itertools
 import math
 
 import pytest
 import torch
-from helpers import full, same_bits, shake
+from helpers import copied, full, same_bits, shake
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -282,12 +281,7 @@ def test_a_copy_works_and_carries_no_probe(how):
     layer, x = adapted(dropout=0.1).eval(), torch.randn(3, 6)
     layer.start_probe(2, torch.Generator())
     layer(x).sum().backward()
-    if how == "deepcopy":
-        twin = copy.deepcopy(layer)
-    else:
-        file = io.BytesIO()
-        torch.save(layer, file)
-        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    twin = copied(layer, how)
     torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=1e-6)
     assert twin.lora_A is not layer.lora_A and twin._probe is None and layer.take_probe() is not None
     twin.resize(full(3, 1))

@@ -1,12 +1,24 @@
 """patch and unpatch: the same function before and after, and the very objects back."""
 
 import copy
-import io
 import itertools
 
 import pytest
 import torch
-from helpers import MLP, Adapted, Residual, assert_untouched, bert, gpt2, llama, same_bits, shake, snapshot, tokens
+from helpers import (
+    MLP,
+    Adapted,
+    Residual,
+    assert_untouched,
+    bert,
+    copied,
+    gpt2,
+    llama,
+    same_bits,
+    shake,
+    snapshot,
+    tokens,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -213,12 +225,7 @@ def test_a_copy_of_a_patched_model_works_by_itself_and_is_not_driven(make, how):
     model = make().eval()
     controller = l1ra.patch(model, 40, total_steps=10)
     shake(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    twin = copied(model, how)
     assert same_bits(output(twin), output(model))
     assert controller_of(twin) is None and controller_of(model) is controller
     for p in twin.parameters():
