@@ -1,0 +1,57 @@
+"""Which kind of implementation is wanted, process-wide, and which kinds there are on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["interpreting", "triton_available", "using", "wanted"]
+
+CHOICES = ("auto", "torch", "fused")
+VARIABLE = "L1RA_KERNELS"
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+_wanted: str | None = None
+
+
+def triton_available() -> bool:
+    """Whether triton can be imported."""
+    return triton is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1): slowly, and on CPU tensors too."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def wanted() -> str:
+    """``"auto"``: the fastest that fits; ``"torch"``: plain PyTorch; ``"fused"``: Triton kernels, also where the
+    interpreter must stand in for a GPU.
+
+    Set by :func:`using` or the environment variable ``L1RA_KERNELS``.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    name = _wanted or os.environ.get(VARIABLE) or "auto"
+    if name not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {name!r}.")
+    return name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Within the block, :func:`wanted` is ``name``."""
+    global _wanted
+    if name not in CHOICES:
+        raise ValueError(f"the choice must be one of {', '.join(CHOICES)}, not {name!r}.")
+    before, _wanted = _wanted, name
+    try:
+        yield
+    finally:
+        _wanted = before
