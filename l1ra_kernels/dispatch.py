@@ -17,14 +17,26 @@ from l1ra_kernels.reference import (
     move_rows,
     weighted_l1_step,
 )
+from l1ra_kernels.state_ops import (
+    adam_gate_step,
+    adaptive_gate_step,
+    compact_rows_,
+    move_rows_many,
+    unless_not_finite,
+)
 
 __all__ = [
     "Path",
     "adam_elastic_net_step",
+    "adam_gate_step",
+    "adaptive_gate_step",
+    "compact_rows_",
     "gated_lora",
     "importance_step",
     "move_rows",
+    "move_rows_many",
     "path_for",
+    "unless_not_finite",
     "weighted_l1_step",
 ]
 

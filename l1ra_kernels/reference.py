@@ -48,6 +48,30 @@ def move_rows(rows: Tensor, keep: Sequence[int], grow: int, fill: float = 0.0) -
     return moved
 
 
+@torch.no_grad()
+def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
+    """For each tensor ``(r, ...)`` a new one: its row i is row ``sources[i]``, or ``fill`` where that is -1."""
+    indices: dict[tuple, tuple[Tensor, Tensor]] = {}
+    moved = []
+    for rows, source, fill in zip(tensors, sources, fills, strict=True):
+        key = (*source, rows.device)
+        if key not in indices:
+            old = torch.as_tensor(source, dtype=torch.long)
+            indices[key] = tuple(index.to(rows.device) for index in ((old >= 0).nonzero()[:, 0], old[old >= 0]))
+        kept, old = indices[key]
+        moved.append(rows.new_full((len(source), *rows.shape[1:]), fill))
+        moved[-1][kept] = rows[old]
+    return moved
+
+
+@torch.no_grad()
+def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> None:
+    """In each tensor ``(r, ...)`` the kept rows move to the front; the rows behind them become zero. In place."""
+    for rows, keep in zip(tensors, keeps, strict=True):
+        rows[: len(keep)] = rows[torch.as_tensor(keep, dtype=torch.long, device=rows.device)]
+        rows[len(keep) :] = 0
+
+
 def adam_elastic_net_step(
     gate: Tensor,
     grad: Tensor,
@@ -94,3 +118,82 @@ def weighted_l1_step(gate: Tensor, weight: Tensor, *, lr: float, l1: float) -> T
     A gate that has reached 0 stays there. ``gate`` and ``weight`` are ``(R,)``.
     """
     return torch.where(gate > 0, (gate + lr * (1 - l1 * weight)).clamp(0.0, 1.0), gate)
+
+
+def unless_not_finite(
+    new: Sequence[Tensor], old: Sequence[Tensor], grad: Tensor, skipped: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """``new`` where a gate had a gradient (``seen``; None: everywhere), else ``old``; all ``old`` and one more step
+    ``skipped``, an int64 scalar, if any gradient is not finite. No value is brought to the host.
+
+    Returns:
+        One tensor for each of ``new``, then ``skipped``.
+    """
+    finite = torch.isfinite(grad).all()
+    where = finite if seen is None else finite & seen
+    return *(torch.where(where, n, o) for n, o in zip(new, old, strict=True)), skipped + ~finite
+
+
+def adam_gate_step(
+    gate: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    age: Tensor,
+    skipped: Tensor,
+    seen: Tensor | None = None,
+    *,
+    lr: float,
+    l1: float,
+    l2: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`adam_elastic_net_step` of all gates, each a step older, as :func:`unless_not_finite` allows it.
+
+    Returns:
+        The new ``(gate, exp_avg, exp_avg_sq, age, skipped)``; the inputs are not changed.
+    """
+    moved = adam_elastic_net_step(gate, grad, exp_avg, exp_avg_sq, age, lr=lr, l1=l1, l2=l2, betas=betas, eps=eps)
+    return unless_not_finite((*moved, age + 1), (gate, exp_avg, exp_avg_sq, age), grad, skipped, seen)
+
+
+def adaptive_gate_step(
+    gate: Tensor,
+    grad: Tensor,
+    importance_sq: Tensor,
+    age: Tensor,
+    cost: Tensor,
+    skipped: Tensor,
+    seen: Tensor | None = None,
+    *,
+    lr: float,
+    l1: float,
+    horizon: float,
+    youth: float,
+    quantile: float,
+    sharpness: float,
+    largest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`importance_step`, then :func:`weighted_l1_step` of all gates, as :func:`unless_not_finite` allows it.
+
+    The weight of a rank is ``min(largest, (I_q / I) ** sharpness)``, with ``I = sqrt(importance_sq) / cost`` and I_q
+    its value at ``quantile`` (rounded down to a rank) over all ranks that can be judged: their gate is above 0 and
+    their age at least ``youth`` steps. The others have weight 0; so have all if ``l1`` is 0. All are ``(R,)`` float32.
+
+    Returns:
+        The new ``(gate, importance_sq, age, skipped)``; the inputs are not changed.
+    """
+    mean_sq = importance_step(gate, grad, importance_sq, age, horizon)
+    weight = torch.zeros_like(gate)
+    if l1 > 0:
+        judged = (age >= youth) & (gate > 0)
+        per_cost = mean_sq.sqrt() / cost
+        # Sorted with the unjudged last, so that the quantile needs no tensor of unknown length.
+        ordered = torch.where(judged, per_cost, torch.inf).sort().values
+        index = (quantile * (judged.sum() - 1)).long().clamp(min=0)
+        level = ordered.index_select(0, index.reshape(1))  # indexing by a tensor would wait for the GPU
+        weight = (level / per_cost).nan_to_num(nan=0.0, posinf=torch.inf).pow(sharpness).clamp(max=largest)
+        weight = torch.where(judged, weight, 0.0)
+    moved = weighted_l1_step(gate, weight, lr=lr, l1=l1)
+    return unless_not_finite((moved, mean_sq, age + 1), (gate, importance_sq, age), grad, skipped, seen)
