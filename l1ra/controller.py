@@ -17,7 +17,8 @@ from l1ra.gates import GateBank
 from l1ra.integrations.trainer import join_trainer
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
-from l1ra.optimizer_state import move_state
+from l1ra.optimizer_state import plan_state
+from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
@@ -249,7 +250,7 @@ class RankController:
         if self._gradients is not None and not self._resting:
             grad, seen = self._gradients
             at = self._moment()
-            self._bank.update(self._rule.step(self._bank, grad, at), grad, seen)
+            self._bank.update(self._rule.step(self._bank, grad, at, seen), grad, seen)
         self._gradients = None
         self._bank.write()
         if self._resting or not begins:
@@ -321,7 +322,7 @@ class RankController:
 
     def _reallocate(self) -> None:
         plan = self._plan()
-        pruned = moved = 0
+        moves, resized, pruned, moved = RowMoves(), {}, 0, 0
         for layer, change in zip(self._layers, plan.layers, strict=True):
             sketch = layer.take_probe()
             cut = layer.rank - len(change.keep)
@@ -332,14 +333,13 @@ class RankController:
             rows = layer.initial_rows(change.grow, self._generator)
             if change.grow and self.config.new_rows == "gradient":
                 rows = leading_rows(sketch, layer.lora_A.detach()[list(change.keep)], rows)
-            params = (layer.lora_A, layer.gate, layer.lora_B)
-            shapes = [p.shape for p in params]
-            layer.resize(change, rows)
-            for param, shape in zip(params, shapes, strict=True):
-                for optimizer in self._optimizers():
-                    move_state(optimizer, param, change, shape)
+            layer.plan_resize(moves, change, rows)
+            resized |= {param: (change, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
+        for optimizer in self._optimizers():
+            plan_state(moves, optimizer, resized)
+        self._bank.plan_move(moves, plan)
+        moves.run()
         self._probing = False
-        self._bank.move(plan)
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from l1ra.allocation import Plan
 from l1ra.linear import L1RALinear
+from l1ra.row_moves import RowMoves, row_sources
 from l1ra_kernels import dispatch
 
 __all__ = ["GateBank"]
@@ -78,19 +80,21 @@ class GateBank:
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over new values of the state, but nothing at all at a step whose gradient is not finite.
 
-        No value is brought to the host, so that a GPU is not waited for.
+        A new state that has an ``age`` is taken as it is: the ops for gate steps have seen to that already. No value is
+        brought to the host, so that a GPU is not waited for.
         """
-        finite = torch.isfinite(grad).all()
-        self.skipped += ~finite
-        where = finite if seen is None else finite & seen
-        for name, tensor in {**new, "age": self.age + 1}.items():
-            setattr(self, name, torch.where(where, tensor, getattr(self, name)))
+        if "age" not in new:
+            new = {**new, "age": self.age + 1}
+            old = [getattr(self, name) for name in new]
+            kept = dispatch.unless_not_finite(list(new.values()), old, grad, self.skipped, seen)
+            new = dict(zip((*new, "skipped"), kept, strict=True))
+        for name, tensor in new.items():
+            setattr(self, name, tensor)
 
     @torch.no_grad()
     def write(self) -> None:
         """Copy the masters into the layers' gates, undoing whatever an optimizer did to them."""
-        for layer, value in zip(self.layers, self.value.split(self.ranks), strict=True):
-            layer.gate.copy_(value)
+        torch._foreach_copy_([layer.gate for layer in self.layers], list(self.value.split(self.ranks)))
 
     def stale(self) -> bool:
         """Whether somebody else has resized a layer or loaded other gates into it."""
@@ -108,16 +112,15 @@ class GateBank:
         """Start anew from the layers' gates, which somebody else has loaded or resized."""
         self.__init__(self.layers, self.costs)
 
-    def move(self, plan: Plan) -> None:
-        """Carry the state along with a plan that the layers have followed."""
+    def plan_move(self, moves: RowMoves, plan: Plan) -> None:
+        """Add to ``moves``: the state goes along with a plan that the layers will follow."""
+        flat, start = [], 0
+        for layer, rank in zip(plan.layers, self.ranks, strict=True):
+            flat += [start + row if row >= 0 else row for row in row_sources(layer)]
+            start += rank
         for name, fill in STATE.items():
-            parts = getattr(self, name).split(self.ranks)
-            moved = [
-                dispatch.move_rows(part, layer.keep, layer.grow, fill)
-                for part, layer in zip(parts, plan.layers, strict=True)
-            ]
-            setattr(self, name, torch.cat(moved))
-        self._measure()
+            moves.add(getattr(self, name), flat, fill, partial(setattr, self, name))
+        moves.afterwards(self._measure)
 
     def rows(self, flat: Tensor) -> list[list[float]]:
         """A flat tensor as one list an adapter."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l1ra.allocation import LayerPlan
 from l1ra.config import INITS
+from l1ra.row_moves import RowMoves
 from l1ra_kernels import dispatch
 
 __all__ = ["L1RALinear", "base_features", "find_adapters"]
@@ -229,9 +230,14 @@ class L1RALinear(nn.Module):
         self.base_layer.weight.copy_(self._merged_from)
         self._merged_from = None
 
-    @torch.no_grad()
     def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
-        """Keep the rows ``plan.keep`` in order and append ``plan.grow`` new ones, with gate 1 and B = 0.
+        """Keep the rows ``plan.keep`` in order and append ``plan.grow`` new ones: :meth:`plan_resize`, done at once."""
+        moves = RowMoves()
+        self.plan_resize(moves, plan, new_rows)
+        moves.run()
+
+    def plan_resize(self, moves: RowMoves, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
+        """Add to ``moves``: the rows ``plan.keep`` stay in order, then come ``plan.grow`` new ones of gate 1, B = 0.
 
         The Parameters stay the same objects, hooks included, and a gradient they hold moves along.
 
@@ -254,14 +260,9 @@ class L1RALinear(nn.Module):
             raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(rows.shape)}.")
         if grow == 0 and len(keep) == self.rank:
             return
-        for param, fill in ((self.lora_A, 0.0), (self.gate, 1.0), (self.lora_B, 0.0)):
-            moved = dispatch.move_rows(param.detach(), keep, grow, fill)
-            if param is self.lora_A:
-                moved[len(keep) :] = rows.to(moved)
-            grad = None if param.grad is None else dispatch.move_rows(param.grad, keep, grow)
-            param.grad = None
-            param.set_(moved)
-            param.grad = grad
+        moves.add_parameter(self.lora_A, plan, new_rows=rows)
+        moves.add_parameter(self.gate, plan, fill=1.0)
+        moves.add_parameter(self.lora_B, plan)
 
     def start_probe(self, count: int, generator: torch.Generator) -> None:
         """From the next forward on, collect a sketch of the weight's gradient.

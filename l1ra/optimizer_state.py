@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.allocation import LayerPlan
-from l1ra_kernels import dispatch
+from l1ra.row_moves import RowMoves, row_sources
 
-__all__ = ["holds", "move_state"]
+__all__ = ["holds", "move_state", "plan_state"]
 
 # Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
@@ -26,41 +28,59 @@ def holds(optimizer: Optimizer, params: set[int]) -> bool:
     return any(id(p) in params for group in optimizer.param_groups for p in group["params"])
 
 
-@torch.no_grad()
 def move_state(optimizer: Optimizer, param: torch.nn.Parameter, plan: LayerPlan, old_shape: torch.Size) -> None:
-    """Carry the state of ``param``, resized by ``plan`` from ``old_shape``, along with its rows; new rows start at 0.
+    """Carry the state of one parameter, resized by ``plan`` from ``old_shape``, along with its rows: see
+    :func:`plan_state`."""
+    moves = RowMoves()
+    plan_state(moves, optimizer, {param: (plan, old_shape)})
+    moves.run()
 
-    State tensors of the parameter's old shape and per-row factors move; scalars and factors shared by all rows stay.
-    The rest can't be followed: then the state of this parameter alone is reset, and a warning names it.
+
+def plan_state(
+    moves: RowMoves, optimizer: Optimizer, plans: Mapping[torch.nn.Parameter, tuple[LayerPlan, torch.Size]]
+) -> None:
+    """Add to ``moves`` the state of all parameters that are resized, each by its plan from its old shape.
+
+    State tensors of the parameter's old shape and per-row factors move, new rows start at 0; scalars and factors
+    shared by all rows stay. The rest can't be followed: then the state of this parameter alone will be reset, and a
+    warning names it.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
-        _reset_lbfgs(optimizer)
+        if plans:
+            _reset_lbfgs(moves, optimizer)
         return
-    state = optimizer.state.get(param)
-    if not state:
-        return
-    group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
-    moved = {}
-    for name, value in state.items():
-        # By name first: at rank 1 a factor has the shape of the parameter itself, or that of a scalar.
-        if not isinstance(value, Tensor) or name in SHARED:
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    for param, (plan, old_shape) in plans.items():
+        state = optimizer.state.get(param)
+        if not state:
             continue
-        if value.shape == old_shape or (name in PER_ROW and value.shape[:1] == old_shape[:1]):
-            start = group.get(STARTS[name], 0.0) if name in STARTS else 0.0
-            moved[name] = dispatch.move_rows(value, plan.keep, plan.grow, float(start))
-        elif value.numel() != 1 or value.dim() >= len(old_shape):
+        lost = next((name for name, value in state.items() if _kind(name, value, old_shape) == "unknown"), None)
+        if lost is not None:
             warnings.warn(
-                f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for an adapter parameter of "
-                f"shape {tuple(old_shape)}, which can't be moved with its rows: the state of that parameter starts "
-                "anew after a reallocation.",
+                f"{type(optimizer).__name__} keeps {lost!r} of shape {tuple(state[lost].shape)} for an adapter "
+                f"parameter of shape {tuple(old_shape)}, which can't be moved with its rows: the state of that "
+                "parameter starts anew after a reallocation.",
                 stacklevel=2,
             )
-            state.clear()
-            return
-    state.update(moved)
+            moves.afterwards(state.clear)
+            continue
+        for name, value in state.items():
+            if _kind(name, value, old_shape) == "rows":
+                start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
+                moves.add(value, row_sources(plan), float(start), partial(state.__setitem__, name))
 
 
-def _reset_lbfgs(optimizer: torch.optim.LBFGS) -> None:
+def _kind(name: str, value: object, old_shape: torch.Size) -> str:
+    """``"rows"`` if it moves with the rows, ``"shared"`` if it stays, else ``"unknown"``."""
+    # By name first: at rank 1 a factor has the shape of the parameter itself, or that of a scalar.
+    if not isinstance(value, Tensor) or name in SHARED:
+        return "shared"
+    if value.shape == old_shape or (name in PER_ROW and value.shape[:1] == old_shape[:1]):
+        return "rows"
+    return "shared" if value.numel() == 1 and value.dim() < len(old_shape) else "unknown"
+
+
+def _reset_lbfgs(moves: RowMoves, optimizer: torch.optim.LBFGS) -> None:
     # One state for all parameters, flattened one after the other.
     if optimizer.state:
         warnings.warn(
@@ -68,5 +88,5 @@ def _reset_lbfgs(optimizer: torch.optim.LBFGS) -> None:
             "after a reallocation.",
             stacklevel=3,
         )
-    optimizer.state.clear()
-    optimizer._numel_cache = None
+    moves.afterwards(optimizer.state.clear)
+    moves.afterwards(lambda: setattr(optimizer, "_numel_cache", None))

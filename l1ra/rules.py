@@ -1,8 +1,11 @@
 """Gate rules: how gates move at an optimizer step, and how much each rank matters.
 
-A rule has two methods. ``step(bank, grad, at)`` returns the new state of the bank, by name of its tensor; it changes
-nothing. ``importance(bank, at)`` returns one number a rank (None in place of one that can't be judged yet) for the
-allocation, or None if the allocation shall go by the gates.
+A rule has two methods. ``step(bank, grad, at, seen)`` returns the new state of the bank, by name of its tensor; it
+changes nothing. ``seen`` is the mask of the gates that had a gradient, or None: all of them. The bank keeps gates at
+their old state that were not seen, and all of them at a step whose gradient is not finite, unless the rule returns
+``age`` and ``skipped`` as well: then it has seen to that already, as the ops for gate steps do. ``importance(bank,
+at)`` returns one number a rank (None in place of one that can't be judged yet) for the allocation, or None if the
+allocation shall go by the gates.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from l1ra.config import L1RAConfig
@@ -36,7 +38,7 @@ class Moment:
 
 
 class Rule(Protocol):
-    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]: ...
+    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]: ...
 
     def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]] | None: ...
 
@@ -49,11 +51,10 @@ class PaperL1:
         self.l1 = 1e-3 if config.l1_lambda is None else config.l1_lambda
         self.l2 = config.l2_lambda
 
-    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]:
-        value, exp_avg, exp_avg_sq = dispatch.adam_elastic_net_step(
-            bank.value, grad, bank.exp_avg, bank.exp_avg_sq, bank.age, lr=self.lr, l1=self.l1, l2=self.l2
-        )
-        return {"value": value, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]:
+        state = (bank.value, grad, bank.exp_avg, bank.exp_avg_sq, bank.age, bank.skipped, seen)
+        new = dispatch.adam_gate_step(*state, lr=self.lr, l1=self.l1, l2=self.l2)
+        return dict(zip(("value", "exp_avg", "exp_avg_sq", "age", "skipped"), new, strict=True))
 
     def importance(self, bank: GateBank, at: Moment) -> None:
         return None
@@ -77,24 +78,18 @@ class AdaptiveL1:
         self.quantile = config.quantile
         self.sharpness = config.sharpness
 
-    def step(self, bank: GateBank, grad: Tensor, at: Moment) -> dict[str, Tensor]:
-        importance_sq = dispatch.importance_step(
-            bank.value, grad, bank.importance_sq, bank.age, horizon=max(2.0, at.interval / 2)
+    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]:
+        new = dispatch.adaptive_gate_step(
+            *(bank.value, grad, bank.importance_sq, bank.age, bank.cost, bank.skipped, seen),
+            lr=self.lr if self.lr is not None else self._fading_lr(at),
+            l1=0.0 if at.over else self.l1,
+            horizon=max(2.0, at.interval / 2),
+            youth=at.interval / 2,
+            quantile=self.quantile * (1 - at.progress),
+            sharpness=self.sharpness,
+            largest=self.LARGEST_WEIGHT,
         )
-        judged = self._judged(bank, at)
-        if at.over:
-            weight = torch.zeros_like(bank.value)
-        else:
-            per_cost = importance_sq.sqrt() / bank.cost
-            # Sorted with the unjudged last, so that the quantile needs no tensor of unknown length.
-            ordered = torch.where(judged, per_cost, torch.inf).sort().values
-            index = (self.quantile * (1 - at.progress) * (judged.sum() - 1)).long().clamp(min=0)
-            level = ordered.index_select(0, index.reshape(1))  # indexing by a tensor would wait for the GPU
-            weight = (level / per_cost).pow(self.sharpness).nan_to_num(nan=0.0).clamp(max=self.LARGEST_WEIGHT)
-            weight = torch.where(judged, weight, 0.0)
-        lr = self.lr if self.lr is not None else self._fading_lr(at)
-        value = dispatch.weighted_l1_step(bank.value, weight, lr=lr, l1=self.l1)
-        return {"value": value, "importance_sq": importance_sq}
+        return dict(zip(("value", "importance_sq", "age", "skipped"), new, strict=True))
 
     def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]]:
         judged = bank.rows(self._judged(bank, at))

@@ -56,11 +56,11 @@ def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], 
     for rows, source, fill in zip(tensors, sources, fills, strict=True):
         key = (*source, rows.device)
         if key not in indices:
-            old = torch.as_tensor(source, dtype=torch.long)
-            indices[key] = tuple(index.to(rows.device) for index in ((old >= 0).nonzero()[:, 0], old[old >= 0]))
-        kept, old = indices[key]
-        moved.append(rows.new_full((len(source), *rows.shape[1:]), fill))
-        moved[-1][kept] = rows[old]
+            old = torch.as_tensor(source, dtype=torch.long, device=rows.device)
+            indices[key] = old.clamp(min=0), (old < 0).nonzero()[:, 0]
+        old, new = indices[key]
+        moved.append(rows.index_select(0, old) if len(rows) else rows.new_empty((len(source), *rows.shape[1:])))
+        moved[-1].index_fill_(0, new, fill)
     return moved
 
 

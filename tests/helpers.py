@@ -162,7 +162,7 @@ class ScriptedRule:
     def __init__(self, controller, script, importance=None):
         self.controller, self.script, self.given = controller, script, importance
 
-    def step(self, bank, grad, at):
+    def step(self, bank, grad, at, seen=None):
         gates = self.script.get(self.controller.steps)
         return {} if gates is None else {"value": torch.tensor([g for row in gates for g in row])}
 
