@@ -1,9 +1,10 @@
 # make quickstart   fine-tune a small model on the CPU (or the GPU, if there is one) and compare
 # make test         run the tests
 # make lint         check style and format
+# make gpu          correctness and speed on a GPU, in under 9 minutes; installs nothing
 # make clean        remove what was built; downloads in .cache and results in runs stay
 #
-# Each target installs what it needs into .venv first. Options of the quickstart: make quickstart QUICKSTART='--steps 400'
+# Each target but gpu installs what it needs into .venv first. Options: make quickstart QUICKSTART='--steps 400'
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,12 +13,13 @@ PIP_FLAGS ?= -qq
 PIP := $(BIN)/python -m pip --disable-pip-version-check $(PIP_FLAGS) install
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 QUICKSTART ?=
+GPU ?=
 
 # OpenMP threads that spin while they wait slow everything down as soon as anything else runs.
 export GOMP_SPINCOUNT := 0
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint gpu clean
 
 quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/python examples/quickstart.py $(QUICKSTART)
@@ -28,6 +30,10 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+# In the Python that is there, with its torch and triton; needs no network. Options: make gpu GPU='--only step'
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,85 @@
+"""Every competitor's outputs and gradients against float64, before any of them is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.bench import Wrong
+from benchmarks.gpu.problem import SCALING, Problem
+from benchmarks.gpu.providers import Adapted
+
+__all__ = ["check"]
+
+# Largest relative error of a whole tensor, and of its worst row: one tile gone wrong shows in a row.
+BOUNDS = {
+    torch.bfloat16: (1e-2, 5e-2),
+    torch.float16: (3e-3, 2e-2),
+    torch.float32: (1e-4, 1e-3),
+}
+
+
+def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
+    """The relative error of each kind of result: y, dX, dA, dB and dg, the largest over the linears.
+
+    Raises:
+        Wrong: one is beyond its bound, or not a number, or missing.
+    """
+    adapted.clear()
+    problem.clear()
+    outputs = adapted.module(*problem.inputs)
+    torch.autograd.backward(outputs, problem.gradients)
+    errors: dict[str, float] = {}
+    sums: dict[int, Tensor] = {}
+    for (linear, _), y in zip(problem.weights.items(), outputs, strict=True):
+        expected = reference(adapted, problem, linear)
+        adapter = adapted.adapters.get(linear)
+        found = {"y": y} if adapter is None else {"y": y, **adapter.gradients()}
+        for kind, value in found.items():
+            compare(f"{name}, {problem.title}, {linear}, {kind}", kind, value, expected[kind], y.dtype, errors)
+        place = problem.reads[linear]
+        sums[place] = sums[place] + expected["dX"] if place in sums else expected["dX"]
+    for place, expected in sums.items():
+        x = problem.inputs[place]
+        compare(f"{name}, {problem.title}, input {place}, dX", "dX", x.grad, expected, x.dtype, errors)
+    adapted.clear()
+    problem.clear()
+    return errors
+
+
+def reference(adapted: Adapted, problem: Problem, linear: str) -> dict[str, Tensor]:
+    """Outputs and gradients of one adapted linear in float64, by the formula."""
+    y, dx = problem.products(linear)
+    adapter = adapted.adapters.get(linear)
+    if adapter is None:
+        return {"y": y, "dX": dx}
+    x, dy = problem.read_by(linear)
+    a, gate, b = (t.detach().double() for t in (adapter.a, adapter.gate_or_ones(), adapter.b))
+    b = b.T if adapter.b_transposed else b
+    h, p = x @ a.T, dy @ b.T
+    return {
+        "y": y + SCALING * (h * gate) @ b,
+        "dX": dx + SCALING * (p * gate) @ a,
+        "dA": SCALING * (p * gate).T @ x,
+        "dB": SCALING * (h * gate).T @ dy,
+        "dg": SCALING * (h * p).sum(0),
+    }
+
+
+def compare(
+    what: str, kind: str, found: Tensor | None, expected: Tensor, dtype: torch.dtype, errors: dict[str, float]
+) -> None:
+    whole, worst_row = BOUNDS[dtype]
+    if found is None:
+        raise Wrong(f"{what}: there is none.")
+    if found.shape != expected.shape:
+        raise Wrong(f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}.")
+    difference = found.detach().double() - expected
+    error = (difference.norm() / expected.norm()).item()
+    row = error if expected.dim() < 2 else (difference.norm(dim=1) / expected.norm(dim=1)).max().item()
+    # Written so that NaN does not pass.
+    if not (error <= whole and row <= worst_row):
+        raise Wrong(
+            f"{what}: relative error {error:.2e} (bound {whole:.0e}), in its worst row {row:.2e} ({worst_row:.0e})."
+        )
+    errors[kind] = max(errors.get(kind, 0.0), error)

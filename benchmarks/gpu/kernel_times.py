@@ -1,0 +1,64 @@
+"""Kernels alone, against the bytes that they have to move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.gpu import kernels
+from benchmarks.gpu.bench import Bench, LeftOut
+from benchmarks.gpu.ceilings import copy_rate
+from benchmarks.gpu.timing import Work, interleave, spread
+
+__all__ = ["run"]
+
+ROUNDS = 20
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Rows of time, rate and share of the copy's rate; and the names of what was left out."""
+    ceiling = copy_rate(bench)
+    builders: list[tuple[str, str, Callable[[], kernels.KernelCase]]] = [
+        (make.__name__, str(shape), functools.partial(make, bench, shape))
+        for shape in bench.sizes.shapes
+        for make in kernels.LAYER_CASES
+    ]
+    builders += [(make.__name__, "whole model", functools.partial(make, bench)) for make in kernels.MODEL_CASES]
+    rows, left_out = [], {}
+    for name, shape, make in builders:
+        if bench.budget.left <= 0:
+            left_out[f"{name}, {shape}"] = "no time left"
+            continue
+        try:
+            rows.append(measure(bench, make(), shape, ceiling))
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+        except Exception as error:
+            bench.failed.append(f"kernel {name}, {shape}: {type(error).__name__}: {error}")
+            left_out[f"{name}, {shape}"] = f"failed: {error}"
+    for name, reason in left_out.items():
+        bench.say(f"  left out: {name}: {reason}")
+    bench.clock.release()
+    return {"rows": rows, "left_out": left_out}
+
+
+def measure(bench: Bench, case: kernels.KernelCase, shape: str, ceiling: float) -> dict[str, Any]:
+    work = Work({"kernel": case.call}, case.before)
+    samples = interleave(bench.clock, {"kernel": work}, ROUNDS, bench.budget)["kernel"]
+    ms = spread([s.total for s in samples])
+    rate = case.bytes / (ms["median"] * 1e-3)
+    row = {
+        "name": case.name,
+        "shape": shape,
+        "bytes": case.bytes,
+        "ms": ms,
+        "gb_per_s": rate * 1e-9,
+        "copy_share": rate / ceiling,
+        "floor_ms": case.bytes / ceiling * 1e3,
+    }
+    bench.say(
+        f"  {shape:32s} {case.name:28s} {ms['median']:8.4f} ms  {row['gb_per_s']:7.0f} GB/s  "
+        f"{100 * row['copy_share']:5.1f} % of a copy"
+    )
+    return row

@@ -1,0 +1,144 @@
+"""Adapted linear layers, forward and backward, all competitors in turn: a decoder layer's seven, then single ones."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import providers
+from benchmarks.gpu.bench import Bench, LeftOut, Wrong
+from benchmarks.gpu.check import check
+from benchmarks.gpu.problem import Problem, decoder_layer, single
+from benchmarks.gpu.providers import FROZEN, OURS, Adapted
+from benchmarks.gpu.timing import Budget, Sample, Work, interleave, ratios, spread
+
+__all__ = ["run"]
+
+# Of the section's time, for the decoder layer; the rest is shared evenly by the single layers.
+LAYER_SHARE = 0.35
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """A table for each problem.
+
+    Raises:
+        Wrong: a competitor's output or gradient is.
+    """
+    sizes = bench.sizes
+    found: dict[str, Any] = {"tables": [], "left_out": []}
+    bench.results["linears"] = found
+    makers: list[Callable[[], Problem]] = [
+        lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),
+        *(lambda shape=shape: single(bench, shape) for shape in sizes.shapes),
+    ]
+    for i, make in enumerate(makers):
+        if bench.budget.left <= 0:
+            found["left_out"] = [f"{len(makers) - i} of {len(makers)} tables: no time left"]
+            bench.say(f"  left out: {found['left_out'][0]}")
+            break
+        share = LAYER_SHARE if i == 0 else 1 / (len(makers) - i)
+        table = one_problem(bench, make(), Budget(share * bench.budget.left))
+        found["tables"].append(table)
+        show(bench, table)
+        bench.clock.release()
+    return found
+
+
+def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any]:
+    """Build and check every competitor, then time them in turn."""
+    torch._dynamo.reset()
+    adapted: dict[str, Adapted] = {}
+    errors: dict[str, dict[str, float]] = {}
+    left_out: dict[str, str] = {}
+    for name, adapt in providers.PROVIDERS.items():
+        try:
+            candidate = adapt(bench, problem.build(), problem.shape.rank)
+            for linear, adapter in candidate.adapters.items():
+                adapter.set(*problem.rows[linear])
+            errors[name] = check(name, candidate, problem)
+            adapted[name] = candidate
+        except Wrong:
+            raise
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+        except Exception as error:
+            traceback.print_exc()
+            left_out[name] = f"failed: {type(error).__name__}: {error}"
+            bench.failed.append(f"{problem.title}: {name}: {type(error).__name__}: {error}")
+    problem.forget()
+    bench.clock.release()
+    works = {name: work(candidate, problem) for name, candidate in adapted.items()}
+    samples = interleave(bench.clock, works, bench.sizes.rounds, budget)
+    peaks = {name: bench.clock.peak_bytes(works[name]) for name in works}
+    base = [s.total for s in samples[FROZEN]] if FROZEN in samples else None
+    rows = [
+        {
+            "provider": name,
+            "path": adapted[name].path,
+            "rounds": len(samples[name]),
+            **times(samples[name]),
+            "overhead_percent": ratios([s.total for s in samples[name]], base) if base else None,
+            "peak_mib": None if peaks[name] is None else peaks[name] / 2**20,
+            "errors": errors[name],
+        }
+        for name in works
+    ]
+    for candidate in adapted.values():
+        candidate.clear()
+    problem.clear()
+    shape = problem.shape
+    return {
+        "title": problem.title,
+        "linears": len(problem.weights),
+        "M": shape.tokens,
+        "K": shape.inputs,
+        "N": shape.outputs,
+        "r": shape.rank,
+        "rows": rows,
+        "left_out": left_out,
+    }
+
+
+def work(adapted: Adapted, problem: Problem) -> Work:
+    """Forward, and backward with the problem's gradients; the gradients of the last round are dropped before."""
+    held: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def forward() -> None:
+        held["outputs"] = adapted.module(*problem.inputs)
+
+    def backward() -> None:
+        torch.autograd.backward(held.pop("outputs"), problem.gradients)
+
+    def before() -> None:
+        adapted.clear()
+        problem.clear()
+
+    return Work({"forward": forward, "backward": backward}, before)
+
+
+def times(samples: list[Sample]) -> dict[str, dict[str, float]]:
+    return {
+        "total_ms": spread([s.total for s in samples]),
+        "forward_ms": spread([s.parts["forward"] for s in samples]),
+        "backward_ms": spread([s.parts["backward"] for s in samples]),
+        "host_ms": spread([s.host for s in samples]),
+    }
+
+
+def show(bench: Bench, table: dict[str, Any]) -> None:
+    bench.say(f"  {table['title']}")
+    for row in table["rows"]:
+        ms, over = row["total_ms"], row["overhead_percent"]
+        overhead = "" if over is None else f"{over['median']:+7.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})"
+        peak = "" if row["peak_mib"] is None else f"  {row['peak_mib']:7.0f} MiB"
+        path = f"  [{row['path']}]" if row["provider"] == OURS else ""
+        bench.say(
+            f"    {row['provider']:24s} {ms['median']:8.3f} ms ({ms['p20']:.3f}-{ms['p80']:.3f})  forward "
+            f"{row['forward_ms']['median']:7.3f}  backward {row['backward_ms']['median']:7.3f}  host "
+            f"{row['host_ms']['median']:6.3f}  {overhead}{peak}{path}"
+        )
+    for name, reason in table["left_out"].items():
+        bench.say(f"    left out: {name}: {reason}")

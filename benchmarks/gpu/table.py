@@ -1,0 +1,149 @@
+"""The results as Markdown, with what was lost beside what was won."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu.providers import FROZEN, OURS
+
+__all__ = ["comparison", "device", "markdown"]
+
+
+def device(results: dict[str, Any]) -> str:
+    """The name that every table carries; a tiny run is marked, for its figures mean nothing."""
+    found = results.get("environment", {})
+    return found.get("device", "unknown device") + (" (tiny sizes)" if found.get("tiny") else "")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    parts = [head(results)]
+    for problem in results.get("linears", {}).get("tables", []):
+        parts.append(linear_table(results, problem))
+    for model in results.get("step", {}).get("tables", []):
+        parts.append(step_table(results, model))
+    if results.get("linears", {}).get("tables"):
+        parts.append(verdict(results))
+    parts.append(the_rest(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def head(results: dict[str, Any]) -> str:
+    found = results.get("environment", {})
+    packages = found.get("packages", {})
+    versions = ", ".join(
+        f"{name} {packages[name]}" for name in ("torch", "triton", "transformers", "peft") if packages.get(name)
+    )
+    lines = [
+        f"## {device(results)}",
+        "",
+        f"{versions}; commit {found.get('commit')}; {results.get('started')}; `{results.get('command')}`.",
+    ]
+    if found.get("tiny") or found.get("device") == "CPU":
+        lines += ["", "**Tiny sizes: this tried the program out. No figure here says anything about the kernels.**"]
+    correctness = results.get("correctness")
+    if isinstance(correctness, dict) and correctness.get("outcome") == "passed":
+        lines += ["", f"Kernel tests before: {correctness['passed']} passed, {correctness['skipped']} skipped."]
+    else:
+        lines += ["", "**The kernel tests were skipped: nobody knows whether what was timed is right.**"]
+    lines += ["", "Median (20th to 80th percentile). Competitors took turns within each round; caches were cold."]
+    return "\n".join(lines)
+
+
+def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
+    lines = [
+        f"### {problem['title']}, forward + backward, {device(results)}",
+        "",
+        "| | ms | over frozen | forward ms | backward ms | host ms | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in problem["rows"]:
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+        medians = [f"{row[key]['median']:.3f}" for key in ("forward_ms", "backward_ms", "host_ms")]
+        cells = [label(row), around(row["total_ms"], ".3f"), percent(row), *medians, peak]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += left_out(problem)
+    return "\n".join(lines)
+
+
+def step_table(results: dict[str, Any], model: dict[str, Any]) -> str:
+    checkpointing = "with" if model["checkpointing"] else "without"
+    lines = [
+        f"### One training step, {model['model']}, {model['batch']} x {model['sequence']} tokens, "
+        f"rank {model['rank']}, {checkpointing} gradient checkpointing, {device(results)}",
+        "",
+        "| | ms a step | tokens/s | over frozen | peak GiB | trained parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in model["rows"]:
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        cells = [label(row), around(row["step_ms"], ".1f"), f"{row['tokens_per_s']['median']:,.0f}", percent(row), peak]
+        lines.append(f"| {' | '.join([*cells, format(row['trained_parameters'], ',')])} |")
+    lines += left_out(model)
+    return "\n".join(lines)
+
+
+def comparison(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Of every table with us in it: title, a competitor, by how many percent we take longer (below 0: less)."""
+    groups = [(t["title"], t["rows"], "total_ms") for t in results.get("linears", {}).get("tables", [])]
+    groups += [(f"step, {t['model']}", t["rows"], "step_ms") for t in results.get("step", {}).get("tables", [])]
+    for title, rows, key in groups:
+        medians = {row["provider"]: row[key]["median"] for row in rows}
+        for name, value in medians.items():
+            if OURS in medians and name not in (FROZEN, OURS) and not name.startswith(OURS):
+                yield title, name, 100 * (medians[OURS] / value - 1)
+
+
+def verdict(results: dict[str, Any]) -> str:
+    found = list(comparison(results))
+    lost = [f"- {title}: {over:.1f} % slower than {name}" for title, name, over in found if over > 0]
+    lines = [
+        "### Won and lost",
+        "",
+        f"Ours took less time in {len(found) - len(lost)} of {len(found)} comparisons of medians.",
+    ]
+    return "\n".join([*lines, *(["", "Lost:", "", *lost] if lost else [])])
+
+
+def the_rest(results: dict[str, Any]) -> str:
+    lines = []
+    if copy := results.get("ceilings", {}).get("copy"):
+        lines.append(f"Copy within {device(results)}: {copy['tb_per_s']:.2f} TB/s, read and written.")
+        best = max(row["tflops_per_s"] for row in results["ceilings"]["products"])
+        lines.append(f"Fastest product: {best:.0f} TFLOP/s.")
+    if moved := results.get("reallocation"):
+        lines.append(
+            f"A reallocation of {moved['adapters']} adapters: {moved['reallocation_ms']:.1f} ms on top of an "
+            f"optimizer step of {moved['step_ms']['median']:.1f} ms."
+        )
+    lines += [
+        f"Left out: {line}." for name in ("linears", "step") for line in results.get(name, {}).get("left_out", [])
+    ]
+    lines += [f"Broken: {line}" for line in results.get("failed", [])]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def label(row: dict[str, Any]) -> str:
+    more = row["path"] or row.get("note", "")
+    return (
+        f"**{row['provider']}** ({more})"
+        if row["provider"] == OURS
+        else row["provider"] + (f" ({more})" if more else "")
+    )
+
+
+def around(values: dict[str, float], digits: str) -> str:
+    return f"{values['median']:{digits}} ({values['p20']:{digits}} to {values['p80']:{digits}})"
+
+
+def percent(row: dict[str, Any]) -> str:
+    over = row["overhead_percent"]
+    return "" if over is None or row["provider"] == FROZEN else f"{around(over, '+.1f')} %"
+
+
+def left_out(found: dict[str, Any]) -> list[str]:
+    return (
+        ["", *(f"Left out: {name}: {reason}." for name, reason in found["left_out"].items())]
+        if found["left_out"]
+        else []
+    )

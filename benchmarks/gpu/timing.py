@@ -1,0 +1,168 @@
+"""Timing: cold caches, competitors in turn, medians and spread.
+
+On a GPU a measurement starts with writes to a large buffer. They push the inputs out of the L2 cache, and they keep the
+GPU busy while the host queues what is to be timed: the events then see the device's own time, and the time that the
+host needs is reported beside it. Without a GPU, ``perf_counter`` takes their place.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Budget", "Clock", "Sample", "Work", "interleave", "ratios", "spread"]
+
+MIN_ROUNDS = 3
+WARM_UPS = 3
+MOST_FLUSHES = 200
+
+
+class Budget:
+    """Seconds that a section may take, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start = time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+
+@dataclass
+class Work:
+    """Something to time: ``before`` is not timed, then come ``parts``, name -> call, each timed by itself."""
+
+    parts: Mapping[str, Callable[[], Any]]
+    before: Callable[[], Any] = lambda: None
+
+
+@dataclass
+class Sample:
+    """Milliseconds of each part on the device, and of all of them on the host until everything was queued."""
+
+    parts: dict[str, float]
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass
+class Clock:
+    """Measures on ``device``; ``flush_bytes`` are written before each measurement."""
+
+    device: torch.device
+    flush_bytes: int
+    _flush: torch.Tensor | None = None
+    _flush_ms: float = 0.1
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _prepare(self) -> torch.Tensor:
+        if self._flush is None:
+            self._flush = torch.empty(self.flush_bytes, dtype=torch.int8, device=self.device)
+            for _ in range(3):
+                self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(10):
+                self._flush.zero_()
+            end.record()
+            end.synchronize()
+            self._flush_ms = start.elapsed_time(end) / 10
+        return self._flush
+
+    def release(self) -> None:
+        """Give the flush buffer and whatever else is unused back to the device."""
+        self._flush = None
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def measure(self, work: Work, host_ms: float = 0.0) -> Sample:
+        """One measurement; ``host_ms`` is how long the host is expected to take for it."""
+        work.before()
+        names = list(work.parts)
+        if not self.cuda:
+            times = [time.perf_counter()]
+            for name in names:
+                work.parts[name]()
+                times.append(time.perf_counter())
+            parts = {name: 1e3 * (b - a) for name, a, b in zip(names, times, times[1:], strict=False)}
+            return Sample(parts, sum(parts.values()))
+        buffer = self._prepare()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(names) + 1)]
+        torch.cuda.synchronize()
+        for _ in range(min(MOST_FLUSHES, 1 + math.ceil(1.2 * host_ms / self._flush_ms))):
+            buffer.zero_()
+        events[0].record()
+        start = time.perf_counter()
+        for name, event in zip(names, events[1:], strict=True):
+            work.parts[name]()
+            event.record()
+        host = 1e3 * (time.perf_counter() - start)
+        torch.cuda.synchronize()
+        parts = {name: a.elapsed_time(b) for name, a, b in zip(names, events, events[1:], strict=False)}
+        return Sample(parts, host)
+
+    def peak_bytes(self, work: Work) -> int | None:
+        """The most memory that one run takes beyond what was allocated before it; None without a GPU."""
+        work.before()
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for part in work.parts.values():
+            part()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def interleave(clock: Clock, works: Mapping[str, Work], rounds: int, budget: Budget) -> dict[str, list[Sample]]:
+    """Each round measures each work once, a different one first in every round; at least three rounds.
+
+    Afterwards no round begins that would outlast the budget.
+    """
+    host = {}
+    for name, work in works.items():
+        for _ in range(WARM_UPS):
+            host[name] = clock.measure(work).host
+    names = list(works)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    longest = 0.0
+    for turn in range(rounds):
+        start = time.monotonic()
+        if turn >= MIN_ROUNDS and longest > budget.left:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(clock.measure(works[name], host[name]))
+        longest = max(longest, time.monotonic() - start)
+    return samples
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, and how many there were."""
+    p20, median, p80 = (float(v) for v in np.percentile(np.asarray(values, dtype=float), [20, 50, 80]))
+    return {"median": median, "p20": p20, "p80": p80, "n": len(values)}
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Spread of the percentages by which ``values`` are above ``base``, round by round."""
+    return spread([100 * (v / b - 1) for v, b in zip(values, base, strict=True)])
