@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # 4 tokens, 8 inputs, 6 outputs, rank 2: x has 32 elements, y 24, A 16, B 12, H 8. In our buffers, 16 ranks wide: H, Q
-# and the one slab of P 64 each, the one slab of dA 128, of dB 96. One sum a pass, one number a term, in the order of the
-# design.
+# and the one slab of P 64 each, the one slab of dA 128, of dB 96. One sum a pass, one number a term, in the order that
+# the design has them.
 SMALL = Shape(4, 8, (6,), 2)
 BY_HAND = {
     "PEFT fp32, no autocast": (
