@@ -66,7 +66,7 @@ def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], 
     """See :func:`l1ra_kernels.state_ops.move_rows_many`; all tensors on one device."""
     tensors = [rows.detach() if _dense(rows) else rows.detach().contiguous() for rows in tensors]
     moved = [rows.new_empty((len(source), *rows.shape[1:])) for rows, source in zip(tensors, sources, strict=True)]
-    patterns = [_pattern(rows.dtype, float(fill)) for rows, fill in zip(tensors, fills, strict=True)]
+    patterns = [_pattern(rows.dtype, float(fill).hex()) for rows, fill in zip(tensors, fills, strict=True)]
     _launch(tensors, moved, sources, patterns)
     return moved
 
@@ -93,9 +93,9 @@ def _dense(rows: Tensor) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _pattern(dtype: torch.dtype, fill: float) -> int:
-    """The bits of ``fill``, repeated to eight bytes."""
-    element = torch.full((1,), fill, dtype=dtype)
+def _pattern(dtype: torch.dtype, fill: str) -> int:
+    """The bits of ``fill`` repeated to eight bytes. It comes in hexadecimal, by which -0.0 is not 0.0 to the cache."""
+    element = torch.full((1,), float.fromhex(fill), dtype=dtype)
     if element.element_size() > LARGEST_UNIT:
         raise ValueError(f"rows of {dtype} can't be moved: one element is more than {LARGEST_UNIT} bytes.")
     return element.repeat(LARGEST_UNIT // element.element_size()).view(torch.int64).item()

@@ -1,7 +1,13 @@
-"""What every test starts from: one seed, one thread."""
+"""What every test starts from: one seed, one thread; without a GPU, Triton kernels in the interpreter."""
+
+import os
 
 import pytest
 import torch
+
+# Triton reads it when it is imported, which torch alone doesn't do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -171,6 +171,21 @@ def test_a_state_of_unknown_shape_is_reset_for_that_parameter_alone_with_a_warni
     assert optimizer.state[model[0].lora_A]["memory"].numel() == 12
 
 
+def test_a_warning_that_is_an_error_comes_before_anything_has_moved():
+    model, controller, optimizer = setting(Unheard)
+    for _ in range(2):
+        step(model, optimizer, *data())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    memory = {p: state["memory"].clone() for p, state in optimizer.state.items()}
+    controller._bank.value = torch.tensor([g for row in GATES for g in row])
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="starts anew"):
+        warnings.simplefilter("error")
+        controller._reallocate()
+    assert controller._bank.value.tolist() == pytest.approx([g for row in GATES for g in row])
+    assert all(same_bits(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(optimizer.state[p]["memory"], was) for p, was in memory.items())
+
+
 def closure_for(model, optimizer, x, y):
     def closure():
         optimizer.zero_grad()
