@@ -11,9 +11,10 @@ from benchmarks.gpu.providers import Adapted
 
 __all__ = ["check"]
 
-# Largest relative error of a whole tensor, and of its worst row: one tile gone wrong shows in a row.
+# Largest relative error of a whole tensor, and of its worst row: one tile gone wrong shows in a row. For bf16 several
+# times what its roundings add up to: cuBLAS may also sum the parts of a product in bf16.
 BOUNDS = {
-    torch.bfloat16: (1e-2, 5e-2),
+    torch.bfloat16: (2e-2, 6e-2),
     torch.float16: (3e-3, 2e-2),
     torch.float32: (1e-4, 1e-3),
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, correctness, environment, kernel_times, linears, reallocation, step, writeup
+from benchmarks.gpu import ceilings, correctness, environment, kernel_times, linears, reallocation, step, table, writeup
 from benchmarks.gpu.bench import ROOT, SEED, Bench, Wrong
 from benchmarks.gpu.timing import Budget
 
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.say("\nwrite-up")
     for path in writeup.finished(bench, out):
         bench.say(f"  {shown(path)}")
+    bench.say("\n" + table.summary(bench.results))
     for line in bench.failed:
         bench.say(f"FAILED: {line}")
     bench.say(f"{time.monotonic() - start:.0f} s in all")
@@ -110,6 +111,10 @@ def section(bench: Bench, name: str, skip_correctness: bool, left: float) -> Non
     if name == "correctness" and skip_correctness:
         bench.results[name] = "skipped"
         bench.say("  skipped: nobody knows whether what follows is right")
+        return
+    if left <= 0:
+        bench.say("  left out: no time left")
+        bench.failed.append(f"{name}: left out, no time left")
         return
     bench.budget = Budget(min(bench.sizes.seconds[name], left))
     try:

@@ -57,9 +57,10 @@ def peft_lora(fp32: bool):
             yield [p for p in wrapped.parameters() if p.requires_grad], "", ""
         finally:
             wrapped.unload()
-            # With gradient checkpointing PEFT leaves a hook on the embeddings.
+            # With gradient checkpointing PEFT leaves a hook on the embeddings; older versions leave their settings too.
             if getattr(model, "_require_grads_hook", None) is not None:
                 model.disable_input_require_grads()
+            vars(model).pop("peft_config", None)
 
     return attach
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.providers import FROZEN, OURS
 
-__all__ = ["comparison", "device", "markdown"]
+__all__ = ["comparison", "device", "markdown", "summary"]
 
 
 def device(results: dict[str, Any]) -> str:
@@ -92,6 +92,18 @@ def comparison(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         for name, value in medians.items():
             if OURS in medians and name not in (FROZEN, OURS) and not name.startswith(OURS):
                 yield title, name, 100 * (medians[OURS] / value - 1)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A line for each table: by how much each competitor is above the frozen layers."""
+    lines = [f"over frozen, {device(results)}:"]
+    groups = [(t["title"], t["rows"]) for t in results.get("linears", {}).get("tables", [])]
+    groups += [(f"step, {t['model']}", t["rows"]) for t in results.get("step", {}).get("tables", [])]
+    for title, rows in groups:
+        over = {row["provider"]: row["overhead_percent"] for row in rows if row["provider"] != FROZEN}
+        cells = [f"{name} {values['median']:+.1f} %" for name, values in over.items() if values]
+        lines.append(f"  {title}: {', '.join(cells)}")
+    return "\n".join(lines) if groups else ""
 
 
 def verdict(results: dict[str, Any]) -> str:
