@@ -16,6 +16,9 @@ try:
 except ImportError:
     triton = None
 
+# Read once, as triton reads it: when the kernels are decorated.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
 _wanted: str | None = None
 
 
@@ -26,7 +29,7 @@ def triton_available() -> bool:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1): slowly, and on CPU tensors too."""
-    return triton is not None and triton.knobs.runtime.interpret
+    return triton is not None and _INTERPRETING
 
 
 def wanted() -> str:

@@ -18,6 +18,7 @@ def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scalin
 
     The gate is folded into B, ``C = s * g * B``, before anything is rounded: no pass over the tokens is spent
     on it, and its gradient ``dg = s * sum(B * dC, dim=1)`` leaves in the dtype of the adapter.
+    A rank whose gate is exactly 0 is pruned: nothing of its rows reaches y, NaN included, and it has no gradient.
 
     Args:
         y0: output of the frozen layer, ``(..., N)``.
@@ -32,9 +33,36 @@ def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scalin
     # The dtype is settled by y0; an enclosing autocast region must not lower it further. The meta device has none.
     kind = y0.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        c = (b * (scaling * gate).unsqueeze(1)).to(dtype)
-        h = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), a.to(dtype))
+        live = (gate != 0).unsqueeze(1)
+        c = (torch.where(live, b, 0.0) * (scaling * gate).unsqueeze(1)).to(dtype)
+        h = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), torch.where(live, a, 0.0).to(dtype))
         return torch.addmm(y0.reshape(-1, y0.shape[-1]), h, c).view(y0.shape)
+
+
+def dropout_mask(seed: int, tokens: int, features: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """Which elements of ``(tokens, features)`` the fused kernels keep under dropout with probability ``p``: bool.
+
+    Element (m, k) is kept if number ``k % 4`` of Philox4x32-10 with key ``seed`` and counter ``(k // 4, m, 0, 0)`` is
+    at least ``p * 2**32``. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    low = 0xFFFFFFFF
+    quad = torch.arange(-(-features // 4), device=device).expand(tokens, -1)
+    row = torch.arange(tokens, device=device).unsqueeze(1).expand_as(quad)
+    c0, c1, c2, c3 = quad, row & low, torch.zeros_like(quad), torch.zeros_like(quad)
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        (h0, l0), (h2, l2) = _wide_product(0xD2511F53, c0), _wide_product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h2 ^ c1 ^ k0, l2, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    bits = torch.stack([c0, c1, c2, c3], -1).reshape(tokens, -1)[:, :features]
+    return bits >= min(int(p * 2**32), low)
+
+
+def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of two unsigned 32-bit numbers, held in int64."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def move_rows(rows: Tensor, keep: Sequence[int], grow: int, fill: float = 0.0) -> Tensor:

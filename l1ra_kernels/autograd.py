@@ -1,0 +1,162 @@
+"""How the fused layer enters autograd: a Function in eager mode, a library op under ``torch.compile``.
+
+The Function costs the host a few microseconds a call, the library op some tens; only the second can be traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from l1ra_kernels import gated_linear as op
+from l1ra_kernels.gated_linear import Needs
+from l1ra_kernels.layer import Layer
+
+__all__ = ["fused"]
+
+PER_LAYER = 6  # tensors a layer: a, gate, b, weight, bias, output
+
+
+def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """The outputs ``(..., N)`` of layers that read the same ``x`` ``(..., K)``, differentiable once.
+
+    ``Layer.output``, where given, is ``(..., N)`` and settles the dtype of the products; else x does.
+    """
+    dtype = x.dtype if layers[0].output is None else layers[0].output.dtype
+    lead = x.shape[:-1]
+    x = _rows(x)
+    layers = [layer._replace(output=None if layer.output is None else _rows(layer.output)) for layer in layers]
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
+    if torch.compiler.is_compiling():
+        outputs = tuple(_traced(x, layer, dtype, dropout, seed) for layer in layers)
+    else:
+        tensors = [
+            t for layer in layers for t in (layer.a, layer.gate, layer.b, layer.weight, layer.bias, layer.output)
+        ]
+        outputs = _Fused.apply(x, seed, dtype, dropout, [layer.scaling for layer in layers], *tensors)
+    return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``(M, F)`` with last stride 1, a view where that can be had."""
+    flat = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return op._contiguous_rows(flat)
+
+
+def _layers(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Layer]:
+    per_layer = zip(*[iter(tensors)] * PER_LAYER, strict=True)
+    return [Layer(a, g, b, s, w, bias, y0) for (a, g, b, w, bias, y0), s in zip(per_layer, scalings, strict=True)]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seed, dtype, dropout, scalings, *tensors):
+        layers = _layers(tensors, scalings)
+        outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
+        # The base's output is not needed again: it is given back at once.
+        kept = [t for i, t in enumerate(tensors) if i % PER_LAYER < 4]
+        ctx.save_for_backward(x, hidden, seed, *kept)
+        ctx.scalings, ctx.dropout = scalings, dropout
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, hidden, seed, *kept = ctx.saved_tensors
+        layers = [
+            Layer(a, g, b, s, w)
+            for (a, g, b, w), s in zip(zip(*[iter(kept)] * 4, strict=True), ctx.scalings, strict=True)
+        ]
+        wanted = ctx.needs_input_grad[5:]
+        needs = [Needs(*wanted[i : i + 3]) for i in range(0, len(wanted), PER_LAYER)]
+        dx, grads = op.backward(dys, x, hidden, layers, ctx.needs_input_grad[0], needs, ctx.dropout, seed)
+        flat = []
+        for i, ((da, dg, db), dy) in enumerate(zip(grads, dys, strict=True)):
+            output_needs = wanted[i * PER_LAYER + 5]
+            flat += [da, dg, db, None, None, dy if output_needs else None]
+        return dx, None, None, None, None, *flat
+
+
+def _traced(x: Tensor, layer: Layer, dtype: torch.dtype, dropout: float, seed: Tensor | None) -> Tensor:
+    y, _ = gated_linear_op(
+        x, layer.a, layer.gate, layer.b, layer.weight, layer.bias, layer.output, seed, layer.scaling, dropout
+    )
+    return y
+
+
+@torch.library.custom_op("l1ra_kernels::gated_linear", mutates_args=())
+def gated_linear_op(
+    x: Tensor,
+    a: Tensor,
+    gate: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """``(y, H)`` of one layer."""
+    layer = Layer(a, gate, b, scaling, weight, bias, None if output is None else _rows(output))
+    dtype = x.dtype if output is None else output.dtype
+    (y,), hidden = op.forward(_rows(x), [layer], dtype, dropout, seed)
+    return y, hidden
+
+
+@gated_linear_op.register_fake
+def _(x, a, gate, b, weight, bias, output, seed, scaling, dropout):
+    dtype = x.dtype if output is None else output.dtype
+    y = x.new_empty(x.shape[0], b.shape[1], dtype=dtype)
+    return y, x.new_empty(x.shape[0], op.hidden_width(a.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("l1ra_kernels::gated_linear_backward", mutates_args=())
+def gated_linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    a: Tensor,
+    gate: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """``[dx, da, dg, db]``, an empty tensor in place of each that is not needed."""
+    layer = Layer(a, gate, b, scaling, weight)
+    dx, (grads,) = op.backward([dy], _rows(x), hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)
+    return [x.new_empty(0) if grad is None else grad for grad in (dx, *grads)]
+
+
+@gated_linear_backward_op.register_fake
+def _(dy, x, hidden, a, gate, b, weight, seed, scaling, dropout, needs):
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for t, need in zip((x, a, gate, b), needs, strict=True)
+    ]
+
+
+def _save(ctx, inputs, output):
+    x, a, gate, b, weight, _, _, seed, ctx.scaling, ctx.dropout = inputs
+    ctx.save_for_backward(x, output[1], a, gate, b, weight, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    x, hidden, a, gate, b, weight, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    found = [None] * 4
+    if dy is not None and any(needs):
+        grads = gated_linear_backward_op(dy, x, hidden, a, gate, b, weight, seed, ctx.scaling, ctx.dropout, needs)
+        found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return *found, None, None, dy if ctx.needs_input_grad[6] else None, None, None, None
+
+
+gated_linear_op.register_autograd(_backward, setup_context=_save)

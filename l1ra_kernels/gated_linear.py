@@ -1,0 +1,206 @@
+"""Frozen linear layers that read the same x, with their gated low-rank adapters: the launches of forward and backward.
+
+    y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or base output_i + ...
+
+Forward: shrink (x -> H), for each layer expand (H -> y), then cuBLAS adds x @ W.T to y (beta = 1).
+Backward: for each layer a pass over dY (its parts of P and D), a reduction (P -> Q, the gradient of H) and another (D -> dB,
+dg); then one pass over x (dX, parts of dA), a reduction (dA), and cuBLAS adds dY @ W to dX (beta = 1).
+
+What is kept for the backward is x and H. Adapters are bundled so that their rank tiles fit the widest one; a rank beyond it
+is cut into pieces, each with its own passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l1ra_kernels.configs import RANK_TILES, rank_tile
+from l1ra_kernels.expand import expand
+from l1ra_kernels.input_backward import input_backward
+from l1ra_kernels.layer import Layer
+from l1ra_kernels.output_backward import output_backward
+from l1ra_kernels.reductions import reduce_hidden, reduce_rows
+from l1ra_kernels.shrink import shrink
+
+__all__ = ["Needs", "backward", "forward", "hidden_width"]
+
+WIDEST = RANK_TILES[-1]
+SHARING = 3  # adapters in a bundle at most
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer's adapter are needed."""
+
+    a: bool
+    gate: bool
+    b: bool
+
+
+class _Piece(NamedTuple):
+    layer: int
+    rows: slice
+
+
+def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
+    """(rank tile, pieces) of each bundle."""
+    bundles: list[tuple[int, list[_Piece]]] = []
+    for layer, rank in enumerate(ranks):
+        for start in range(0, rank, WIDEST):
+            piece = _Piece(layer, slice(start, min(start + WIDEST, rank)))
+            width = rank_tile(piece.rows.stop - start)
+            if bundles:
+                widest = max(width, bundles[-1][0])
+                if len(bundles[-1][1]) < SHARING and (len(bundles[-1][1]) + 1) * widest <= WIDEST:
+                    bundles[-1] = (widest, [*bundles[-1][1], piece])
+                    continue
+            bundles.append((width, [piece]))
+    return bundles
+
+
+def hidden_width(rank: int) -> int:
+    """Columns of H for one layer. A symbolic rank is only compared, so that a trace holds for all of its rank tile."""
+    width = 0
+    while rank > WIDEST:
+        width, rank = width + WIDEST, rank - WIDEST
+    return width + rank_tile(rank)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def forward(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float, seed: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs ``(M, N)`` and ``H`` ``(M, hidden_width)`` in ``dtype``.
+
+    Args:
+        x: ``(M, K)``, last stride 1.
+        seed: of the dropout, int64 ``(1,)`` on the device of x.
+    """
+    precision = _precision(dtype)
+    bundles = _bundles([layer.a.shape[0] for layer in layers])
+    hidden = x.new_empty(x.shape[0], sum(width * len(pieces) for width, pieces in bundles), dtype=dtype)
+    outputs: list[Tensor | None] = [None] * len(layers)
+    column = 0
+    for width, pieces in bundles:
+        rows = [layers[i].a[cut] for i, cut in pieces]
+        gates = [layers[i].gate[cut] for i, cut in pieces]
+        h = hidden[:, column : column + width * len(pieces)]
+        column += h.shape[1]
+        shrink(x, rows, gates, h, dropout=dropout, seed=seed, precision=precision)
+        for n, ((i, cut), gate) in enumerate(zip(pieces, gates, strict=True)):
+            layer = layers[i]
+            first = outputs[i] is None
+            outputs[i] = expand(
+                h[:, n * width : (n + 1) * width],
+                gate,
+                layer.b[cut],
+                layer.scaling,
+                output=layer.output if first else outputs[i],
+                bias=layer.bias if first else None,
+                precision=precision,
+            )
+    for layer, y in zip(layers, outputs, strict=True):
+        if layer.weight is not None:
+            y.addmm_(x, layer.weight.t())
+    return outputs, hidden
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    hidden: Tensor,
+    layers: Sequence[Layer],
+    needs_dx: bool,
+    needs: Sequence[Needs],
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
+    """dX ``(M, K)`` in the dtype of x, and of each layer ``(dA, dg, dB)``; None for what is not needed.
+
+    Args:
+        dys: the gradient ``(M, N)`` of each output, None where it was not used.
+        x, hidden, layers, dropout, seed: as in the forward.
+    """
+    precision = _precision(hidden.dtype)
+    grads: list[list[tuple]] = [[] for _ in layers]
+    dx = None
+    column = 0
+    dys = [None if dy is None else _contiguous_rows(dy.to(hidden.dtype)) for dy in dys]
+    for width, pieces in _bundles([layer.a.shape[0] for layer in layers]):
+        h = hidden[:, column : column + width * len(pieces)]
+        column += h.shape[1]
+        rows = [layers[i].a[cut] for i, cut in pieces]
+        gates = [layers[i].gate[cut] for i, cut in pieces]
+        q = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        found = []
+        for n, ((i, cut), gate) in enumerate(zip(pieces, gates, strict=True)):
+            mine = slice(n * width, (n + 1) * width)
+            if dys[i] is None:
+                q[:, mine] = 0
+                found.append((None, None))
+            else:
+                found.append(
+                    _output_gradients(
+                        dys[i], h[:, mine], gate, layers[i].b[cut], layers[i], needs[i], q[:, mine], precision
+                    )
+                )
+        needs_da = any(needs[i].a for i, _ in pieces)
+        part, das = None, None
+        if needs_dx or needs_da:
+            part, das = input_backward(
+                x,
+                q,
+                rows,
+                gates,
+                dropout=dropout,
+                seed=seed,
+                needs_dx=needs_dx,
+                needs_da=needs_da,
+                precision=precision,
+            )
+        for n, ((i, _), gate, (dg, db)) in enumerate(zip(pieces, gates, found, strict=True)):
+            da = None
+            if needs[i].a and dys[i] is not None:
+                da, _ = reduce_rows(das[:, n * width : (n + 1) * width], gate, layers[i].a.dtype)
+            grads[i].append((da, dg, db))
+        if part is not None:
+            dx = part if dx is None else dx.add_(part)
+    if needs_dx:
+        for dy, layer in zip(dys, layers, strict=True):
+            if dy is not None and layer.weight is not None:
+                dx.addmm_(dy, layer.weight)
+    return dx, [_join(pieces) for pieces in grads]
+
+
+def _output_gradients(
+    dy: Tensor, h: Tensor, gate: Tensor, b: Tensor, layer: Layer, needs: Needs, q: Tensor, precision: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes Q; (dg, dB), None for what is not needed."""
+    p, d = output_backward(dy, h, gate, b, needs_d=needs.b, precision=precision)
+    dg_parts = reduce_hidden(p, h, gate, layer.scaling, q, needs_dg=needs.gate)
+    if needs.b:
+        db, dg = reduce_rows(d, gate, b.dtype, scaling=layer.scaling, dg_parts=dg_parts)
+        return dg, db
+    if needs.gate:
+        return torch.where(gate != 0, dg_parts.sum(0)[: gate.shape[0]], 0.0).to(gate.dtype), None
+    return None, None
+
+
+def _join(pieces: list[tuple]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if len(pieces) == 1:
+        return pieces[0]
+    return tuple(None if grads[0] is None else torch.cat(grads) for grads in zip(*pieces, strict=True))
+
+
+def _contiguous_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

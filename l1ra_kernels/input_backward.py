@@ -1,0 +1,165 @@
+"""The pass over x: ``dA_i = Q_i.T @ dropout(x)`` and ``dX = dropout'(sum of Q_i @ A_i)`` in one read, for the adapters
+that share x.
+
+Q (M, G * R) = s * g * P is the gradient of H; A_i (r_i, K). A program owns one tile of features and one stream of tokens.
+dX leaves whole, so that the frozen layer's part can be added to it by a product with beta = 1; dA as partial sums
+``(streams, G * R, K)`` in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l1ra_kernels.configs import cut, tile
+from l1ra_kernels.dropout import keep_mask, threshold
+from l1ra_kernels.launch import launch
+
+__all__ = ["input_backward"]
+
+
+@triton.jit(do_not_specialize=["M", "ranks", "run", "inverse_keep", "limit"])
+def _input_backward(
+    p_x,  # (M, K)
+    p_q,  # (M, G * R)
+    p_as,  # G times (r, K)
+    p_gates,  # G times (r,)
+    p_dx,  # (M, K)
+    p_da,  # (streams, G * R, K) float32
+    p_seed,  # (1,) int64
+    M,
+    K,
+    ranks,
+    run,  # tokens a stream
+    s_x,
+    s_as,
+    inverse_keep,
+    limit,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kind = p_q.dtype.element_ty
+    i_k = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1).to(tl.int64)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_r = tl.arange(0, R)
+    m_k = o_k < K
+    rows = ()
+    sums = ()
+    live = 0
+    for i in tl.static_range(G):
+        b_g = tl.load(p_gates[i] + o_r, mask=o_r < ranks[i], other=0.0)
+        m_r = b_g != 0
+        live = tl.maximum(live, tl.max(m_r.to(tl.int32)))
+        b_a = tl.load(
+            p_as[i] + o_r.to(tl.int64)[:, None] * s_as[i] + o_k[None, :],
+            mask=m_r[:, None] & m_k[None, :],
+            other=0.0,
+        )
+        rows = rows + (b_a.to(kind),)
+        sums = sums + (tl.zeros((R, BK), tl.float32),)
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    start = i_s * run
+    end = tl.minimum(start + run, M)
+    # Where no rank is live, x is not read.
+    stop = tl.where(live > 0, end, start)
+    for m in range(start, end, BM):
+        o_m = m + tl.arange(0, BM)
+        m_m = o_m < end
+        m_mk = m_m[:, None] & m_k[None, :]
+        if DROPOUT:
+            keep = keep_mask(seed, limit, o_m, i_k * BK, BM, BK)
+        if NEEDS_DA:
+            b_x = tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=(o_m < stop)[:, None] & m_k[None, :], other=0.0)
+            if DROPOUT:
+                b_x = tl.where(keep, b_x, 0.0)
+            b_x = b_x.to(kind)
+        b_dx = tl.zeros((BM, BK), tl.float32)
+        new = ()
+        for i in tl.static_range(G):
+            b_q = tl.load(p_q + o_m[:, None] * (G * R) + i * R + o_r[None, :], mask=m_m[:, None], other=0.0)
+            if NEEDS_DX:
+                b_dx = tl.dot(b_q, rows[i], b_dx, input_precision=PRECISION)
+            if NEEDS_DA:
+                new = new + (tl.dot(tl.trans(b_q), b_x, sums[i], input_precision=PRECISION),)
+            else:
+                new = new + (sums[i],)
+        sums = new
+        if NEEDS_DX:
+            if DROPOUT:
+                b_dx = tl.where(keep, b_dx * inverse_keep, 0.0)
+            tl.store(p_dx + o_m[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_mk)
+    if NEEDS_DA:
+        for i in tl.static_range(G):
+            b_da = sums[i]
+            if DROPOUT:
+                b_da *= inverse_keep
+            tl.store(p_da + (i_s * (G * R) + i * R + o_r[:, None]) * K + o_k[None, :], b_da, mask=m_k[None, :])
+
+
+def input_backward(
+    x: Tensor,
+    q: Tensor,
+    rows: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    needs_dx: bool = True,
+    needs_da: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dX`` ``(M, K)`` in the dtype of x, and the partial sums of dA, ``(streams, G * R, K)`` float32.
+
+    Args:
+        x: ``(M, K)``, last stride 1.
+        q: ``(M, G * R)`` contiguous, the gradient of H.
+        rows, gates: of the adapters, as in shrink; so are ``dropout`` and ``seed``.
+    """
+    tokens, features = x.shape
+    t = tile("input_backward", q.shape[1], q.dtype, x.device)
+    columns = triton.cdiv(features, t.features)
+    run, count = cut(tokens, t.tokens, columns, x.device)
+    dx = x.new_empty(tokens, features) if needs_dx else None
+    da = x.new_empty(count, q.shape[1], features, dtype=torch.float32) if needs_da else None
+    launch(
+        _input_backward,
+        (columns, count),
+        x,
+        q,
+        tuple(rows),
+        tuple(gates),
+        x if dx is None else dx,
+        q if da is None else da,
+        q if seed is None else seed,
+        tokens,
+        features,
+        tuple(a.shape[0] for a in rows),
+        run,
+        x.stride(0),
+        tuple(a.stride(0) for a in rows),
+        1 / (1 - dropout),
+        threshold(dropout),
+        G=len(rows),
+        R=q.shape[1] // len(rows),
+        BM=t.tokens,
+        BK=t.features,
+        DROPOUT=dropout > 0,
+        NEEDS_DX=needs_dx,
+        NEEDS_DA=needs_da,
+        PRECISION=precision,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+    return dx, da

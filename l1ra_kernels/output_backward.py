@@ -1,0 +1,113 @@
+"""The pass over dY: its product with B, and with H, in one read.
+
+``P = dY @ B.T`` (M, R) needs a sum over N, ``D = H.T @ dY`` (R, N) one over M. A program owns one tile of features and one
+stream of tokens: it adds up D in registers as it walks down, and writes what its tile gives to P. Both leave as partial
+sums in float32, ``(tiles, M, R)`` and ``(streams, R, N)``, which the reductions add in a fixed order.
+
+B (r, N); H (M, R), the columns of one adapter. Neither gate nor scaling is in P or D; ranks whose gate
+is 0 are 0 in P.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l1ra_kernels.configs import cut, tile
+from l1ra_kernels.launch import launch
+
+__all__ = ["output_backward"]
+
+
+@triton.jit(do_not_specialize=["M", "rank", "run"])
+def _output_backward(
+    p_dy,  # (M, N)
+    p_h,  # (M, *), its R columns
+    p_gate,  # (r,)
+    p_b,  # (r, N)
+    p_p,  # (tiles, M, R) float32
+    p_d,  # (streams, R, N) float32
+    M,
+    N,
+    rank,
+    run,  # tokens a stream
+    s_dy,
+    s_h,
+    s_b,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    NEEDS_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kind = p_h.dtype.element_ty
+    i_n = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_r = tl.arange(0, R)
+    m_n = o_n < N
+    b_g = tl.load(p_gate + o_r, mask=o_r < rank, other=0.0)
+    m_r = b_g != 0
+    b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * s_b + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
+    b_bt = tl.trans(b_b.to(kind))
+    b_d = tl.zeros((R, BN), tl.float32)
+    start = i_s * run
+    end = tl.minimum(start + run, M)
+    # Where no rank is live, nothing is read, and nobody reads P.
+    stop = tl.where(tl.max(m_r.to(tl.int32)) > 0, end, start)
+    for m in range(start, stop, BM):
+        o_m = m + tl.arange(0, BM)
+        m_m = o_m < end
+        b_dy = tl.load(p_dy + o_m[:, None] * s_dy + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
+        b_p = tl.dot(b_dy, b_bt, input_precision=PRECISION)
+        tl.store(p_p + (i_n * M + o_m[:, None]) * R + o_r[None, :], b_p, mask=m_m[:, None])
+        if NEEDS_D:
+            b_h = tl.load(p_h + o_m[:, None] * s_h + o_r[None, :], mask=m_m[:, None], other=0.0)
+            b_d = tl.dot(tl.trans(b_h), b_dy, b_d, input_precision=PRECISION)
+    if NEEDS_D:
+        tl.store(p_d + (i_s * R + o_r[:, None]) * N + o_n[None, :], b_d, mask=m_n[None, :])
+
+
+def output_backward(
+    dy: Tensor, h: Tensor, gate: Tensor, b: Tensor, *, needs_d: bool = True, precision: str = "ieee"
+) -> tuple[Tensor, Tensor | None]:
+    """Partial sums ``P`` ``(tiles, M, R)`` and, if needed, ``D`` ``(streams, R, N)``, float32.
+
+    Args:
+        dy: ``(M, N)`` in the dtype of ``h``, last stride 1.
+        h: ``(M, R)``, this adapter's columns of what shrink wrote.
+    """
+    tokens, features = dy.shape
+    width = h.shape[1]
+    t = tile("output_backward", width, h.dtype, h.device)
+    columns = triton.cdiv(features, t.features)
+    run, count = cut(tokens, t.tokens, columns, h.device)
+    p = h.new_empty(columns, tokens, width, dtype=torch.float32)
+    d = h.new_empty(count, width, features, dtype=torch.float32) if needs_d else None
+    launch(
+        _output_backward,
+        (columns, count),
+        dy,
+        h,
+        gate,
+        b,
+        p,
+        p if d is None else d,
+        tokens,
+        features,
+        b.shape[0],
+        run,
+        dy.stride(0),
+        h.stride(0),
+        b.stride(0),
+        R=width,
+        BM=t.tokens,
+        BN=t.features,
+        NEEDS_D=needs_d,
+        PRECISION=precision,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+    return p, d

@@ -1,0 +1,147 @@
+"""Shrink: ``H_i = dropout(x) @ A_i.T`` for the one to three adapters that share the input x, which is read once.
+
+x (M, K); A_i (r_i, K); H (M, G * R): adapter i owns the columns from i * R on, R the rank tile, zeros beyond its rank.
+A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, G = 1, x is copied into the first K columns
+of ``[x | s * g * H]`` (M, K + R) on the way and the last R columns get the scaled H besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l1ra_kernels.configs import tile
+from l1ra_kernels.dropout import keep_mask, threshold
+from l1ra_kernels.launch import launch
+
+__all__ = ["shrink"]
+
+
+@triton.jit(do_not_specialize=["M", "ranks", "scaling", "inverse_keep", "limit"])
+def _shrink(
+    p_x,  # (M, K)
+    p_as,  # G times (r, K)
+    p_gates,  # G times (r,)
+    p_h,  # (M, *), its G * R columns
+    p_out,  # (M, K + R)
+    p_seed,  # (1,) int64
+    M,
+    K,
+    ranks,
+    s_x,
+    s_as,
+    s_h,
+    s_out,
+    scaling,
+    inverse_keep,
+    limit,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    AUGMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kind = p_h.dtype.element_ty
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_r = tl.arange(0, R)
+    o_k = tl.arange(0, BK)
+    m_m = o_m < M
+    gates = ()
+    b_hs = ()
+    any_live = 0
+    for i in tl.static_range(G):
+        b_g = tl.load(p_gates[i] + o_r, mask=o_r < ranks[i], other=0.0).to(tl.float32)
+        gates = gates + (b_g,)
+        b_hs = b_hs + (tl.zeros((BM, R), tl.float32),)
+        any_live = tl.maximum(any_live, tl.max((b_g != 0).to(tl.int32)))
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    end = K if AUGMENT else tl.where(any_live > 0, K, 0)
+    for k in range(0, end, BK):
+        m_k = k + o_k < K
+        b_x = tl.load(p_x + o_m[:, None] * s_x + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        if AUGMENT:
+            tl.store(p_out + o_m[:, None] * s_out + (k + o_k)[None, :], b_x, mask=m_m[:, None] & m_k[None, :])
+        if DROPOUT:
+            b_x = tl.where(keep_mask(seed, limit, o_m, k, BM, BK), b_x, 0.0)
+        b_x = b_x.to(kind)
+        sums = ()
+        for i in tl.static_range(G):
+            m_r = gates[i] != 0
+            b_a = tl.load(
+                p_as[i] + o_r.to(tl.int64)[:, None] * s_as[i] + (k + o_k)[None, :],
+                mask=m_r[:, None] & m_k[None, :],
+                other=0.0,
+            )
+            sums = sums + (tl.dot(b_x, tl.trans(b_a.to(kind)), b_hs[i], input_precision=PRECISION),)
+        b_hs = sums
+    for i in tl.static_range(G):
+        b_h = b_hs[i]
+        if DROPOUT:
+            b_h *= inverse_keep
+        b_h = b_h.to(kind)
+        tl.store(p_h + o_m[:, None] * s_h + i * R + o_r[None, :], b_h, mask=m_m[:, None])
+        if AUGMENT:
+            b_sgh = (b_h.to(tl.float32) * (scaling * gates[i])[None, :]).to(kind)
+            tl.store(p_out + o_m[:, None] * s_out + K + o_r[None, :], b_sgh, mask=m_m[:, None])
+
+
+def shrink(
+    x: Tensor,
+    rows: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    h: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    augmented: Tensor | None = None,
+    scaling: float = 1.0,
+    precision: str = "ieee",
+) -> None:
+    """Writes ``H``, all its columns.
+
+    Args:
+        x: ``(M, K)``, last stride 1, any floating dtype.
+        rows: the A of each adapter, ``(r, K)``, last stride 1.
+        gates: ``(r,)`` each.
+        h: ``(M, G * R)`` in the dtype of the products, last stride 1.
+        seed: int64 ``(1,)`` on the device of x, read if ``dropout`` > 0.
+        augmented: ``(M, K + R)`` in the same dtype, to receive ``[x | s * g * H]``; one adapter only.
+        scaling: s of that one.
+    """
+    tokens, features = x.shape
+    t = tile("shrink", h.shape[1], h.dtype, x.device)
+    launch(
+        _shrink,
+        (triton.cdiv(tokens, t.tokens),),
+        x,
+        tuple(rows),
+        tuple(gates),
+        h,
+        h if augmented is None else augmented,
+        h if seed is None else seed,
+        tokens,
+        features,
+        tuple(a.shape[0] for a in rows),
+        x.stride(0),
+        tuple(a.stride(0) for a in rows),
+        h.stride(0),
+        0 if augmented is None else augmented.stride(0),
+        scaling,
+        1 / (1 - dropout),
+        threshold(dropout),
+        G=len(rows),
+        R=h.shape[1] // len(rows),
+        BM=t.tokens,
+        BK=t.features,
+        DROPOUT=dropout > 0,
+        AUGMENT=augmented is not None,
+        PRECISION=precision,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
