@@ -3,11 +3,11 @@
     y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or base output_i + ...
 
 Forward: shrink (x -> H), for each layer expand (H -> y), then cuBLAS adds x @ W.T to y (beta = 1).
-Backward: for each layer a pass over dY (its parts of P and D), a reduction (P -> Q, the gradient of H) and another (D -> dB,
-dg); then one pass over x (dX, parts of dA), a reduction (dA), and cuBLAS adds dY @ W to dX (beta = 1).
+Backward: for each layer a pass over dY (its parts of P and D), a reduction (P -> Q, the gradient of H) and another
+(D -> dB, dg); then one pass over x (dX, parts of dA), a reduction (dA), and cuBLAS adds dY @ W to dX (beta = 1).
 
-What is kept for the backward is x and H. Adapters are bundled so that their rank tiles fit the widest one; a rank beyond it
-is cut into pieces, each with its own passes.
+What is kept for the backward is x and H. Adapters are bundled so that their rank tiles fit the widest one; a rank
+beyond it is cut into pieces, each with its own passes.
 """
 
 from __future__ import annotations
@@ -149,11 +149,8 @@ def backward(
                 q[:, mine] = 0
                 found.append((None, None))
             else:
-                found.append(
-                    _output_gradients(
-                        dys[i], h[:, mine], gate, layers[i].b[cut], layers[i], needs[i], q[:, mine], precision
-                    )
-                )
+                layer = layers[i]._replace(gate=gate, b=layers[i].b[cut])
+                found.append(_output_gradients(dys[i], h[:, mine], layer, needs[i], q[:, mine], precision))
         needs_da = any(needs[i].a for i, _ in pieces)
         part, das = None, None
         if needs_dx or needs_da:
@@ -183,13 +180,14 @@ def backward(
 
 
 def _output_gradients(
-    dy: Tensor, h: Tensor, gate: Tensor, b: Tensor, layer: Layer, needs: Needs, q: Tensor, precision: str
+    dy: Tensor, h: Tensor, layer: Layer, needs: Needs, q: Tensor, precision: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes Q; (dg, dB), None for what is not needed."""
-    p, d = output_backward(dy, h, gate, b, needs_d=needs.b, precision=precision)
+    gate = layer.gate
+    p, d = output_backward(dy, h, gate, layer.b, needs_d=needs.b, precision=precision)
     dg_parts = reduce_hidden(p, h, gate, layer.scaling, q, needs_dg=needs.gate)
     if needs.b:
-        db, dg = reduce_rows(d, gate, b.dtype, scaling=layer.scaling, dg_parts=dg_parts)
+        db, dg = reduce_rows(d, gate, layer.b.dtype, scaling=layer.scaling, dg_parts=dg_parts)
         return dg, db
     if needs.gate:
         return torch.where(gate != 0, dg_parts.sum(0)[: gate.shape[0]], 0.0).to(gate.dtype), None

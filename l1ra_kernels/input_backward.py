@@ -1,9 +1,9 @@
 """The pass over x: ``dA_i = Q_i.T @ dropout(x)`` and ``dX = dropout'(sum of Q_i @ A_i)`` in one read, for the adapters
 that share x.
 
-Q (M, G * R) = s * g * P is the gradient of H; A_i (r_i, K). A program owns one tile of features and one stream of tokens.
-dX leaves whole, so that the frozen layer's part can be added to it by a product with beta = 1; dA as partial sums
-``(streams, G * R, K)`` in float32.
+Q (M, G * R) = s * g * P is the gradient of H; A_i (r_i, K). A program owns one tile of features and one stream of
+tokens. dX leaves whole, so that the frozen layer's part can be added to it by a product with beta = 1; dA as partial
+sums ``(streams, G * R, K)`` in float32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The pass over dY: its product with B, and with H, in one read.
 
-``P = dY @ B.T`` (M, R) needs a sum over N, ``D = H.T @ dY`` (R, N) one over M. A program owns one tile of features and one
-stream of tokens: it adds up D in registers as it walks down, and writes what its tile gives to P. Both leave as partial
-sums in float32, ``(tiles, M, R)`` and ``(streams, R, N)``, which the reductions add in a fixed order.
+``P = dY @ B.T`` (M, R) needs a sum over N, ``D = H.T @ dY`` (R, N) one over M. A program owns one tile of features and
+one stream of tokens: it adds up D in registers as it walks down, and writes what its tile gives to P. Both leave as
+partial sums in float32, ``(tiles, M, R)`` and ``(streams, R, N)``, which the reductions add in a fixed order.
 
 B (r, N); H (M, R), the columns of one adapter. Neither gate nor scaling is in P or D; ranks whose gate
 is 0 are 0 in P.

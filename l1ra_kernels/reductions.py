@@ -1,9 +1,9 @@
 """The two small reductions between and after the passes of the backward.
 
-``reduce_hidden``: the tiles' parts of P are added up; ``Q = s * g * P`` is the gradient of H, and ``s * sum of P * H`` over a
-block of tokens its part of dg.
-``reduce_rows``: ``out[k] = factor[k] * sum of parts[:, k]``, which makes dB of D (factor ``s * g``) and dA (factor 1), and
-on the way dg of its parts.
+``reduce_hidden``: the tiles' parts of P are added up; ``Q = s * g * P`` is the gradient of H, and ``s * sum of P * H``
+over a block of tokens its part of dg.
+``reduce_rows``: ``out[k] = factor[k] * sum of parts[:, k]``, which makes dB of D (factor ``s * g``) and dA (factor 1),
+and on the way dg of its parts.
 
 Sums are taken in the order of the parts. Ranks whose gate is 0 get exactly 0, whatever their memory holds.
 """

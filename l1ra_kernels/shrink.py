@@ -1,8 +1,8 @@
 """Shrink: ``H_i = dropout(x) @ A_i.T`` for the one to three adapters that share the input x, which is read once.
 
 x (M, K); A_i (r_i, K); H (M, G * R): adapter i owns the columns from i * R on, R the rank tile, zeros beyond its rank.
-A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, G = 1, x is copied into the first K columns
-of ``[x | s * g * H]`` (M, K + R) on the way and the last R columns get the scaled H besides.
+A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, G = 1, x is copied into the first K
+columns of ``[x | s * g * H]`` (M, K + R) on the way and the last R columns get the scaled H besides.
 """
 
 from __future__ import annotations
