@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.allocation import Plan, allocate
+from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
@@ -22,36 +23,10 @@ from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
-__all__ = ["RankController", "check_budget", "controller_of", "rank_cap", "rank_cost"]
+__all__ = ["RankController", "controller_of"]
 
 ATTRIBUTE = "_l1ra_controller"
 PROBE_RANKS = 4
-
-
-def check_budget(budget: object) -> int:
-    """``budget`` if it is a positive int.
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        raise TypeError(
-            f"budget must be an int, the sum of all adapters' ranks (or parameters), not {budget!r}: "
-            "for 8 ranks an adapter write 8 * number_of_adapters."
-        )
-    if budget < 1:
-        raise ValueError(f"budget must be positive, not {budget}.")
-    return budget
-
-
-def rank_cost(in_features: int, out_features: int, config: L1RAConfig) -> int:
-    """What one rank of a layer costs, in the unit of the budget."""
-    return 1 if config.budget_unit == "ranks" else in_features + out_features
-
-
-def rank_cap(in_features: int, out_features: int, config: L1RAConfig) -> int:
-    """The largest rank that an adapter of a layer may have."""
-    return min(in_features, out_features, config.max_rank or in_features)
 
 
 def controller_of(model: nn.Module) -> RankController | None:

@@ -167,7 +167,7 @@ def _adaptive_gate_step(
         # The least key with more than `index` keys up to it. A rank that can't be judged counts as infinite.
         low = tl.zeros((), tl.int32)
         high = low + 0x7FFFFFFF
-        for bit in range(31):  # noqa: B007
+        for _ in range(31):
             middle = low + (high - low) // 2
             b_count = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, R, BLOCK):
