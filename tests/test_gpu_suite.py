@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import bench, linears, llama, program, providers, sizes, step, timing, writeup  # noqa: E402
+from benchmarks.gpu import bench, linears, llama, program, providers, sizes, step, table, timing, writeup  # noqa: E402
 
 TINY = ["--tiny", "--device", "cpu"]
 
@@ -49,21 +49,21 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
     assert found["ceilings"]["copy"]["tb_per_s"] > 0
     assert len(found["kernels"]["rows"]) > 2 and not found["failed"]
     assert len(found["linears"]["tables"]) == 1 + len(sizes.TINY.shapes)
-    for table in found["linears"]["tables"]:
-        assert [row["provider"] for row in table["rows"]] == list(providers.PROVIDERS)
+    for problem in found["linears"]["tables"]:
+        assert [row["provider"] for row in problem["rows"]] == list(providers.PROVIDERS)
         assert all(
-            row["total_ms"]["p20"] <= row["total_ms"]["median"] <= row["total_ms"]["p80"] for row in table["rows"]
+            row["total_ms"]["p20"] <= row["total_ms"]["median"] <= row["total_ms"]["p80"] for row in problem["rows"]
         )
-    for table in found["step"]["tables"]:
-        assert [row["provider"] for row in table["rows"]] == list(step.PROVIDERS)
+    for model in found["step"]["tables"]:
+        assert [row["provider"] for row in model["rows"]] == list(step.PROVIDERS)
     assert found["reallocation"]["ranks_moved"]
     for name in ("linears.csv", "step.csv", "kernels.csv"):
         with open(out / name) as file:
             rows = list(csv.DictReader(file))
         assert rows and all(row["device"] == "CPU (tiny sizes)" for row in rows)
-    table = (out / "table.md").read_text()
-    assert "No figure here says anything about the kernels" in table and "Won and lost" in table
-    assert str(tmp_path) not in table + (out / "results.json").read_text().replace(tests, "")
+    text = (out / "table.md").read_text()
+    assert "No figure here says anything about the kernels" in text and "Won and lost" in text
+    assert str(tmp_path) not in text + (out / "results.json").read_text().replace(tests, "")
 
 
 def doubled(run, module, rank):
@@ -153,9 +153,9 @@ def test_a_competitor_that_breaks_or_is_missing_is_left_out_by_name(tmp_path, mo
     given = {"frozen": providers.frozen, "broken": breaks, "missing": missing, "ours": providers.ours}
     monkeypatch.setattr(providers, "PROVIDERS", given)
     assert program.main([*TINY, "--only", "linears", "--skip-correctness", "--out", str(tmp_path)]) == 1
-    for table in read(tmp_path)["linears"]["tables"]:
-        assert [row["provider"] for row in table["rows"]] == ["frozen", "ours"]
-        assert table["left_out"] == {"broken": "failed: RuntimeError: out of luck", "missing": "not on this machine"}
+    for problem in read(tmp_path)["linears"]["tables"]:
+        assert [row["provider"] for row in problem["rows"]] == ["frozen", "ours"]
+        assert problem["left_out"] == {"broken": "failed: RuntimeError: out of luck", "missing": "not on this machine"}
     assert "Left out: missing: not on this machine." in (tmp_path / "table.md").read_text()
 
 
@@ -223,3 +223,48 @@ def test_competitors_in_a_training_step_have_the_same_budget():
         with step.PROVIDERS[name](run, model, 4) as (params, _, _):
             trained[name] = sum(p.numel() for p in params if p.dim() == 2)
     assert trained["PEFT default"] == trained["ours"]
+
+
+def test_on_a_gpu_the_device_is_kept_busy_while_the_host_queues(monkeypatch):
+    log, now = [], iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now)
+            log.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(timing.Clock, "cuda", property(lambda self: True))
+    clock = timing.Clock(torch.device("cpu"), 1)
+    monkeypatch.setattr(clock, "_flush", Buffer())
+    monkeypatch.setattr(clock, "_flush_ms", 0.5)
+    work = timing.Work({"forward": lambda: log.append("forward"), "backward": lambda: log.append("backward")})
+    sample = clock.measure(work, host_ms=1.0)
+    assert log == ["wait", *["flush"] * 4, "event", "forward", "event", "backward", "event", "wait"]
+    assert sample.parts == {"forward": 1, "backward": 1} and sample.total == 2
+
+
+def test_what_was_lost_is_listed_also_in_memory():
+    def row(name, ms, peak):
+        return {"provider": name, "total_ms": {"median": ms}, "peak_mib": peak}
+
+    rows = [row("frozen", 1.0, 10), row("lean", 3.0, 20), row("fast", 1.5, 40), row("ours", 2.0, 30)]
+    results = {"linears": {"tables": [{"title": "a layer", "rows": rows}]}}
+    text = table.verdict(results)
+    assert "less time in 1 of 2" in text
+    assert "a layer: 33.3 % slower than fast" in text and "a layer: 50.0 % more peak memory than lean" in text
+    assert "slower than lean" not in text and "frozen" not in text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,12 +58,15 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def stream(command: list[str], seconds: float) -> tuple[int | None, str]:
     """Run a command, print its output as it comes; its exit code (None: stopped for time) and the last lines."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A process group of its own: pytest's workers hold the pipe open, and have to go with it.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     late = threading.Event()
 
     def stop() -> None:
         late.set()
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(max(1.0, seconds), stop)
     timer.start()

@@ -126,7 +126,10 @@ def pick(*args) -> Tiles:
     if key not in _chosen:
         times = {}
         for tiles in CHOICES:
-            launch(*args, tiles)
+            try:
+                launch(*args, tiles)
+            except triton.runtime.errors.OutOfResources:
+                continue
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for _ in range(TRIES):
@@ -134,6 +137,8 @@ def pick(*args) -> Tiles:
             end.record()
             end.synchronize()
             times[start.elapsed_time(end)] = tiles
+        if not times:
+            raise LeftOut("none of its tiles fits this card")
         _chosen[key] = times[min(times)]
     return _chosen[key]
 

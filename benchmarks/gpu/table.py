@@ -83,22 +83,41 @@ def step_table(results: dict[str, Any], model: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables_with_rows(results: dict[str, Any], section: str, title: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [(table[title], table["rows"]) for table in results.get(section, {}).get("tables", [])]
+
+
+def against(groups: list[tuple[str, dict[str, float | None]]]) -> Iterator[tuple[str, str, float]]:
+    """Of every group with us in it: title, a competitor, by how many percent our value is above its value."""
+    for title, values in groups:
+        for name, value in values.items():
+            if values.get(OURS) and value and name != FROZEN and not name.startswith(OURS):
+                yield title, name, 100 * (values[OURS] / value - 1)
+
+
 def comparison(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Of every table with us in it: title, a competitor, by how many percent we take longer (below 0: less)."""
-    groups = [(t["title"], t["rows"], "total_ms") for t in results.get("linears", {}).get("tables", [])]
-    groups += [(f"step, {t['model']}", t["rows"], "step_ms") for t in results.get("step", {}).get("tables", [])]
-    for title, rows, key in groups:
-        medians = {row["provider"]: row[key]["median"] for row in rows}
-        for name, value in medians.items():
-            if OURS in medians and name not in (FROZEN, OURS) and not name.startswith(OURS):
-                yield title, name, 100 * (medians[OURS] / value - 1)
+    """Median times, of linears and of steps."""
+    linears = tables_with_rows(results, "linears", "title")
+    steps = tables_with_rows(results, "step", "model")
+    groups = [(title, {row["provider"]: row["total_ms"]["median"] for row in rows}) for title, rows in linears]
+    groups += [(f"step, {title}", {row["provider"]: row["step_ms"]["median"] for row in rows}) for title, rows in steps]
+    return against(groups)
+
+
+def memory(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Peak memory, of linears and of steps."""
+    linears = tables_with_rows(results, "linears", "title")
+    steps = tables_with_rows(results, "step", "model")
+    groups = [(title, {row["provider"]: row["peak_mib"] for row in rows}) for title, rows in linears]
+    groups += [(f"step, {title}", {row["provider"]: row["peak_gib"] for row in rows}) for title, rows in steps]
+    return against(groups)
 
 
 def summary(results: dict[str, Any]) -> str:
     """A line for each table: by how much each competitor is above the frozen layers."""
     lines = [f"over frozen, {device(results)}:"]
-    groups = [(t["title"], t["rows"]) for t in results.get("linears", {}).get("tables", [])]
-    groups += [(f"step, {t['model']}", t["rows"]) for t in results.get("step", {}).get("tables", [])]
+    groups = tables_with_rows(results, "linears", "title")
+    groups += [(f"step, {title}", rows) for title, rows in tables_with_rows(results, "step", "model")]
     for title, rows in groups:
         over = {row["provider"]: row["overhead_percent"] for row in rows if row["provider"] != FROZEN}
         cells = [f"{name} {values['median']:+.1f} %" for name, values in over.items() if values]
@@ -109,10 +128,14 @@ def summary(results: dict[str, Any]) -> str:
 def verdict(results: dict[str, Any]) -> str:
     found = list(comparison(results))
     lost = [f"- {title}: {over:.1f} % slower than {name}" for title, name, over in found if over > 0]
+    lost += [
+        f"- {title}: {over:.1f} % more peak memory than {name}" for title, name, over in memory(results) if over > 0
+    ]
+    slower = sum(over > 0 for _, _, over in found)
     lines = [
         "### Won and lost",
         "",
-        f"Ours took less time in {len(found) - len(lost)} of {len(found)} comparisons of medians.",
+        f"Ours took less time in {len(found) - slower} of {len(found)} comparisons of medians.",
     ]
     return "\n".join([*lines, *(["", "Lost:", "", *lost] if lost else [])])
 
