@@ -62,28 +62,32 @@ def _move_rows(
             tl.store(p_dst + i * s_dst, b_row, mask=m_unit)
 
 
+@torch.no_grad()
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
     """See :func:`l1ra_kernels.state_ops.move_rows_many`; all tensors on one device."""
-    tensors = [rows.detach() if _dense(rows) else rows.detach().contiguous() for rows in tensors]
+    tensors = [rows if _dense(rows) else rows.contiguous() for rows in tensors]
     moved = [rows.new_empty((len(source), *rows.shape[1:])) for rows, source in zip(tensors, sources, strict=True)]
     patterns = [_pattern(rows.dtype, float(fill).hex()) for rows, fill in zip(tensors, fills, strict=True)]
     _launch(tensors, moved, sources, patterns)
     return moved
 
 
+@torch.no_grad()
 def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> None:
     """See :func:`l1ra_kernels.state_ops.compact_rows_`; all tensors on one device."""
-    dense = [rows.detach() if _dense(rows) else rows.detach().contiguous() for rows in tensors]
+    dense = [rows if _dense(rows) else rows.contiguous() for rows in tensors]
     sources = [(*keep, *[-1] * (rows.shape[0] - len(keep))) for rows, keep in zip(tensors, keeps, strict=True)]
     _launch(dense, dense, sources, [0] * len(dense))
     for rows, compacted in zip(tensors, dense, strict=True):
-        if rows.data_ptr() != compacted.data_ptr():
-            rows.detach().copy_(compacted)
+        if rows is not compacted:
+            rows.copy_(compacted)
     torch.autograd.graph.increment_version(list(tensors))  # autograd can't see what is written through addresses
 
 
 def _dense(rows: Tensor) -> bool:
     """Whether each row is one string of memory; the stride between rows may be any."""
+    if rows.is_contiguous():
+        return True
     size = 1
     for length, stride in zip(reversed(rows.shape[1:]), reversed(rows.stride()[1:]), strict=True):
         if length != 1 and stride != size:
@@ -119,7 +123,7 @@ def _launch(
             new.data_ptr(),
             old.stride(0) * size,
             new.stride(0) * size,
-            new[0].numel() * size,
+            new.numel() // new.shape[0] * size,
         )
         unit = math.gcd(unit, *in_bytes)
         jobs.append((*in_bytes, new.shape[0], first[tuple(source)], pattern))
