@@ -128,6 +128,9 @@ def section(bench: Bench, name: str, skip_correctness: bool, left: float) -> Non
         traceback.print_exc()
         bench.failed.append(f"{name}: {type(error).__name__}: {error}")
         bench.clock.release()
+    if bench.cuda:
+        # Read while the card is still warm: a card that throttles shows here.
+        bench.results.setdefault("card_after", {})[name] = environment.nvidia_smi()
     bench.say(f"  ({name}: {bench.budget.spent:.0f} of {bench.budget.seconds:.0f} s)")
 
 
