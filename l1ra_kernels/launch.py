@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["launch"]
+__all__ = ["launch", "redirected"]
+
+_instead: Callable[..., None] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """``kernel[grid](*args, **meta)``, or nothing where the grid is empty."""
     if all(grid):
-        kernel[grid](*args, **meta)
+        if _instead is None:
+            kernel[grid](*args, **meta)
+        else:
+            _instead(kernel, grid, *args, **meta)
+
+
+@contextmanager
+def redirected(instead: Callable[..., None]) -> Iterator[None]:
+    """Within the block, launches are handed to ``instead(kernel, grid, *args, **meta)`` and nothing is launched."""
+    global _instead
+    before, _instead = _instead, instead
+    try:
+        yield
+    finally:
+        _instead = before
