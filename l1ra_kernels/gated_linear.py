@@ -49,7 +49,7 @@ def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
     """(rank tile, pieces) of each bundle."""
     bundles: list[tuple[int, list[_Piece]]] = []
     for layer, rank in enumerate(ranks):
-        for start in range(0, rank, WIDEST):
+        for start in range(0, max(rank, 1), WIDEST):
             piece = _Piece(layer, slice(start, min(start + WIDEST, rank)))
             width = rank_tile(piece.rows.stop - start)
             if bundles:
@@ -87,6 +87,7 @@ def forward(
         seed: of the dropout, int64 ``(1,)`` on the device of x.
     """
     precision = _precision(dtype)
+    layers = [_readable(layer) for layer in layers]
     bundles = _bundles([layer.a.shape[0] for layer in layers])
     hidden = x.new_empty(x.shape[0], sum(width * len(pieces) for width, pieces in bundles), dtype=dtype)
     outputs: list[Tensor | None] = [None] * len(layers)
@@ -132,6 +133,7 @@ def backward(
         x, hidden, layers, dropout, seed: as in the forward.
     """
     precision = _precision(hidden.dtype)
+    layers = [_readable(layer) for layer in layers]
     grads: list[list[tuple]] = [[] for _ in layers]
     dx = None
     column = 0
@@ -198,6 +200,15 @@ def _join(pieces: list[tuple]) -> tuple[Tensor | None, Tensor | None, Tensor | N
     if len(pieces) == 1:
         return pieces[0]
     return tuple(None if grads[0] is None else torch.cat(grads) for grads in zip(*pieces, strict=True))
+
+
+def _readable(layer: Layer) -> Layer:
+    """The layer with its small tensors as the kernels read them, last stride 1."""
+    a, gate, b, bias = layer.a, layer.gate, layer.b, layer.bias
+    if a.stride(1) == gate.stride(0) == b.stride(1) == 1 and (bias is None or bias.stride(0) == 1):
+        return layer
+    bias = None if bias is None else bias.contiguous()
+    return layer._replace(a=_contiguous_rows(a), gate=gate.contiguous(), b=_contiguous_rows(b), bias=bias)
 
 
 def _contiguous_rows(t: Tensor) -> Tensor:
