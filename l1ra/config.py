@@ -64,6 +64,8 @@ class L1RAConfig:
         seed: of all random numbers drawn here; torch's global generator is never touched. Default 0.
         adapter_dtype: of A and B: ``"float32"`` (default), ``"bfloat16"``, ``"float16"``, ``"float64"`` or a
             torch.dtype. Gates are float32, in float64 adapters float64.
+        strict: raise, when patching and in every forward, where an adapter would run as plain PyTorch instead of in
+            the fused kernels. Default False: it falls back, and ``l1ra.report`` says why.
 
     Raises:
         ValueError, TypeError: a value is out of its range; the message says what to write.
@@ -92,6 +94,7 @@ class L1RAConfig:
     exclude_pruned: bool = True
     seed: int = 0
     adapter_dtype: str | torch.dtype = "float32"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -101,7 +104,7 @@ class L1RAConfig:
             ("budget_unit", BUDGET_UNITS),
         ):
             _check_choice(name, getattr(self, name), choices)
-        for name in ("rank_stabilized", "exclude_pruned"):
+        for name in ("rank_stabilized", "exclude_pruned", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         for name, low in (("total_steps", 1), ("min_interval", 1), ("min_rank", 1), ("max_rank", 1), ("seed", 0)):

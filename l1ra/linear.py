@@ -10,28 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.allocation import LayerPlan
+from l1ra.base_layers import base_features, dense_weight, foreign, is_conv1d
 from l1ra.config import INITS
 from l1ra.row_moves import RowMoves
+from l1ra.sharing import SharedInput
 from l1ra_kernels import dispatch
 
-__all__ = ["L1RALinear", "base_features", "find_adapters"]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D, a Linear with its weight transposed."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
-
-
-def base_features(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a layer that can be adapted, None for any other."""
-    # Attention modules read this class's weight without calling it: an adapter on it would do nothing.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+__all__ = ["L1RALinear", "find_adapters"]
 
 
 class L1RALinear(nn.Module):
@@ -47,6 +32,8 @@ class L1RALinear(nn.Module):
         lora_B: Parameter ``(rank, out_features)``, 0 at first.
         scaling: s.
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
+        strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
+        sharing: the group of layers that may read the same input, see ``SharedInput``.
     """
 
     def __init__(
@@ -148,6 +135,8 @@ class L1RALinear(nn.Module):
         self._merged_from: Tensor | None = None
         self._probe: tuple[Tensor, Tensor] | None = None
         self.gate_loaded = False
+        self.strict = False
+        self.sharing: SharedInput | None = None
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""
@@ -177,16 +166,54 @@ class L1RALinear(nn.Module):
         return self._merged_from is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``(..., in_features)`` -> ``(..., out_features)``, in the dtype that the base layer returns."""
-        y = self.base_layer(x, *args, **kwargs)
+        """``(..., in_features)`` -> ``(..., out_features)``, in the dtype that the base layer returns.
+
+        Raises:
+            RuntimeError: ``strict`` is set and no fused kernel can run; the message says why.
+        """
         if self.merged:
-            return y
+            return self.base_layer(x, *args, **kwargs)
+        more = "it was called with more than its input" if args or kwargs else ""
+        path = self.path_on(x, more)
+        if path.name == "chain":
+            shared = self.sharing.take(self, x) if self.sharing is not None else None
+            return dispatch.gated_linears(x, [self.parts()], self.dropout_now, path)[0] if shared is None else shared
+        y = self.base_layer(x, *args, **kwargs)
+        if y.dtype != x.dtype:
+            path = dispatch.path_for(y.device, y.dtype, path.reason)
+        if self.strict and not path.fused:
+            raise RuntimeError(f"strict=True, but the adapter would run as plain PyTorch: {path.reason}.")
+        return dispatch.gated_linears(x, [self.parts(y)], self.dropout_now, path)[0]
+
+    def path_on(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
+        """How the layer is computed for ``x``; None stands for an input like its weight, outside of autocast.
+
+        Args:
+            more: a reason to leave the product with the weight to the base layer.
+        """
+        like = self.base_layer.weight if x is None else x
+        dtype = like.dtype if like.is_floating_point() else self.lora_A.dtype
+        path = dispatch.path_for(like.device, dtype, more)
+        if path.name == "chain":
+            why = foreign(self.base_layer, like.device, dtype)
+            path = dispatch.Path("add", why) if why else path
+        return path
+
+    @property
+    def dropout_now(self) -> float:
+        """The probability that an element of the adapter's input is dropped, 0 in evaluation."""
+        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+
+    def parts(self, output: Tensor | None = None) -> dispatch.Layer:
+        """What the kernels need: the adapter, and the ``output`` of the base layer or its weight."""
         a, gate, b = self.lora_A, self.gate, self.lora_B
         if self._probe is not None and torch.is_grad_enabled():
             zeros, mix = self._probe
             a, b = torch.cat([a, zeros]), torch.cat([b, mix])
             gate = torch.cat([gate, gate.new_ones(mix.shape[0])])
-        return dispatch.gated_lora(y, self.dropout(x), a, gate, b, self.scaling)
+        if output is not None:
+            return dispatch.Layer(a, gate, b, self.scaling, output=output)
+        return dispatch.Layer(a, gate, b, self.scaling, dense_weight(self.base_layer), self.base_layer.bias)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from l1ra.allocation import spread
+from l1ra.base_layers import base_features
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController, check_budget, controller_of, rank_cap, rank_cost
-from l1ra.linear import L1RALinear, base_features, find_adapters
+from l1ra.linear import L1RALinear, find_adapters
+from l1ra.sharing import share_inputs
 from l1ra.targets import part_of, saved_modules, select_targets
 
 __all__ = ["patch", "unpatch"]
@@ -53,6 +55,7 @@ def patch(
 
     Raises:
         ValueError, TypeError: the message says what to write instead; the model is untouched.
+        RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the model is untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
@@ -100,6 +103,11 @@ def patch(
             for module, rank in zip(targets.values(), ranks, strict=True)
         }
         # A layer that is shared between parents is replaced in all of them.
+        for layer in adapters.values():
+            path = layer.path_on()
+            if config.strict and not path.fused:
+                raise RuntimeError(f"strict=True, but the adapters would run as plain PyTorch: {path.reason}.")
+            layer.strict = config.strict
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if id(child) in adapters:
@@ -112,6 +120,7 @@ def patch(
                 param.requires_grad_(True)
         for module in saved.values():
             module.requires_grad_(True)
+        share_inputs(model, adapters.values())
         controller = RankController(model, budget, config=config, auto=auto)
     except BaseException:
         _restore(swaps, required)

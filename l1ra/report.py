@@ -11,7 +11,6 @@ from torch import nn
 
 from l1ra.controller import RankController, controller_of
 from l1ra.linear import L1RALinear, find_adapters
-from l1ra_kernels import dispatch
 
 __all__ = ["Report", "ReportRow", "plot_ranks", "report"]
 
@@ -26,7 +25,8 @@ class ReportRow:
         rank, initial_rank: now and at the start.
         smallest_gate: of its ranks.
         params: adapter parameters now, gates included.
-        path: the implementation that runs, with the reason.
+        path: ``"fused (chain)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or around the base
+            layer's own forward, or ``"torch"``, with the reason; and which layers read their input together.
     """
 
     name: str
@@ -105,7 +105,8 @@ def report(model: nn.Module) -> Report:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
     controller = controller_of(model)
     start = controller.initial_ranks if controller else {}
-    rows = tuple(_row(name, layer, start.get(name, layer.initial_rank)) for name, layer in adapters.items())
+    names = {layer: name for name, layer in adapters.items()}
+    rows = tuple(_row(name, layer, start.get(name, layer.initial_rank), names) for name, layer in adapters.items())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = max(0, trainable - sum(row.params for row in rows))
     if controller is None:
@@ -113,7 +114,17 @@ def report(model: nn.Module) -> Report:
     return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
 
 
-def _row(name: str, layer: L1RALinear, initial_rank: int) -> ReportRow:
+def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
+    path = layer.path_on()
+    if layer.sharing is None or path.name != "chain":
+        return str(path)
+    partners = [names[other].rpartition(".")[2] for other in layer.sharing.partners(layer) if other in names]
+    if partners:
+        return f"{path}, x read together with {', '.join(partners)}"
+    return f"{path}, alone: its inputs differ from its siblings'" if layer.sharing.gave_up(layer) else str(path)
+
+
+def _row(name: str, layer: L1RALinear, initial_rank: int, names: dict[L1RALinear, str]) -> ReportRow:
     return ReportRow(
         name,
         layer.in_features,
@@ -122,7 +133,7 @@ def _row(name: str, layer: L1RALinear, initial_rank: int) -> ReportRow:
         initial_rank,
         layer.gate.detach().min().item(),
         layer.lora_A.numel() + layer.gate.numel() + layer.lora_B.numel(),
-        str(dispatch.path_for(layer.lora_A.device)),
+        _path(layer, names),
     )
 
 

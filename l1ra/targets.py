@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from l1ra.linear import base_features
+from l1ra.base_layers import base_features
 
 __all__ = ["part_of", "saved_modules", "select_targets"]
 

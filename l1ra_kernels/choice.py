@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
-__all__ = ["interpreting", "triton_available", "using", "wanted"]
+import torch
+
+__all__ = ["interpreting", "obstacle", "triton_available", "using", "wanted"]
 
 CHOICES = ("auto", "torch", "fused")
 VARIABLE = "L1RA_KERNELS"
@@ -45,6 +48,35 @@ def wanted() -> str:
     if name not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {name!r}.")
     return name
+
+
+def obstacle(device: torch.device) -> str:
+    """Why plain PyTorch runs for tensors on ``device`` and not the Triton kernels, "" where these do.
+
+    Raises:
+        RuntimeError: they are wanted where they can't run.
+    """
+    name = wanted()
+    if name == "torch":
+        return "plain PyTorch was asked for"
+    able = triton_available() and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
+    if name == "fused" and not able:
+        raise RuntimeError(
+            f"fused kernels are wanted for tensors on {device}, which Triton can't serve: choose 'auto', install "
+            "triton, or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU."
+        )
+    if name == "fused":
+        return ""
+    if device.type != "cuda":
+        return f"plain PyTorch is the path on {device.type}"
+    if not triton_available():
+        return "triton is not installed: pip install triton"
+    return "" if _capable(device) else "the kernels need an NVIDIA GPU of compute capability 8.0 or later"
+
+
+@lru_cache
+def _capable(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

@@ -1,22 +1,21 @@
 """Which implementation of an op runs, and the reason in words when it is not a fused one.
 
-Everything outside this package calls the ops through here. At present every op has one implementation, the torch
-reference; fused ones are added behind the same functions.
+Everything outside this package calls the ops through here. ``choice`` says what is wanted (``L1RA_KERNELS=torch`` turns
+the Triton kernels off); Triton is imported only where its kernels are going to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from l1ra_kernels.reference import (
-    adam_elastic_net_step,
-    gated_lora,
-    importance_step,
-    move_rows,
-    weighted_l1_step,
-)
+from l1ra_kernels import choice
+from l1ra_kernels.layer import Layer
+from l1ra_kernels.reference import gated_lora
 from l1ra_kernels.state_ops import (
     adam_gate_step,
     adaptive_gate_step,
@@ -26,34 +25,86 @@ from l1ra_kernels.state_ops import (
 )
 
 __all__ = [
+    "Layer",
     "Path",
-    "adam_elastic_net_step",
     "adam_gate_step",
     "adaptive_gate_step",
     "compact_rows_",
-    "gated_lora",
-    "importance_step",
-    "move_rows",
+    "gated_linears",
     "move_rows_many",
     "path_for",
     "unless_not_finite",
-    "weighted_l1_step",
 ]
+
+PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Path:
-    """An implementation, ``name``, and why it was chosen, ``reason``."""
+    """How a gated low-rank layer is computed.
+
+    Attributes:
+        name: ``"chain"``: fused, the adapter's output first, then cuBLAS adds the product with the weight to it;
+            ``"add"``: fused, the adapter is added to the output of the base layer's own forward; ``"torch"``.
+        reason: why it is not a faster one, "" for chain.
+    """
 
     name: str
-    reason: str
+    reason: str = ""
+
+    @property
+    def fused(self) -> bool:
+        """Whether Triton kernels run."""
+        return self.name != "torch"
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        if not self.fused:
+            return f"torch ({self.reason})"
+        return f"fused ({self.name}: {self.reason})" if self.reason else f"fused ({self.name})"
 
 
-def path_for(device: torch.device) -> Path:
-    """The implementation that the gated low-rank layer takes for tensors on ``device``."""
-    if device.type == "cuda":
-        return Path("torch", "this version has no fused CUDA kernels yet")
-    return Path("torch", f"plain PyTorch is the path on {device.type}")
+CHAIN = Path("chain")
+
+
+def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Path:
+    """The path of a layer on ``device`` whose products are in ``dtype``.
+
+    Args:
+        foreign: why the product with the weight has to be left to the base layer itself, "" if it need not.
+
+    Raises:
+        RuntimeError: fused kernels are wanted on a device that they can't run on.
+    """
+    obstacle = choice.obstacle(device)
+    if obstacle:
+        return Path("torch", obstacle)
+    if dtype not in PRODUCTS:
+        return Path("torch", f"no fused kernel takes {str(dtype).removeprefix('torch.')}")
+    return Path("add", foreign) if foreign else CHAIN
+
+
+def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path) -> tuple[Tensor, ...]:
+    """The outputs of adapted layers that read the same x: ``base(x) + s * ((dropout(x) @ A.T) * g) @ B`` each.
+
+    Differentiable: in x, in each A, gate and B, and in a base output that was handed over; never in a weight.
+
+    Args:
+        x: ``(..., K)``, any strides.
+        layers: with the ``output`` of their base, which settles the dtype of the products, or (path ``"chain"``) with
+            its ``weight`` in the dtype of x.
+        dropout: probability that an element of the adapters' input is dropped, from 0 to below 1.
+        path: from :func:`path_for`.
+
+    Returns:
+        ``(..., N)`` each. Fused, one dropout mask serves all layers.
+    """
+    if path.fused:
+        from l1ra_kernels.autograd import fused
+
+        return fused(x, layers, dropout)
+    outputs = []
+    for layer in layers:
+        base = F.linear(x, layer.weight, layer.bias) if layer.output is None else layer.output
+        dropped = F.dropout(x, dropout) if dropout else x
+        outputs.append(gated_lora(base, dropped, layer.a, layer.gate, layer.b, layer.scaling))
+    return tuple(outputs)

@@ -16,24 +16,6 @@ __all__ = ["adam_gate_step", "adaptive_gate_step", "compact_rows_", "move_rows_m
 unless_not_finite = reference.unless_not_finite
 
 
-def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels run for tensors on ``device``.
-
-    Raises:
-        RuntimeError: they are wanted where they can't run.
-    """
-    wanted = choice.wanted()
-    if wanted == "torch":
-        return False
-    able = choice.triton_available() and (device.type == "cuda" or (device.type == "cpu" and choice.interpreting()))
-    if wanted == "fused" and not able:
-        raise RuntimeError(
-            f"fused kernels are wanted for tensors on {device}, which Triton can't serve: choose 'auto', install "
-            "triton, or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU."
-        )
-    return able and (wanted == "fused" or device.type == "cuda")
-
-
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
     """New tensors, whose row i is row ``sources[i]`` of the old one, bit for bit, or ``fill`` where that is -1.
 
@@ -103,7 +85,7 @@ def _by_device(name: str, tensors: Sequence[Tensor]) -> list[tuple[Callable, lis
 
 
 def _row_op(name: str, device: torch.device) -> Callable:
-    if not fused(device):
+    if choice.obstacle(device):
         return getattr(reference, name)
     from l1ra_kernels import rank_compaction
 
@@ -111,7 +93,7 @@ def _row_op(name: str, device: torch.device) -> Callable:
 
 
 def _gate_op(name: str, device: torch.device) -> Callable:
-    if not fused(device):
+    if choice.obstacle(device):
         return getattr(reference, name)
     from l1ra_kernels import gate_step
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import patched, step
 
-from l1ra_kernels import choice, dispatch, reference, state_ops
+from l1ra_kernels import choice, dispatch, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
@@ -172,17 +172,17 @@ def test_a_step_is_one_launch(name, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["l1", "adaptive-l1"])
-def test_a_training_goes_the_same_way_by_either_implementation(rule, monkeypatch):
+def test_a_training_goes_the_same_way_by_either_implementation(rule):
     if not (choice.interpreting() or DEVICE == "cuda"):
         pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1")
     ends = []
-    for fused in (False, True):
-        monkeypatch.setattr(state_ops, "fused", lambda device, fused=fused: fused)
+    for name in ("torch", "fused"):
         torch.manual_seed(0)
         # Every gate falls within an interval, at a pace of its own.
         model, controller, optimizer, x, y = patched(total_steps=24, interval=4, rule=rule, gate_lr=0.2, l1_lambda=2.0)
-        for _ in range(16):
-            step(model, optimizer, x, y)
+        with choice.using(name):
+            for _ in range(16):
+                step(model, optimizer, x, y)
         ends.append((controller.ranks, controller.gates(), [p.detach() for p in model.parameters()]))
     assert any(entry["pruned"] for entry in controller.history)
     assert ends[0][0] == ends[1][0]
