@@ -22,7 +22,7 @@ from l1ra_kernels.launch import launch
 __all__ = ["input_backward"]
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "run", "inverse_keep", "limit"])
+@triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "run", "inverse_keep", "limit"])
 def _input_backward(
     p_x,  # (M, K)
     p_q,  # (M, G * R)
@@ -33,7 +33,9 @@ def _input_backward(
     p_seed,  # (1,) int64
     M,
     K,
-    ranks,
+    rank0,  # no tuple: triton specialises its numbers, and would compile anew for ranks of 1 and of 16
+    rank1,
+    rank2,
     run,  # tokens a stream
     s_x,
     s_as,
@@ -57,6 +59,7 @@ def _input_backward(
     rows = ()
     sums = ()
     live = 0
+    ranks = (rank0, rank1, rank2)
     for i in tl.static_range(G):
         b_g = tl.load(p_gates[i] + o_r, mask=o_r < ranks[i], other=0.0)
         m_r = b_g != 0
@@ -133,6 +136,7 @@ def input_backward(
     run, count = cut(tokens, t.tokens, columns, x.device)
     dx = x.new_empty(tokens, features) if needs_dx else None
     da = x.new_empty(count, q.shape[1], features, dtype=torch.float32) if needs_da else None
+    ranks = [a.shape[0] for a in rows] + [0] * (3 - len(rows))
     launch(
         _input_backward,
         (columns, count),
@@ -145,7 +149,7 @@ def input_backward(
         q if seed is None else seed,
         tokens,
         features,
-        tuple(a.shape[0] for a in rows),
+        *ranks,
         run,
         x.stride(0),
         tuple(a.stride(0) for a in rows),

@@ -20,7 +20,7 @@ from l1ra_kernels.launch import launch
 __all__ = ["shrink"]
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "scaling", "inverse_keep", "limit"])
+@triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "scaling", "inverse_keep", "limit"])
 def _shrink(
     p_x,  # (M, K)
     p_as,  # G times (r, K)
@@ -30,7 +30,9 @@ def _shrink(
     p_seed,  # (1,) int64
     M,
     K,
-    ranks,
+    rank0,  # no tuple: triton specialises its numbers, and would compile anew for ranks of 1 and of 16
+    rank1,
+    rank2,
     s_x,
     s_as,
     s_h,
@@ -54,6 +56,7 @@ def _shrink(
     gates = ()
     b_hs = ()
     any_live = 0
+    ranks = (rank0, rank1, rank2)
     for i in tl.static_range(G):
         b_g = tl.load(p_gates[i] + o_r, mask=o_r < ranks[i], other=0.0).to(tl.float32)
         gates = gates + (b_g,)
@@ -116,6 +119,7 @@ def shrink(
     """
     tokens, features = x.shape
     t = tile("shrink", h.shape[1], h.dtype, x.device)
+    ranks = [a.shape[0] for a in rows] + [0] * (3 - len(rows))
     launch(
         _shrink,
         (triton.cdiv(tokens, t.tokens),),
@@ -127,7 +131,7 @@ def shrink(
         h if seed is None else seed,
         tokens,
         features,
-        tuple(a.shape[0] for a in rows),
+        *ranks,
         x.stride(0),
         tuple(a.stride(0) for a in rows),
         h.stride(0),
