@@ -32,7 +32,7 @@ class Tile:
 # The sum of the rank tiles of all layers that share an input stands for the rank in shrink and input_backward.
 HALF: dict[str, dict[int, Tile]] = {
     "shrink": {
-        16: Tile(64, 128, 4, 4),
+        16: Tile(64, 128, 8, 4),
         32: Tile(64, 128, 4, 4),
         64: Tile(64, 64, 4, 4),
         128: Tile(64, 64, 8, 3),
@@ -50,7 +50,7 @@ HALF: dict[str, dict[int, Tile]] = {
         128: Tile(32, 64, 8, 3),
     },
     "input_backward": {
-        16: Tile(32, 256, 4, 3),
+        16: Tile(32, 256, 8, 3),
         32: Tile(32, 256, 8, 3),
         64: Tile(32, 128, 8, 3),
         128: Tile(32, 64, 8, 3),
@@ -61,7 +61,7 @@ SINGLE: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(32, 64, 4, 3),
         32: Tile(32, 32, 4, 3),
-        64: Tile(32, 32, 4, 3),
+        64: Tile(32, 32, 8, 3),
         128: Tile(32, 32, 8, 2),
     },
     "expand": {
@@ -80,7 +80,7 @@ SINGLE: dict[str, dict[int, Tile]] = {
         16: Tile(32, 64, 8, 3),
         32: Tile(32, 32, 8, 3),
         64: Tile(16, 32, 8, 3),
-        128: Tile(16, 32, 8, 3),
+        128: Tile(16, 32, 4, 3),
     },
 }
 # architecture -> (tiles for 2-byte numbers, tiles for float32)
