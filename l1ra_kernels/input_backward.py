@@ -78,7 +78,7 @@ def _input_backward(
     # Where no rank is live, x is not read.
     stop = tl.where(live > 0, end, start)
     for m in range(start, end, BM):
-        o_m = m + tl.arange(0, BM)
+        o_m = m + tl.arange(0, BM).to(tl.int64)
         m_m = o_m < end
         m_mk = m_m[:, None] & m_k[None, :]
         if DROPOUT:

@@ -58,7 +58,7 @@ def _output_backward(
     # Where no rank is live, nothing is read, and nobody reads P.
     stop = tl.where(tl.max(m_r.to(tl.int32)) > 0, end, start)
     for m in range(start, stop, BM):
-        o_m = m + tl.arange(0, BM)
+        o_m = m + tl.arange(0, BM).to(tl.int64)
         m_m = o_m < end
         b_dy = tl.load(p_dy + o_m[:, None] * s_dy + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
         b_p = tl.dot(b_dy, b_bt, input_precision=PRECISION)
