@@ -9,6 +9,7 @@ from cases import (
     USUAL,
     Case,
     assert_as_exact_as_torch,
+    assert_close,
     assert_same_bits,
     case,
     formula,
@@ -32,7 +33,7 @@ def test_every_rank_is_as_exact_as_plain_torch(rank):
 @pytest.mark.parametrize(
     "rank, dtypes",
     [(3, (SINGLE, SINGLE)), (40, (SINGLE, SINGLE)), (140, (SINGLE, SINGLE)), (16, (HALF, HALF)), (17, (HALF, HALF))]
-    + ([(5, (torch.float16, torch.float16))] if HALF != torch.float16 else []),
+    + ([(5, (torch.float16, torch.float16))] if HALF is not torch.float16 else []),
 )
 def test_every_dtype_is_as_exact_as_plain_torch(rank, dtypes):
     assert_as_exact_as_torch(case([rank], dtypes=dtypes, base="bias"))
@@ -196,7 +197,8 @@ def test_only_the_gradients_that_are_needed_are_made(wanted):
     shared.dys = [dy if "x" in wanted or str(i) in wanted else None for i, dy in enumerate(shared.dys)]
     found = results(shared, kernels(shared))
     assert {name for name in found if name.startswith("d")} == {f"d{name}" for name in wanted.split()}
-    assert_same_bits(found, {name: everything[name] for name in found})
+    same = assert_close if "g" in wanted else assert_same_bits  # without dB, another kernel adds up dg
+    same(found, {name: everything[name] for name in found})
 
 
 def test_nothing_is_kept_where_no_gradient_is_needed():
