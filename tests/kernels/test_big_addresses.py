@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from cases import DEVICE, Case, case, kernels, results
+from cases import DEVICE, HALF, Case, case, kernels, results
 
-FAR = 2**30 + 16  # elements from a row to the next: the third begins beyond 2**31
-HALF = torch.float16
+FAR = 2**30 + 17  # elements from a row to the next: the third begins beyond 2**31
 
 
 @pytest.fixture(scope="module")
