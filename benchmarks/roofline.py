@@ -1,24 +1,15 @@
 """Roofline: what an adapter must cost, counted for one frozen linear layer and for a decoder layer's seven.
 
-Nothing here is timed. A design is a list of terms for the forward and one for the backward. A term is a kernel: the
-bytes it reads from and writes to GPU memory, its FLOPs, its launches, all beyond the frozen products ``x Wᵀ`` and
-``dY W``. Then
+Nothing here is timed. The terms of each design, and what they assume, are in ``benchmarks/designs.py``. Of them,
 
     floor    = exposed bytes / copy bandwidth + FLOPs that lengthen the frozen products / product speed
     overhead = floor / (4 · tokens · inputs · outputs / product speed), summed over the layer's seven linears
 
-Assumptions, the same for all designs:
+Bytes move at copy bandwidth; hidden ones are counted, but not in the floor; the arithmetic of memory-bound kernels,
+gaps between launches and host time cost nothing.
 
-- activations, W and their gradients are bf16; a launch moves each operand once, at copy bandwidth; what one launch
-  writes the next reads from memory (L2 is not credited, also not for partial sums that would fit in it);
-- arithmetic of memory-bound kernels, gaps between launches, host time and the gates' few bytes cost nothing;
-- no dropout, no bias; the frozen network's own sums of dX (q + k + v, gate + up) belong to the frozen network;
-- *hidden* bytes are read by a large product that adds to its output (cuBLAS with beta = 1) and disappear under its
-  arithmetic: they are counted, but not in the floor;
-- our buffers are as wide as the rank's bucket (16, 32, 64, 128); our adapters and their gradients are fp32.
-
-    python benchmarks/roofline.py > docs/roofline.md
-    python benchmarks/roofline.py --card h200 --csv roofline.csv
+    python -m benchmarks.roofline > docs/roofline.md
+    python -m benchmarks.roofline --card h200 --csv roofline.csv
 """
 
 from __future__ import annotations
@@ -26,15 +17,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 
-BF16, FP32 = 2, 4
-RANK_BUCKETS = (16, 32, 64, 128)
-# Our backward passes leave partial sums in fp32: of P (tokens, rank) one slab per tile of columns, of dA and dB one per
-# chunk of tokens.
-COLUMN_TILE, TOKEN_CHUNK = 512, 512
+from benchmarks.designs import DESIGNS, PASSES, UNSHARED, Design, Passes, Shape, Term, Terms
+
+__all__ = ["CARDS", "MODELS", "Card", "report"]
 
 TOKENS, RANKS = (2048, 8192, 16384), (8, 16, 64)
 SHOWN_TOKENS, SHOWN_RANK = 8192, 16
@@ -58,244 +46,6 @@ CARDS = {
     "a100": Card("A100", 1.5, 260, "assumption, not measured"),
 }
 
-
-class Shape:
-    """Linears that read the same x: ``tokens``, common ``inputs``, ``outputs`` of each, ``rank`` of each.
-
-    The other attributes are numbers of elements, summed over the linears; x is there once.
-    """
-
-    def __init__(self, tokens: int, inputs: int, outputs: tuple[int, ...], rank: int) -> None:
-        self.inputs, self.outputs, self.linears, self.rank = inputs, outputs, len(outputs), rank
-        self.bucket = next(width for width in RANK_BUCKETS if width >= rank)
-        self.x, self.y = tokens * inputs, tokens * sum(outputs)
-        self.a, self.b = rank * inputs * self.linears, rank * sum(outputs)
-        self.h = tokens * rank * self.linears
-        # In our own buffers: H or Q, and the partial sums of P, dA, dB.
-        chunks = math.ceil(tokens / TOKEN_CHUNK)
-        self.wide_h = tokens * self.bucket * self.linears
-        self.p_slabs = tokens * self.bucket * sum(math.ceil(n / COLUMN_TILE) for n in outputs)
-        self.da_slabs = chunks * self.bucket * inputs * self.linears
-        self.db_slabs = chunks * self.bucket * sum(outputs)
-
-    def x_flops(self, width: int) -> int:
-        """FLOPs of a product of x's size with ``width`` ranks of each linear."""
-        return 2 * self.x * width * self.linears
-
-    def y_flops(self, width: int) -> int:
-        """FLOPs of a product of each y's size with ``width`` ranks."""
-        return 2 * self.y * width
-
-
-@dataclass(frozen=True)
-class Term:
-    """One launch, or several alike: bytes read and written, FLOPs.
-
-    ``hidden``: the bytes disappear under a large product. ``in_product``: no launch of its own, but so many FLOPs more
-    in a frozen product.
-    """
-
-    name: str
-    read: int
-    write: int
-    flops: int = 0
-    launches: int = 1
-    hidden: bool = False
-    in_product: bool = False
-
-
-Terms = list[Term]
-Passes = tuple[Terms, Terms]
-PASSES = ("forward", "backward")
-
-
-def each(name: str, elements: int, source: int, target: int, launches: int = 1) -> Term:
-    """A pointwise kernel, ``source`` bytes read and ``target`` bytes written an element."""
-    return Term(name, source * elements, target * elements, launches=launches)
-
-
-class Products:
-    """The adapter's products, each a launch, all operands of ``size`` bytes an element."""
-
-    def __init__(self, s: Shape, size: int = BF16) -> None:
-        def product(name: str, read: int, write: int, flops: int) -> Term:
-            return Term(name, size * read, size * write, flops)
-
-        x_flops, y_flops = s.x_flops(s.rank), s.y_flops(s.rank)
-        self.h = product("H = x Aᵀ", s.x + s.a, s.h, x_flops)
-        self.y = product("L = H B", s.h + s.b, s.y, y_flops)
-        self.y_added = product("Y += H B (addmm)", s.h + s.b + s.y, s.y, y_flops)
-        self.dh = product("dH = dY Bᵀ", s.y + s.b, s.h, y_flops)
-        self.da = product("dA = dHᵀ x", s.h + s.x, s.a, x_flops)
-        self.db = product("dB = Hᵀ dY", s.y + s.h, s.b, y_flops)
-        self.dx = product("adapter's dX = dH A", s.h + s.a, s.x, x_flops)
-        self.dx_added = product("dX += dH A (addmm)", s.h + s.a + s.x, s.x, x_flops)
-
-
-def sum_of_dx(s: Shape) -> Term:
-    return each("autograd adds the two dX", s.x, 2 * BF16, BF16)
-
-
-# PEFT: result = result + lora_B(lora_A(x)) * scaling, one kernel a step. A test counts the same bytes on the operations
-# that PEFT really calls.
-
-
-def peft_steps(s: Shape, size: int) -> Passes:
-    p = Products(s, size)
-    scaled, d_scaled = each("L · scaling", s.y, size, size), each("dY · scaling", s.y, size, size)
-    return [p.h, p.y, scaled], [d_scaled, p.db, p.dh, p.da, p.dx]
-
-
-def peft_bf16(s: Shape) -> Passes:
-    forward, backward = peft_steps(s, BF16)
-    return [*forward, each("base output + L", s.y, 2 * BF16, BF16)], [*backward, sum_of_dx(s)]
-
-
-def peft_autocast(s: Shape) -> Passes:
-    """PEFT casts x up to the adapter's fp32; autocast casts it down again, and A and B too."""
-    forward, backward = peft_bf16(s)
-    x_casts = [each("x to fp32", s.x, BF16, FP32), each("x to bf16", s.x, FP32, BF16)]
-    dx_casts = [each("adapter's dX to fp32", s.x, BF16, FP32), each("adapter's dX to bf16", s.x, FP32, BF16)]
-    return [*x_casts, *adapters_down(s), *forward], [*backward, *dx_casts, *gradients_up(s)]
-
-
-def adapters_down(s: Shape) -> Terms:
-    return [each("A to bf16", s.a, FP32, BF16), each("B to bf16", s.b, FP32, BF16)]
-
-
-def gradients_up(s: Shape) -> Terms:
-    return [each("dA to fp32", s.a, BF16, FP32), each("dB to fp32", s.b, BF16, FP32)]
-
-
-def peft_fp32(s: Shape) -> Passes:
-    forward, backward = peft_steps(s, FP32)
-    total = each("base output + L, in fp32", s.y, BF16 + FP32, FP32)
-    dy_casts = [each("dY to fp32", s.y, BF16, FP32), each("dY to bf16 for the base", s.y, FP32, BF16)]
-    dx_cast = each("adapter's dX to bf16", s.x, FP32, BF16)
-    return (
-        [each("x to fp32", s.x, BF16, FP32), *forward, total, each("output to bf16", s.y, FP32, BF16)],
-        [*dy_casts, *backward, dx_cast, sum_of_dx(s)],
-    )
-
-
-def compiled(s: Shape) -> Passes:
-    """bf16 adapters. The adapter's dX is read once more, by an addmm or by the kernel that uses dX next: no launch."""
-    (h, y, _), backward = peft_steps(s, BF16)
-    read_back = Term("adapter's dX read back", BF16 * s.x, 0, launches=0)
-    return [h, y, each("base output + L · scaling", s.y, 2 * BF16, BF16)], [*backward, read_back]
-
-
-def unsloth(s: Shape) -> Passes:
-    """fp32 adapters. H is not kept, and dY Bᵀ is formed twice: for dA and for dX.
-
-    That q, k, v and gate, up add their dX inside addmm would save the frozen network's sums too: not credited here.
-    """
-    p = Products(s)
-    backward = [*adapters_down(s), p.dh, p.da, p.h, p.db, p.dh, p.dx_added, *gradients_up(s)]
-    return [*adapters_down(s), p.h, p.y_added], backward
-
-
-def lorafusion(s: Shape) -> Passes:
-    """bf16 adapters. Triton products at cuBLAS's speed, with a rank step. Atomic sums meet in L2: counted once."""
-    p, sums = Products(s), s.h + s.b
-    dy_pass = Term("pass over dY: dH, dB", BF16 * (s.y + sums) + FP32 * sums, FP32 * sums, 2 * s.y_flops(s.rank))
-    clear, casts = each("dH, dB = 0", sums, 0, FP32, launches=2), each("dH, dB to bf16", sums, FP32, BF16, launches=2)
-    step = in_product("rank step in x Wᵀ", BF16 * (s.h + s.b), s.y_flops(s.rank))
-    d_step = in_product("rank step in dY W", BF16 * (s.h + s.a), s.x_flops(s.rank))
-    return [p.h, step], [clear, dy_pass, casts, p.da, d_step]
-
-
-def in_product(name: str, read: int, flops: int) -> Term:
-    return Term(name, read, 0, flops, launches=0, in_product=True)
-
-
-# Ours. A shape of several linears is a shared read of x (q, k, v; gate, up).
-
-
-def our_shrink(s: Shape) -> Term:
-    return Term("shrink: H", BF16 * s.x + FP32 * s.a, BF16 * s.wide_h, s.x_flops(s.bucket))
-
-
-def our_expand(s: Shape) -> Term:
-    read = BF16 * s.wide_h + FP32 * s.b
-    return Term("expand: Y from H, B", read, BF16 * s.y, s.y_flops(s.bucket), launches=s.linears)
-
-
-def read_back(name: str, elements: int) -> Term:
-    return Term(name, BF16 * elements, 0, launches=0, hidden=True)
-
-
-def our_gradients(s: Shape, copies_dy: bool = False) -> Terms:
-    """Two passes and two reductions. The pass over x writes dX = Q A, unless the pass over dY copies dY."""
-    dy_write = FP32 * (s.p_slabs + s.db_slabs) + (BF16 * s.y if copies_dy else 0)
-    x_pass = Term("pass over x: dA", BF16 * (s.x + s.wide_h), FP32 * s.da_slabs, s.x_flops(s.bucket))
-    if not copies_dy:
-        read, write, flops = x_pass.read + FP32 * s.a, x_pass.write + BF16 * s.x, 2 * x_pass.flops
-        x_pass = Term("pass over x: dX = Q A, dA", read, write, flops)
-    dy_read, dy_flops = BF16 * (s.y + s.wide_h) + FP32 * s.b, 2 * s.y_flops(s.bucket)
-    return [
-        Term("pass over dY: P, dB", dy_read, dy_write, dy_flops, launches=s.linears),
-        Term("reduce P: Q = s·g·P", FP32 * s.p_slabs, BF16 * s.wide_h),
-        x_pass,
-        Term("reduce dA, dB, dg", FP32 * (s.da_slabs + s.db_slabs + s.b), FP32 * (s.a + s.b)),
-    ]
-
-
-def chain(s: Shape) -> Passes:
-    forward = [our_shrink(s), our_expand(s), read_back("x Wᵀ adds to Y: read back", s.y)]
-    return forward, [*our_gradients(s), read_back("dY W adds to dX: read back", s.x)]
-
-
-def add(s: Shape) -> Passes:
-    """The base's own forward left its output in Y; its own backward makes a dX, and autograd adds the two."""
-    expand = our_expand(s)
-    in_place = replace(expand, name="expand: Y += from H, B", read=expand.read + BF16 * s.y)
-    return [our_shrink(s), in_place], [*our_gradients(s), sum_of_dx(s)]
-
-
-def aug(s: Shape) -> Passes:
-    """H is kept besides s·g·H: the gates' gradient needs it where g is 0.
-
-    With shared reads each product runs over the ranks of all linears, W's columns for the others' being 0.
-    Backward: ``[dY | Q]`` times ``[W; A]`` where copying dY is cheaper than writing dX, else as in chain.
-    """
-    shrink, columns = our_shrink(s), s.bucket * s.linears
-    copy = replace(shrink, name="shrink: [x | s·g·H], H", write=BF16 * (s.x + 2 * s.wide_h))
-    behind = each("B behind W's columns", s.b, FP32, BF16, launches=s.linears)
-    longer = in_product(
-        "x Wᵀ longer by the ranks", BF16 * (s.linears * s.wide_h + columns * sum(s.outputs)), s.y_flops(columns)
-    )
-    forward = [copy, behind, longer]
-    if sum(s.outputs) >= s.inputs:
-        return forward, chain(s)[1]
-    below = each("A below W's rows", s.a, FP32, BF16, launches=s.linears)
-    d_longer = in_product("dY W longer by the ranks", BF16 * (s.wide_h + columns * s.inputs), s.x_flops(s.bucket))
-    return forward, [*our_gradients(s, copies_dy=True), below, d_longer]
-
-
-@dataclass(frozen=True)
-class Design:
-    """``count``: shape -> terms. ``shared``: linears that read the same x are one shape."""
-
-    count: Callable[[Shape], Passes]
-    shared: bool = False
-
-
-DESIGNS = {
-    "PEFT fp32, no autocast": Design(peft_fp32),
-    "PEFT fp32, autocast": Design(peft_autocast),
-    "PEFT bf16": Design(peft_bf16),
-    "torch.compile": Design(compiled),
-    "Unsloth": Design(unsloth),
-    "LoRAFusion": Design(lorafusion),
-    "add": Design(add),
-    "chain": Design(chain),
-    "aug": Design(aug),
-    "add, shared reads": Design(add, shared=True),
-    "chain, shared reads": Design(chain, shared=True),
-    "aug, shared reads": Design(aug, shared=True),
-}
-UNSHARED = {name: design for name, design in DESIGNS.items() if not design.shared}
 
 Layer = tuple[tuple[str, int, tuple[int, ...]], ...]
 
@@ -352,16 +102,20 @@ def break_even(name: str, layer: Layer, card: Card) -> float:
 
 INTRODUCTION = """# Roofline: what an adapter must cost
 
-    python benchmarks/roofline.py > docs/roofline.md
+    python -m benchmarks.roofline > docs/roofline.md
 
 Everything here is **modelled, never measured**: bytes to and from GPU memory, FLOPs and launches beyond the frozen
 products, counted term by term, and a floor in time that follows from them. The assumptions stand at the top of
-`benchmarks/roofline.py`. A real kernel is slower than its floor, and not every kernel by the same factor.
+`benchmarks/designs.py` and `benchmarks/roofline.py`. A real kernel is slower than its floor, and not every kernel by
+the same factor.
 
 *chain*, *add* and *aug* are this project's designs: the adapter's output first and the dense product added to it; added
 to the output of a foreign base module; `[x | s·g·H]` times `[W | Bᵀ]`. *Shared reads*: q, k, v read x once, gate and up
-too, and their dX is written once. *PEFT fp32* is PEFT's default (adapters in fp32), with and without
-`torch.autocast(dtype=torch.bfloat16)`; *PEFT bf16* needs `autocast_adapter_dtype=False`.
+too, and their dX is written once, as long as three rank tiles fit 128 (at rank 64 two do). The code runs *chain* with
+shared reads, and *add* without them; the others of the three are counted only.
+
+*PEFT fp32* is PEFT's default (adapters in fp32), with and without `torch.autocast(dtype=torch.bfloat16)`; *PEFT bf16*
+needs `autocast_adapter_dtype=False`.
 """
 
 DIFFERENCES = """## Where this differs from the first estimate
@@ -372,8 +126,8 @@ The design began with a count by hand (H100, 8192 tokens, rank 16). The bytes ag
   adapter's activations are fp32, and it is up to 2.4 times as much. Both are right, each for its training loop.
 - LoRAFusion, backward (154 and, at 4096 → 14336, 370 MB): the first count charges more for the atomic sums of dH and
   dB. They meet in L2, so here each buffer counts once: right for a floor, and kinder than we are to our partial sums.
-- aug, backward at N < K (109 and 392 MB; chain 288, 227, 491, 794 MB, within 4 %): the partial sums of dA and dB here
-  are in chunks of 512 tokens; the first count doesn't say its own. Open until the kernels' tiles are settled.
+- aug, backward at 4096 → 1024 (109 MB): a narrow dY has few tiles of features, so D is cut into more streams of tokens
+  here, to fill 132 processors, and each leaves a partial sum.
 - aug here also keeps A below W's rows and H besides s·g·H (a gate at 0 still has a gradient); the first description had
   neither. Both are needed, and cost less than 1 MB.
 

@@ -4,15 +4,17 @@ import csv
 from pathlib import Path
 
 import pytest
-import roofline
 import torch
-from roofline import BF16, CARDS, DESIGNS, MODELS, RANKS, TOKENS, UNSHARED, Shape, Term
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import roofline
+from benchmarks.designs import BF16, DESIGNS, UNSHARED, Shape, Term
+from benchmarks.roofline import CARDS, MODELS, RANKS, TOKENS
+
 # 4 tokens, 8 inputs, 6 outputs, rank 2: x has 32 elements, y 24, A 16, B 12, H 8. In our buffers, 16 ranks wide: H, Q
-# and the one slab of P 64 each, the one slab of dA 128, of dB 96. One sum a pass, one number a term, in the order that
-# the design has them.
+# and the one part of P 64 each, the one part of dA 128, of D 96; of these, the rows of true ranks have 16 and 12. One
+# sum a pass, one number a term, in the order that the design has them.
 SMALL = Shape(4, 8, (6,), 2)
 BY_HAND = {
     "PEFT fp32, no autocast": (
@@ -41,15 +43,15 @@ BY_HAND = {
     ),
     "add": (
         (128 + 224, 128 + 48),
-        (224 + 256 + 256 + 944 + 128, 640 + 128 + 576 + 112 + 64),
+        (224 + 384 + 48 + 256 + 64 + 128, 640 + 128 + 48 + 576 + 64 + 64),
     ),
     "chain": (
         (128 + 176 + 48, 128 + 48 + 0),
-        (224 + 256 + 256 + 944 + 64, 640 + 128 + 576 + 112 + 0),
+        (224 + 384 + 48 + 256 + 64 + 64, 640 + 128 + 48 + 576 + 64 + 0),
     ),
     "aug": (  # fewer outputs than inputs: dY is copied
         (128 + 48 + 320, 320 + 24 + 0),
-        (224 + 256 + 192 + 944 + 64 + 384, 688 + 128 + 512 + 112 + 32 + 0),
+        (224 + 384 + 48 + 192 + 64 + 64 + 384, 688 + 128 + 48 + 512 + 64 + 32 + 0),
     ),
 }
 
@@ -86,8 +88,8 @@ def test_a_shared_read_of_x_saves_x_and_dx_and_nothing_else():
     x = BF16 * one.x
     (forward, backward), (shared_forward, shared_backward) = DESIGNS["chain"].count(one), DESIGNS["chain"].count(both)
     assert roofline.moved(shared_forward) == 2 * roofline.moved(forward) - x
-    assert roofline.moved(shared_backward) == 2 * roofline.moved(backward) - 3 * x  # x read, dX written, dX read back
-    assert sum(t.launches for t in shared_forward + shared_backward) == 2 * 6 - 4
+    assert roofline.moved(shared_backward) == 2 * roofline.moved(backward) - 2 * x  # x read, dX written
+    assert sum(t.launches for t in shared_forward + shared_backward) == 2 * 7 - 2
 
 
 class Traffic(TorchDispatchMode):
@@ -139,6 +141,73 @@ def check(traffic: Traffic, frozen: tuple[int, int], terms: list[Term]) -> None:
     assert traffic.launches - 1 == sum(t.launches for t in terms)
 
 
+def numel_bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def launched(name: str, args: tuple) -> tuple[int, int]:
+    """Bytes that one of our launches reads and writes, the gates' left out."""
+    if name == "_shrink":
+        x, rows, _, h = args[:4]
+        return numel_bytes(x, *rows), numel_bytes(h)
+    if name == "_expand":
+        h, _, b, _, y = args[:5]
+        return numel_bytes(h, b), numel_bytes(y)
+    if name == "_output_backward":
+        dy, h, _, b, p, d = args[:6]
+        return numel_bytes(dy, h, b), numel_bytes(p, d)
+    if name == "_reduce_hidden":
+        p, h, _, q = args[:4]
+        return numel_bytes(p, h), numel_bytes(q)
+    if name == "_reduce_rows":
+        parts, gate, _, out = args[:4]
+        return numel_bytes(parts[:, : len(gate)]), numel_bytes(out)
+    assert name == "_input_backward"
+    x, q, rows, _, dx, da = args[:6]
+    return numel_bytes(x, q, *rows), numel_bytes(dx, da)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(96, 1040, (512,), 5), (2500, 300, (520, 130), 16), (64, 64, (48, 48, 48), 40)],
+    ids=["one", "two that share", "three that need two passes"],
+)
+def test_terms_of_chain_are_the_launches_that_our_code_makes(shape):
+    pytest.importorskip("triton")
+    from l1ra_kernels import gated_linear
+    from l1ra_kernels.launch import redirected
+    from l1ra_kernels.layer import Layer
+
+    tokens, inputs, outputs, rank = shape
+    layers = [
+        Layer(torch.ones(rank, inputs), torch.ones(rank), torch.ones(rank, n), 1.0, torch.ones(n, inputs).bfloat16())
+        for n in outputs
+    ]
+    x = torch.ones(tokens, inputs).bfloat16()
+    dys = [torch.ones(tokens, n).bfloat16() for n in outputs]
+    found: list[tuple[int, int]] = []
+    with redirected(lambda kernel, grid, *args, **meta: found.append(launched(kernel.fn.__name__, args))):
+        _, hidden = gated_linear.forward(x, layers, torch.bfloat16, 0.0, None)
+        forward = len(found)
+        gated_linear.backward(
+            dys, x, hidden, layers, True, [gated_linear.Needs(True, True, True)] * len(outputs), 0.0, None
+        )
+    for terms, launches in zip(DESIGNS["chain"].count(Shape(*shape)), (found[:forward], found[forward:]), strict=True):
+        ours = [t for t in terms if t.launches and "further" not in t.name]  # those sums are torch's
+        assert sum(t.launches for t in ours) == len(launches)
+        assert read_and_written(ours) == (sum(r for r, _ in launches), sum(w for _, w in launches))
+
+
+def test_a_pass_over_x_serves_as_many_adapters_as_our_code_lets_share_it():
+    pytest.importorskip("triton")
+    from l1ra_kernels.gated_linear import _bundles
+
+    for rank in (1, 16, 17, 32, 33, 64, 128):
+        for linears in (1, 2, 3, 4):
+            made = [len(pieces) for _, pieces in _bundles([rank] * linears)]
+            assert Shape(4, 8, (6,) * linears, rank).bundles == made
+
+
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_layers_totals_are_linear_in_tokens(name):
     def totals(tokens: int) -> list[int]:
@@ -146,19 +215,21 @@ def test_a_layers_totals_are_linear_in_tokens(name):
         terms = forward + backward
         return [sum(getattr(t, what) for t in terms) for what in ("read", "write", "flops", "launches")]
 
-    two, four, eight = totals(2048), totals(4096), totals(8192)
-    assert [c - b for b, c in zip(four, eight, strict=True)] == [2 * (b - a) for a, b in zip(two, four, strict=True)]
-    assert four[2] == 2 * two[2] and four[3] == two[3]
+    two, four, eight = totals(8192), totals(16384), totals(32768)
+    ours = name.startswith(("add", "chain", "aug"))
+    for a, b, c in zip(two[:2], four[:2], eight[:2], strict=True):
+        assert c - b == pytest.approx(2 * (b - a), rel=0.02 if ours else 0)  # the number of our streams is rounded
+    assert four[2] == 2 * two[2] and eight[2] == 2 * four[2] and two[3] == four[3] == eight[3]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_chain_never_moves_more_than_peft_bf16(model):
+def test_chain_never_moves_more_exposed_bytes_than_peft_bf16(model):
     for tokens in TOKENS:
         for rank in RANKS:
             for _, shape in roofline.shapes(DESIGNS["chain"], MODELS[model], tokens, rank):
                 ours, theirs = (DESIGNS[name].count(shape) for name in ("chain", "PEFT bf16"))
                 for our_pass, their_pass in zip(ours, theirs, strict=True):
-                    assert roofline.moved(our_pass) <= roofline.moved(their_pass)
+                    assert roofline.moved(our_pass, hidden=False) <= roofline.moved(their_pass)
 
 
 def test_floor_leaves_out_hidden_bytes_and_flops_that_do_not_lengthen_a_product():
@@ -184,4 +255,4 @@ def test_csv_holds_every_term(tmp_path):
 
 def test_the_kept_page_is_what_the_program_prints():
     page = Path(roofline.__file__).parents[1] / "docs" / "roofline.md"
-    assert page.read_text(encoding="utf-8") == roofline.report(CARDS["h100"]), "run benchmarks/roofline.py again"
+    assert page.read_text(encoding="utf-8") == roofline.report(CARDS["h100"]), "run benchmarks.roofline again"
