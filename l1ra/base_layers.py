@@ -38,7 +38,9 @@ def foreign(base: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     weight, bias = base.weight, base.bias
     if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2:
         return f"its weight is a {type(weight).__name__} of shape {tuple(weight.shape)}"
-    if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+    if "forward" in base.__dict__:
+        return "its forward was replaced"
+    if base._forward_hooks or base._forward_pre_hooks:
         return "its base layer has hooks"
     if base._backward_hooks or base._backward_pre_hooks:
         return "its base layer has hooks"

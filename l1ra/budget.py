@@ -30,4 +30,4 @@ def rank_cost(in_features: int, out_features: int, config: L1RAConfig) -> int:
 
 def rank_cap(in_features: int, out_features: int, config: L1RAConfig) -> int:
     """The largest rank that an adapter of a layer may have."""
-    return min(in_features, out_features, config.max_rank or in_features)
+    return min(in_features, out_features, config.max_rank or in_features, config.reserve or in_features)

@@ -64,6 +64,10 @@ class L1RAConfig:
         seed: of all random numbers drawn here; torch's global generator is never touched. Default 0.
         adapter_dtype: of A and B: ``"float32"`` (default), ``"bfloat16"``, ``"float16"``, ``"float64"`` or a
             torch.dtype. Gates are float32, in float64 adapters float64.
+        reserve: rows that every adapter's tensors have for good, and so the largest rank; those beyond the rank are 0
+            and cost memory only. Shapes and addresses never change then: ``torch.compile`` does not compile anew when
+            ranks move, and captured graphs stay valid. Take 2 to 4 times the mean rank. Default None: no reserve, the
+            tensors have as many rows as ranks.
         strict: raise, when patching and in every forward, where an adapter would run as plain PyTorch instead of in
             the fused kernels. Default False: it falls back, and ``l1ra.report`` says why.
 
@@ -94,6 +98,7 @@ class L1RAConfig:
     exclude_pruned: bool = True
     seed: int = 0
     adapter_dtype: str | torch.dtype = "float32"
+    reserve: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -107,8 +112,15 @@ class L1RAConfig:
         for name in ("rank_stabilized", "exclude_pruned", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        for name, low in (("total_steps", 1), ("min_interval", 1), ("min_rank", 1), ("max_rank", 1), ("seed", 0)):
-            _check_int(name, getattr(self, name), low, optional=name in ("total_steps", "max_rank"))
+        for name, low in (
+            ("total_steps", 1),
+            ("min_interval", 1),
+            ("min_rank", 1),
+            ("max_rank", 1),
+            ("reserve", 1),
+            ("seed", 0),
+        ):
+            _check_int(name, getattr(self, name), low, optional=name in ("total_steps", "max_rank", "reserve"))
         for name, low, high in (
             ("alpha", 0.0, None),
             ("gate_lr", 0.0, None),
@@ -137,8 +149,9 @@ class L1RAConfig:
                 f"warmup {self.warmup} and cooldown {self.cooldown} leave no step for reallocations: "
                 "their sum must be below 1."
             )
-        if self.max_rank is not None and self.max_rank < self.min_rank:
-            raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}.")
+        for name in ("max_rank", "reserve"):
+            if getattr(self, name) is not None and getattr(self, name) < self.min_rank:
+                raise ValueError(f"{name} {getattr(self, name)} is below min_rank {self.min_rank}.")
         if isinstance(self.adapter_dtype, torch.dtype):
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
         _check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)

@@ -97,7 +97,8 @@ class RankController:
         self.history: list[dict[str, Any]] = []
         self.total_steps = config.total_steps
         self._costs = costs
-        self._caps = [rank_cap(a.in_features, a.out_features, config) for a in adapters.values()]
+        caps = [rank_cap(a.in_features, a.out_features, config) for a in adapters.values()]
+        self._caps = [min(cap, a.reserve or cap) for cap, a in zip(caps, adapters.values(), strict=True)]
         self._rule = make_rule(config)
         self._bank = GateBank(self._layers, costs)
         self._generator = torch.Generator().manual_seed(config.seed)
@@ -309,7 +310,8 @@ class RankController:
             if change.grow and self.config.new_rows == "gradient":
                 rows = leading_rows(sketch, layer.lora_A.detach()[list(change.keep)], rows)
             layer.plan_resize(moves, change, rows)
-            resized |= {param: (change, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
+            sources = layer.row_sources(change)
+            resized |= {param: (sources, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
         for optimizer in self._optimizers():
             plan_state(moves, optimizer, resized)
         self._bank.plan_move(moves, plan)

@@ -37,7 +37,7 @@ class GateBank:
         self.layers = list(layers)
         self.costs = list(costs)
         device = self.layers[0].gate.device
-        value = torch.cat([layer.gate.detach().to(device, torch.float32) for layer in self.layers])
+        value = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
         self.value = value
         for name, fill in STATE.items():
             if name != "value":
@@ -68,7 +68,7 @@ class GateBank:
         self._follow(self.layers[0].gate.device)
         device, dtype = self.value.device, self.value.dtype
         parts = [
-            torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad.to(device, dtype)
+            torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad[:rank].to(device, dtype)
             for grad, rank in zip(grads, self.ranks, strict=True)
         ]
         seen = None
@@ -94,7 +94,8 @@ class GateBank:
     @torch.no_grad()
     def write(self) -> None:
         """Copy the masters into the layers' gates, undoing whatever an optimizer did to them."""
-        torch._foreach_copy_([layer.gate for layer in self.layers], list(self.value.split(self.ranks)))
+        gates = [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in self.layers]
+        torch._foreach_copy_(gates, list(self.value.split(self.ranks)))
 
     def stale(self) -> bool:
         """Whether somebody else has resized a layer or loaded other gates into it."""
@@ -104,7 +105,7 @@ class GateBank:
         for layer in self.layers:
             layer.gate_loaded = False
         return any(
-            new and not torch.equal(layer.gate, value.to(layer.gate))
+            new and not torch.equal(layer.gate[: layer.rank], value.to(layer.gate))
             for new, layer, value in zip(loaded, self.layers, self.value.split(self.ranks), strict=True)
         )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l1ra.allocation import LayerPlan
 from l1ra.base_layers import base_features, dense_weight, foreign, is_conv1d
 from l1ra.config import INITS
-from l1ra.row_moves import RowMoves
+from l1ra.row_moves import RowMoves, row_sources
 from l1ra.sharing import SharedInput
 from l1ra_kernels import dispatch
 
@@ -27,9 +29,9 @@ class L1RALinear(nn.Module):
 
     Attributes:
         base_layer: the frozen layer, an ``nn.Linear`` (or subclass) or transformers' ``Conv1D``.
-        lora_A: Parameter ``(rank, in_features)``.
-        gate: Parameter ``(rank,)``, 1 at first; float32, or float64 where A is.
-        lora_B: Parameter ``(rank, out_features)``, 0 at first.
+        lora_A: Parameter ``(rows, in_features)``; ``rows`` is the rank, or ``reserve``, then 0 beyond the rank.
+        gate: Parameter ``(rows,)``, 1 at first; float32, or float64 where A is.
+        lora_B: Parameter ``(rows, out_features)``, 0 at first.
         scaling: s.
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
@@ -48,6 +50,7 @@ class L1RALinear(nn.Module):
         dropout: float = 0.0,
         init: str = "kaiming",
         adapter_dtype: torch.dtype = torch.float32,
+        reserve: int | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,6 +64,9 @@ class L1RALinear(nn.Module):
             dropout: of the adapter's input, from 0 to below 1.
             init: of A, ``"kaiming"`` or ``"gaussian"`` (see ``L1RAConfig``).
             adapter_dtype: of A and B; the base keeps its own, and no copy of the input is made in this one.
+            reserve: rows that A, gate and B have for good, whatever the rank, up to this many, becomes: the rows beyond
+                it are 0, and so are their gates. Nothing that knows the tensors' shapes or memory has to learn of a
+                changed rank: no compiled graph, no captured one. None: as many rows as ranks.
             generator: a CPU generator for A.
 
         Raises:
@@ -68,7 +74,7 @@ class L1RALinear(nn.Module):
         """
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, generator)
+        self._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, reserve, generator)
 
     @classmethod
     def from_linear(
@@ -81,6 +87,7 @@ class L1RALinear(nn.Module):
         dropout: float = 0.0,
         init: str = "kaiming",
         adapter_dtype: torch.dtype = torch.float32,
+        reserve: int | None = None,
         generator: torch.Generator | None = None,
     ) -> L1RALinear:
         """An adapter around an existing layer, which is frozen and kept as the very object.
@@ -95,7 +102,7 @@ class L1RALinear(nn.Module):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, generator)
+        layer._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, reserve, generator)
         return layer
 
     def _adapt(
@@ -107,6 +114,7 @@ class L1RALinear(nn.Module):
         dropout: float,
         init: str,
         adapter_dtype: torch.dtype,
+        reserve: int | None,
         generator: torch.Generator | None,
     ) -> None:
         self.in_features, self.out_features = base_features(base)
@@ -119,6 +127,10 @@ class L1RALinear(nn.Module):
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}.")
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha must be above 0, not {alpha!r}: at 0 the adapter would do nothing.")
+        if reserve is not None and not (isinstance(reserve, int) and rank <= reserve <= largest):
+            raise ValueError(
+                f"reserve must be None, or from the rank {rank} to {largest} for this layer, not {reserve!r}."
+            )
         self.initial_rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
@@ -129,9 +141,14 @@ class L1RALinear(nn.Module):
         device = base.weight.device
         gate_dtype = torch.promote_types(adapter_dtype, torch.float32)
         rows = self.initial_rows(rank, generator)
-        self.lora_A = nn.Parameter(rows.to(device, adapter_dtype))
-        self.gate = nn.Parameter(torch.ones(rank, device=device, dtype=gate_dtype))
-        self.lora_B = nn.Parameter(torch.zeros(rank, self.out_features, device=device, dtype=adapter_dtype))
+        total = rank if reserve is None else reserve
+        self.lora_A = nn.Parameter(torch.zeros(total, self.in_features, device=device, dtype=adapter_dtype))
+        self.gate = nn.Parameter(torch.zeros(total, device=device, dtype=gate_dtype))
+        self.lora_B = nn.Parameter(torch.zeros(total, self.out_features, device=device, dtype=adapter_dtype))
+        with torch.no_grad():
+            self.lora_A[:rank] = rows.to(device, adapter_dtype)
+            self.gate[:rank] = 1.0
+        self._rank = None if reserve is None else rank
         self._merged_from: Tensor | None = None
         self._probe: tuple[Tensor, Tensor] | None = None
         self.gate_loaded = False
@@ -148,7 +165,12 @@ class L1RALinear(nn.Module):
     @property
     def rank(self) -> int:
         """The current rank, pruned gates that wait to be cut included."""
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] if self._rank is None else self._rank
+
+    @property
+    def reserve(self) -> int | None:
+        """The rows that the parameters have for good; None: as many as ranks."""
+        return None if self._rank is None else self.lora_A.shape[0]
 
     @property
     def weight(self) -> Tensor:
@@ -282,14 +304,25 @@ class L1RALinear(nn.Module):
             raise ValueError(f"keep must be rising row numbers below the rank {self.rank}, not {keep}.")
         if grow < 0 or plan.rank < 1:
             raise ValueError(f"the plan leaves rank {plan.rank}: at least 1 must stay.")
+        if self.reserve is not None and plan.rank > self.reserve:
+            raise ValueError(f"the plan makes rank {plan.rank}: no more than {self.reserve} are reserved.")
         rows = self.initial_rows(grow) if new_rows is None else new_rows
         if rows.shape != (grow, self.in_features):
             raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(rows.shape)}.")
         if grow == 0 and len(keep) == self.rank:
             return
-        moves.add_parameter(self.lora_A, plan, new_rows=rows)
-        moves.add_parameter(self.gate, plan, fill=1.0)
-        moves.add_parameter(self.lora_B, plan)
+        new = slice(len(keep), plan.rank)
+        sources = self.row_sources(plan)
+        moves.add_parameter(self.lora_A, sources, new, rows)
+        moves.add_parameter(self.gate, sources, new, self.gate.new_ones(grow))
+        moves.add_parameter(self.lora_B, sources)
+        if self._rank is not None:
+            moves.afterwards(partial(setattr, self, "_rank", plan.rank))
+
+    def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
+        """For each row of the parameters after ``plan`` the row it was before, -1 if it is new or beyond the rank."""
+        sources = row_sources(plan)
+        return (*sources, *[-1] * ((self.reserve or 0) - len(sources)))
 
     def start_probe(self, count: int, generator: torch.Generator) -> None:
         """From the next forward on, collect a sketch of the weight's gradient.
@@ -313,9 +346,14 @@ class L1RALinear(nn.Module):
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
         ranks = {rows.shape[:1] for rows in found.values()}
         same_layer = all(rows.shape[1:] == params[name].shape[1:] for name, rows in found.items())
-        if len(found) == len(params) and len(ranks) == 1 and same_layer and ranks != {(self.rank,)}:
-            (rank,) = ranks.pop()
-            self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
+        if len(found) == len(params) and len(ranks) == 1 and same_layer:
+            rank = _live_rows(found["lora_A"], found["gate"])
+            rows = rank if self.reserve is None else self.reserve
+            if rank <= rows:
+                if rank != self.rank:
+                    self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
+                for name, saved in found.items():
+                    state_dict[prefix + name] = F.pad(saved[:rank].movedim(0, -1), (0, rows - rank)).movedim(-1, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.gate_loaded |= "gate" in found
 
@@ -325,6 +363,12 @@ class L1RALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
+
+
+def _live_rows(a: Tensor, gate: Tensor) -> int:
+    """Rows of a saved adapter without those reserved beyond its rank, which hold nothing but 0."""
+    live = ((gate != 0) | (a != 0).any(1)).nonzero()
+    return int(live[-1]) + 1 if len(live) else gate.shape[0]
 
 
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:

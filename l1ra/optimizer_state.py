@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -32,14 +32,14 @@ def move_state(optimizer: Optimizer, param: torch.nn.Parameter, plan: LayerPlan,
     """Carry the state of one parameter, resized by ``plan`` from ``old_shape``, along with its rows: see
     :func:`plan_state`."""
     moves = RowMoves()
-    plan_state(moves, optimizer, {param: (plan, old_shape)})
+    plan_state(moves, optimizer, {param: (row_sources(plan), old_shape)})
     moves.run()
 
 
 def plan_state(
-    moves: RowMoves, optimizer: Optimizer, plans: Mapping[torch.nn.Parameter, tuple[LayerPlan, torch.Size]]
+    moves: RowMoves, optimizer: Optimizer, plans: Mapping[torch.nn.Parameter, tuple[Sequence[int], torch.Size]]
 ) -> None:
-    """Add to ``moves`` the state of all parameters that are resized, each by its plan from its old shape.
+    """Add to ``moves`` the state of all parameters whose rows move, each to its sources, from its old shape.
 
     State tensors of the parameter's old shape and per-row factors move, new rows start at 0; scalars and factors
     shared by all rows stay. The rest can't be followed: then the state of this parameter alone will be reset, and a
@@ -50,7 +50,7 @@ def plan_state(
             _reset_lbfgs(moves, optimizer)
         return
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-    for param, (plan, old_shape) in plans.items():
+    for param, (sources, old_shape) in plans.items():
         state = optimizer.state.get(param)
         if not state:
             continue
@@ -67,7 +67,15 @@ def plan_state(
         for name, value in state.items():
             if _kind(name, value, old_shape) == "rows":
                 start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
-                moves.add(value, row_sources(plan), float(start), partial(state.__setitem__, name))
+                moves.add(value, sources, float(start), partial(_take, state, name))
+
+
+def _take(state: dict, name: str, moved: Tensor) -> None:
+    # Memory stays where the number of rows does: a captured graph holds its address.
+    if moved.shape == state[name].shape:
+        state[name].copy_(moved)
+    else:
+        state[name] = moved
 
 
 def _kind(name: str, value: object, old_shape: torch.Size) -> str:

@@ -98,9 +98,10 @@ def patch(
                 dropout=config.dropout,
                 init=config.init,
                 adapter_dtype=config.dtype,
+                reserve=None if config.reserve is None else min(config.reserve, *size),
                 generator=generator,
             )
-            for module, rank in zip(targets.values(), ranks, strict=True)
+            for module, size, rank in zip(targets.values(), sizes, ranks, strict=True)
         }
         # A layer that is shared between parents is replaced in all of them.
         for layer in adapters.values():

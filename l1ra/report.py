@@ -108,7 +108,7 @@ def report(model: nn.Module) -> Report:
     names = {layer: name for name, layer in adapters.items()}
     rows = tuple(_row(name, layer, start.get(name, layer.initial_rank), names) for name, layer in adapters.items())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    others = max(0, trainable - sum(row.params for row in rows))
+    others = max(0, trainable - sum(p.numel() for layer in adapters.values() for p in layer.parameters(recurse=False)))
     if controller is None:
         return Report(rows, others)
     return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
@@ -131,8 +131,8 @@ def _row(name: str, layer: L1RALinear, initial_rank: int, names: dict[L1RALinear
         layer.out_features,
         layer.rank,
         initial_rank,
-        layer.gate.detach().min().item(),
-        layer.lora_A.numel() + layer.gate.numel() + layer.lora_B.numel(),
+        layer.gate.detach()[: layer.rank].min().item(),
+        layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),
     )
 

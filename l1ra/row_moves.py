@@ -32,19 +32,32 @@ class RowMoves:
         self._takers.append(take)
 
     def add_parameter(
-        self, param: nn.Parameter, plan: LayerPlan, fill: float = 0.0, new_rows: Tensor | None = None
+        self, param: nn.Parameter, sources: Sequence[int], new: slice = slice(0), new_rows: Tensor | None = None
     ) -> None:
-        """``param`` will move, its gradient too, and stay the same object; new rows are ``new_rows`` or ``fill``."""
+        """``param`` will move, its gradient too, and stay the same object, in the same memory if it keeps its shape.
+
+        Args:
+            new: the rows that will be ``new_rows`` then; all others that are new will be 0.
+        """
 
         def take(moved: Tensor) -> None:
             if new_rows is not None:
-                moved[len(plan.keep) :] = new_rows.to(moved)
-            param.grad = None
-            param.set_(moved)
+                moved[new] = new_rows.to(moved)
+            if moved.shape == param.shape:
+                param.copy_(moved)
+            else:
+                param.grad = None
+                param.set_(moved)
 
-        self.add(param, row_sources(plan), fill, take)
+        def take_grad(moved: Tensor) -> None:
+            if param.grad is None:
+                param.grad = moved
+            else:
+                param.grad.copy_(moved)
+
+        self.add(param, sources, 0.0, take)
         if param.grad is not None:
-            self.add(param.grad, row_sources(plan), 0.0, lambda grad: setattr(param, "grad", grad))
+            self.add(param.grad, sources, 0.0, take_grad)
 
     def afterwards(self, action: Callable[[], object]) -> None:
         """``action`` will be called when all rows have moved."""

@@ -19,20 +19,39 @@ __all__ = ["SharedInput", "share_inputs"]
 MISSES = 3  # computed for nothing so many times in a row, a layer computes alone from then on
 
 
+class _Group:
+    """A layer that leads, those that follow it, and what it has computed for them."""
+
+    def __init__(self) -> None:
+        self.followers: list[L1RALinear] = []
+        self.seen: _Seen | None = None
+        self.ready: dict[L1RALinear, Tensor] = {}
+
+
+class _Seen:
+    """An input, to be recognised: the same tensor, not written to since, and gradients wanted or not as before."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = weakref.ref(x)
+        self._state = x._version, torch.is_grad_enabled()
+
+    def __call__(self, x: Tensor) -> bool:
+        return self._x() is x and self._state == (x._version, torch.is_grad_enabled())
+
+
 class SharedInput:
     """The adapted layers of one parent module, such as q, k, v and o of an attention.
 
-    Who shares with whom is learned from the calls: the layers that get the very tensor that another one got just
-    before follow that one. From the next forward on, the leader computes their outputs along with its own, and they
-    take them when they are called, with the same tensor. A layer whose outputs go unused computes alone again.
+    Who shares with whom is learned from the calls: a layer that gets the very tensor that another one got just before
+    follows that one. From the next forward on, the leader computes the outputs of its followers along with its own,
+    and they take them when they are called with the same tensor. A follower whose outputs go unused several times in a
+    row computes alone again.
     """
 
     def __init__(self) -> None:
-        self._followers: dict[L1RALinear, list[L1RALinear]] = {}
+        self._groups: dict[L1RALinear, _Group] = {}
         self._misses: dict[L1RALinear, int] = {}
-        self._leader: L1RALinear | None = None
-        self._seen: tuple = ()
-        self._ready: dict[L1RALinear, Tensor] = {}
+        self._last: L1RALinear | None = None
 
     def __reduce__(self) -> tuple:
         # What was learned names layers of one model; a copy learns anew.
@@ -42,52 +61,49 @@ class SharedInput:
         """The output of ``layer``, or None if it has to compute alone. Called with the path ``"chain"`` only."""
         if torch.compiler.is_compiling() or x.is_inference():
             return None
-        if self._is_seen(x):
-            if layer in self._ready:
+        for group in self._groups.values():
+            if layer in group.ready and group.seen(x):
                 self._misses[layer] = 0
-                return self._ready.pop(layer)
-            leader = self._leader
-            if leader is not layer and self._misses.get(layer, 0) < MISSES and layer not in self._followers[leader]:
-                self._followers[leader].append(layer)
+                return group.ready.pop(layer)
+        last = self._groups.get(self._last)
+        if last is not None and self._last is not layer and last.seen(x):
+            if layer not in last.followers and not self.gave_up(layer):
+                last.followers.append(layer)
             return None
-        self._give_up_unused()
-        self._leader, self._seen = layer, (weakref.ref(x), x._version, torch.is_grad_enabled())
-        members = [layer, *self._followers.setdefault(layer, [])]
-        fit = [m for m in members if m is layer or self._fits(m, layer, x)]
+        return self._lead(layer, x)
+
+    def _lead(self, layer: L1RALinear, x: Tensor) -> Tensor | None:
+        group = self._groups.setdefault(layer, _Group())
+        for unused in group.ready:
+            self._misses[unused] = self._misses.get(unused, 0) + 1
+            if self.gave_up(unused):
+                group.followers.remove(unused)
+        group.ready, group.seen, self._last = {}, _Seen(x), layer
+        fit = [layer, *(follower for follower in group.followers if self._fits(follower, layer, x))]
         if len(fit) == 1:
             return None
         outputs = dispatch.gated_linears(x, [m.parts() for m in fit], layer.dropout_now, dispatch.CHAIN)
-        self._ready = dict(zip(fit[1:], outputs[1:], strict=True))
+        group.ready = dict(zip(fit[1:], outputs[1:], strict=True))
         return outputs[0]
 
     def partners(self, layer: L1RALinear) -> list[L1RALinear]:
         """The layers that share an input with ``layer``, as far as the calls have shown."""
-        for leader, followers in self._followers.items():
-            if followers and (layer is leader or layer in followers):
-                return [other for other in (leader, *followers) if other is not layer]
+        for leader, group in self._groups.items():
+            if group.followers and (layer is leader or layer in group.followers):
+                return [other for other in (leader, *group.followers) if other is not layer]
         return []
 
     def gave_up(self, layer: L1RALinear) -> bool:
         """Whether ``layer`` was computed for nothing too often."""
         return self._misses.get(layer, 0) >= MISSES
 
-    def _is_seen(self, x: Tensor) -> bool:
-        return bool(self._seen) and (self._seen[0]() is x) and self._seen[1:] == (x._version, torch.is_grad_enabled())
-
-    def _give_up_unused(self) -> None:
-        for layer in self._ready:
-            self._misses[layer] = self._misses.get(layer, 0) + 1
-            if self.gave_up(layer):
-                self._followers[self._leader].remove(layer)
-        self._ready = {}
-
     @staticmethod
     def _fits(layer: L1RALinear, leader: L1RALinear, x: Tensor) -> bool:
         return (
             not layer.merged
+            and layer.sharing is leader.sharing
             and layer.dropout_now == leader.dropout_now
             and layer.path_on(x).name == "chain"
-            and layer.sharing is leader.sharing
         )
 
 
