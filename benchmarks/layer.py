@@ -39,7 +39,7 @@ from benchmarks.gpu.step import BottomBias
 from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
 from l1ra.linear import find_adapters
 
-__all__ = ["LayerBench", "layer_works", "model_works"]
+__all__ = ["TypedBench", "layer_works", "model_works"]
 
 PEFT = "PEFT default"
 COMPETITORS = (FROZEN, PEFT, OURS)
@@ -61,7 +61,7 @@ MODEL_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
-class LayerBench(Bench):
+class TypedBench(Bench):
     """A run with a dtype of its own; stdout is left to the tables."""
 
     products: torch.dtype = torch.float32
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    bench = LayerBench(device, False, Path("tests/kernels"), seed=arguments.seed, products=dtype)
+    bench = TypedBench(device, False, Path("tests/kernels"), seed=arguments.seed, products=dtype)
     try:
         results = run(bench, arguments)
     except (LeftOut, Wrong) as reason:

@@ -26,7 +26,7 @@ from benchmarks.layer import (
     ROUNDS,
     SHAPES,
     TOKENS,
-    LayerBench,
+    TypedBench,
     layer_works,
     model_works,
 )
@@ -39,7 +39,7 @@ def bench():
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    return LayerBench(torch.device("cuda" if cuda else "cpu"), False, Path("tests/kernels"), products=dtype)
+    return TypedBench(torch.device("cuda" if cuda else "cpu"), False, Path("tests/kernels"), products=dtype)
 
 
 def measure(benchmark, bench, works, path, name):

@@ -1,7 +1,8 @@
 """Tile sizes, as plain tables: kernel -> rank tile -> tile, for each architecture.
 
 An architecture that has no row takes the default. The rows were chosen by what the compiler makes of them, as
-benchmarks/results/compiled.csv shows it: no spilled register, pipelined loads.
+benchmarks/results/compiled.csv shows it: no spilled register, pipelined loads. On a GPU, ``python -m benchmarks.tune``
+measures tiles and prints a row to paste into ``TILES``.
 """
 
 from __future__ import annotations
