@@ -1,6 +1,8 @@
 """The tuner of tiles, in Triton's interpreter: wrong tiles are found, the table stays, the row can be pasted."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tune
+from benchmarks.gpu.sizes import Shape
 from l1ra_kernels import choice, configs
 from l1ra_kernels.configs import Tile
 from l1ra_kernels.launch import redirected
@@ -59,6 +62,24 @@ def test_tiles_that_fail_or_give_another_result_are_named_and_left_out(monkeypat
     assert "1 tiles are right, 2 left out" in said
     assert "left out: Tile(16, 32, 4, 2): RuntimeError: out of resource: shared memory" in said
     assert "left out: Tile(32, 32, 4, 2): its result differs by nan" in said
+
+
+@interpreted
+def test_the_fastest_right_tile_is_taken_and_all_are_named(monkeypatch, capsys):
+    slow, fast = tune.Tile(32, 32, 4, 1), tune.Tile(64, 64, 4, 1)
+    present = configs.HALF["expand"][16]
+    monkeypatch.setitem(tune.GRIDS, "expand", ((32, 64), (32, 64), (4,), (1,)))
+    ms = {tune.show(tile): 2.0 for tile in tune.grid("expand", present, tiny=False)} | {tune.show(fast): 1.0}
+    monkeypatch.setattr(
+        tune, "interleave", lambda clock, works, *rest: {n: [SimpleNamespace(total=ms[n])] * 3 for n in works}
+    )
+    bench = tune.TypedBench(CPU, False, Path("tests/kernels"), products=torch.float16)
+    assert tune.tune(bench, "expand", Shape(24, 40, 72, 16), "fp16", rounds=3) == fast
+    said = capsys.readouterr().err
+    assert "5 tiles are right, 0 left out" in said and tune.show(slow) in said
+    taken = next(line for line in said.splitlines() if "taken" in line)
+    assert tune.show(fast) in taken and "-50.0 %" in taken
+    assert any(tune.show(present) in line and line.endswith("present") for line in said.splitlines())
 
 
 def test_the_launcher_takes_the_tile_that_is_tried():
