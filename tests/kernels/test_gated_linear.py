@@ -161,6 +161,17 @@ def test_views_give_the_same_as_copies_and_nothing_around_them_is_read(view, bas
     agree(views, whole, exactly=base == "output")
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_layers_that_share_an_input_may_lie_in_memory_differently(which):
+    whole = case([3, 6, 4], [47, 20, 9], base="output")
+    layers = [
+        layer._replace(a=every_second(layer.a), b=wider(layer.b), output=wider(layer.output)) if i == which else layer
+        for i, layer in enumerate(whole.layers)
+    ]
+    layers = [Layer(*(t.detach() if isinstance(t, torch.Tensor) else t for t in layer)) for layer in layers]
+    agree(Case(whole.x.detach(), layers, whole.dys), whole)
+
+
 def test_batches_may_be_turned_sliced_and_expanded():
     whole = case(lead=(4, 5), base="output")
     x = whole.x.detach()

@@ -32,3 +32,15 @@ def test_the_input_is_copied_where_all_gates_are_zero_too():
     h, augmented = torch.full((37, 16), torch.nan, device=DEVICE), torch.full((37, 81), torch.nan, device=DEVICE)
     shrink(x, [layer.a.detach()], [torch.zeros(5, device=DEVICE)], h, augmented=augmented)
     assert torch.equal(augmented[:, :65], x) and not augmented[:, 65:].any() and not h.any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_where_all_gates_are_zero_the_input_is_not_read(dropout):
+    layers = case([5, 3], [47, 20], dtypes=(SINGLE, SINGLE)).layers
+    x, h = torch.full((37, 65), torch.nan, device=DEVICE), torch.full((37, 32), torch.nan, device=DEVICE)
+    rows, gates = [layer.a.detach() for layer in layers], [torch.zeros_like(layer.gate) for layer in layers]
+    shrink(x, rows, gates, h, dropout=dropout, seed=torch.tensor([3], device=DEVICE))
+    assert not h.any()
+    gates[1][2] = 1.0  # one rank alive is enough to read it
+    shrink(x, rows, gates, h, dropout=dropout, seed=torch.tensor([3], device=DEVICE))
+    assert h[:, 18].isnan().all()
