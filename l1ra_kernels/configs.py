@@ -35,7 +35,7 @@ HALF: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(64, 128, 8, 4),
         32: Tile(64, 128, 4, 4),
-        64: Tile(64, 64, 4, 4),
+        64: Tile(64, 64, 8, 4),
         128: Tile(64, 64, 8, 3),
     },
     "expand": {
@@ -74,7 +74,7 @@ SINGLE: dict[str, dict[int, Tile]] = {
     "output_backward": {
         16: Tile(32, 128, 8, 3),
         32: Tile(32, 64, 8, 3),
-        64: Tile(32, 64, 8, 3),
+        64: Tile(16, 64, 8, 3),
         128: Tile(16, 32, 8, 3),
     },
     "input_backward": {
