@@ -133,7 +133,6 @@ def _shrink(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
         dropout=problem.dropout,
         seed=t.seed if problem.dropout else None,
         augmented=t.augmented if problem.flag == "AUGMENT" else None,
-        scaling=scaling,
         precision=problem.kind.precision,
     )
 

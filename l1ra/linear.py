@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from l1ra.allocation import LayerPlan
 from l1ra.base_layers import base_features, dense_weight, foreign, is_conv1d
 from l1ra.config import INITS
+from l1ra.room import Room
 from l1ra.row_moves import RowMoves, row_sources
 from l1ra.sharing import SharedInput
 from l1ra_kernels import dispatch
@@ -35,6 +36,7 @@ class L1RALinear(nn.Module):
         scaling: s.
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
+        room: behind the weight's columns, for the path ``"aug"``; None: chain.
         sharing: the group of layers that may read the same input, see ``SharedInput``.
     """
 
@@ -153,6 +155,7 @@ class L1RALinear(nn.Module):
         self._probe: tuple[Tensor, Tensor] | None = None
         self.gate_loaded = False
         self.strict = False
+        self.room: Room | None = None
         self.sharing: SharedInput | None = None
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -197,7 +200,7 @@ class L1RALinear(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         more = "it was called with more than its input" if args or kwargs else ""
         path = self.path_on(x, more)
-        if path.name == "chain":
+        if path.dense:
             shared = self.sharing.take(self, x) if self.sharing is not None else None
             return dispatch.gated_linears(x, [self.parts()], self.dropout_now, path)[0] if shared is None else shared
         y = self.base_layer(x, *args, **kwargs)
@@ -216,10 +219,12 @@ class L1RALinear(nn.Module):
         like = self.base_layer.weight if x is None else x
         dtype = like.dtype if like.is_floating_point() else self.lora_A.dtype
         path = dispatch.path_for(like.device, dtype, more)
-        if path.name == "chain":
-            why = foreign(self.base_layer, like.device, dtype)
-            path = dispatch.Path("add", why) if why else path
-        return path
+        if not path.dense:
+            return path
+        why = foreign(self.base_layer, like.device, dtype)
+        if why:
+            return dispatch.Path("add", why)
+        return path if self.room is None else dispatch.AUG
 
     @property
     def dropout_now(self) -> float:
@@ -235,7 +240,10 @@ class L1RALinear(nn.Module):
             gate = torch.cat([gate, gate.new_ones(mix.shape[0])])
         if output is not None:
             return dispatch.Layer(a, gate, b, self.scaling, output=output)
-        return dispatch.Layer(a, gate, b, self.scaling, dense_weight(self.base_layer), self.base_layer.bias)
+        augmented = None if self.room is None or torch.compiler.is_compiling() else self.room.memory(self.base_layer)
+        return dispatch.Layer(
+            a, gate, b, self.scaling, dense_weight(self.base_layer), self.base_layer.bias, augmented=augmented
+        )
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

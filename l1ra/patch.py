@@ -14,6 +14,7 @@ from l1ra.base_layers import base_features
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController, check_budget, controller_of, rank_cap, rank_cost
 from l1ra.linear import L1RALinear, find_adapters
+from l1ra.room import Room, has_use_for_room
 from l1ra.sharing import share_inputs
 from l1ra.targets import part_of, saved_modules, select_targets
 
@@ -109,6 +110,8 @@ def patch(
             if config.strict and not path.fused:
                 raise RuntimeError(f"strict=True, but the adapters would run as plain PyTorch: {path.reason}.")
             layer.strict = config.strict
+            if config.augment and type(layer.base_layer) is nn.Linear:
+                layer.room = Room() if has_use_for_room(layer.in_features, layer.out_features) else None
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if id(child) in adapters:
@@ -149,6 +152,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     for _, adapter in find_adapters(model):
         if adapter.merged:
             adapter.unmerge()
+        if adapter.room is not None:
+            adapter.room.give_back(adapter.base_layer)
     controller = controller_of(model)
     if controller is not None:
         controller.close()

@@ -25,8 +25,9 @@ class ReportRow:
         rank, initial_rank: now and at the start.
         smallest_gate: of its ranks.
         params: adapter parameters now, gates included.
-        path: ``"fused (chain)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or around the base
-            layer's own forward, or ``"torch"``, with the reason; and which layers read their input together.
+        path: ``"fused (chain)"``, ``"fused (aug)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or
+            around the base layer's own forward, or ``"torch"``, with the reason; and which layers read their input
+            together.
     """
 
     name: str
@@ -116,7 +117,7 @@ def report(model: nn.Module) -> Report:
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
     path = layer.path_on()
-    if layer.sharing is None or path.name != "chain":
+    if layer.sharing is None or not path.dense:
         return str(path)
     partners = [names[other].rpartition(".")[2] for other in layer.sharing.partners(layer) if other in names]
     if partners:

@@ -58,7 +58,7 @@ class SharedInput:
         return (SharedInput, ())
 
     def take(self, layer: L1RALinear, x: Tensor) -> Tensor | None:
-        """The output of ``layer``, or None if it has to compute alone. Called with the path ``"chain"`` only."""
+        """The output of ``layer``, or None if it has to compute alone. Called with a dense path only."""
         if torch.compiler.is_compiling() or x.is_inference():
             return None
         for group in self._groups.values():
@@ -103,7 +103,7 @@ class SharedInput:
             not layer.merged
             and layer.sharing is leader.sharing
             and layer.dropout_now == leader.dropout_now
-            and layer.path_on(x).name == "chain"
+            and layer.path_on(x).dense
         )
 
 

@@ -13,11 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from l1ra_kernels import gated_linear as op
 from l1ra_kernels.gated_linear import Needs
+from l1ra_kernels.launch import on_device
 from l1ra_kernels.layer import Layer
 
 __all__ = ["fused"]
 
-PER_LAYER = 6  # tensors a layer: a, gate, b, weight, bias, output
+PER_LAYER = 7  # tensors a layer: a, gate, b, weight, bias, output, augmented
 
 
 def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -31,10 +32,13 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     layers = [layer._replace(output=None if layer.output is None else _rows(layer.output)) for layer in layers]
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
+        # Writing behind the weight would have to be told to the compiler: chain is right as well.
         outputs = tuple(_traced(x, layer, dtype, dropout, seed) for layer in layers)
     else:
         tensors = [
-            t for layer in layers for t in (layer.a, layer.gate, layer.b, layer.weight, layer.bias, layer.output)
+            t
+            for a, gate, b, _, weight, bias, output, augmented in layers
+            for t in (a, gate, b, weight, bias, output, augmented)
         ]
         outputs = _Fused.apply(x, seed, dtype, dropout, [layer.scaling for layer in layers], *tensors)
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
@@ -48,14 +52,15 @@ def _rows(t: Tensor) -> Tensor:
 
 def _layers(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Layer]:
     per_layer = zip(*[iter(tensors)] * PER_LAYER, strict=True)
-    return [Layer(a, g, b, s, w, bias, y0) for (a, g, b, w, bias, y0), s in zip(per_layer, scalings, strict=True)]
+    return [Layer(a, g, b, s, *base) for (a, g, b, *base), s in zip(per_layer, scalings, strict=True)]
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, dtype, dropout, scalings, *tensors):
         layers = _layers(tensors, scalings)
-        outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
+        with on_device(x.device):
+            outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
         # The base's output is not needed again: it is given back at once.
         kept = [t for i, t in enumerate(tensors) if i % PER_LAYER < 4]
         ctx.save_for_backward(x, hidden, seed, *kept)
@@ -73,11 +78,12 @@ class _Fused(torch.autograd.Function):
         ]
         wanted = ctx.needs_input_grad[5:]
         needs = [Needs(*wanted[i : i + 3]) for i in range(0, len(wanted), PER_LAYER)]
-        dx, grads = op.backward(dys, x, hidden, layers, ctx.needs_input_grad[0], needs, ctx.dropout, seed)
+        with on_device(x.device):
+            dx, grads = op.backward(dys, x, hidden, layers, ctx.needs_input_grad[0], needs, ctx.dropout, seed)
         flat = []
         for i, ((da, dg, db), dy) in enumerate(zip(grads, dys, strict=True)):
             output_needs = wanted[i * PER_LAYER + 5]
-            flat += [da, dg, db, None, None, dy if output_needs else None]
+            flat += [da, dg, db, None, None, dy if output_needs else None, None]
         return dx, None, None, None, None, *flat
 
 
@@ -104,7 +110,8 @@ def gated_linear_op(
     """``(y, H)`` of one layer."""
     layer = Layer(a, gate, b, scaling, weight, bias, None if output is None else _rows(output))
     dtype = x.dtype if output is None else output.dtype
-    (y,), hidden = op.forward(_rows(x), [layer], dtype, dropout, seed)
+    with on_device(x.device):
+        (y,), hidden = op.forward(_rows(x), [layer], dtype, dropout, seed)
     return y, hidden
 
 
@@ -131,7 +138,8 @@ def gated_linear_backward_op(
 ) -> list[Tensor]:
     """``[dx, da, dg, db]``, an empty tensor in place of each that is not needed."""
     layer = Layer(a, gate, b, scaling, weight)
-    dx, (grads,) = op.backward([dy], _rows(x), hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)
+    with on_device(x.device):
+        dx, (grads,) = op.backward([dy], _rows(x), hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)
     return [x.new_empty(0) if grad is None else grad for grad in (dx, *grads)]
 
 

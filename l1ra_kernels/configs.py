@@ -87,7 +87,7 @@ SINGLE: dict[str, dict[int, Tile]] = {
 # Without the warp-group products of later GPUs, two layers of 64 ranks with dropout take more registers than there are.
 HALF_80 = {**HALF, "input_backward": {**HALF["input_backward"], 128: Tile(32, 32, 8, 3)}}
 # architecture -> (tiles for 2-byte numbers, tiles for float32)
-TILES: dict[str, tuple[dict, dict]] = {name: (HALF_80, SINGLE) for name in ("sm_80", "sm_86", "sm_89", "sm_120")}
+TILES: dict[str, tuple[dict, dict]] = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (HALF_80, SINGLE))
 
 
 def rank_tile(rank: int) -> int:

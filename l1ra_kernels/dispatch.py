@@ -45,8 +45,9 @@ class Path:
 
     Attributes:
         name: ``"chain"``: fused, the adapter's output first, then cuBLAS adds the product with the weight to it;
+            ``"aug"``: fused, one product of ``[x | H]`` with the weight and the adapter behind its columns;
             ``"add"``: fused, the adapter is added to the output of the base layer's own forward; ``"torch"``.
-        reason: why it is not a faster one, "" for chain.
+        reason: why it is not a faster one, "" for chain and aug.
     """
 
     name: str
@@ -57,6 +58,11 @@ class Path:
         """Whether Triton kernels run."""
         return self.name != "torch"
 
+    @property
+    def dense(self) -> bool:
+        """Whether the kernels do the product with the weight too."""
+        return self.name in ("chain", "aug")
+
     def __str__(self) -> str:
         if not self.fused:
             return f"torch ({self.reason})"
@@ -64,6 +70,7 @@ class Path:
 
 
 CHAIN = Path("chain")
+AUG = Path("aug")
 
 
 def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Path:
@@ -90,8 +97,8 @@ def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path
 
     Args:
         x: ``(..., K)``, any strides.
-        layers: with the ``output`` of their base, which settles the dtype of the products, or (path ``"chain"``) with
-            its ``weight`` in the dtype of x.
+        layers: with the ``output`` of their base, which settles the dtype of the products, or (dense paths) with its
+            ``weight`` in the dtype of x.
         dropout: probability that an element of the adapters' input is dropped, from 0 to below 1.
         path: from :func:`path_for`.
 

@@ -2,7 +2,8 @@
 
     y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or base output_i + ...
 
-Forward: shrink (x -> H), for each layer expand (H -> y), then cuBLAS adds x @ W.T to y (beta = 1).
+Forward: shrink (x -> H), for each layer expand (H -> y), then cuBLAS adds x @ W.T to y (beta = 1). For a layer whose
+weight has room behind its columns, one product of ``[x | H]`` does both.
 Backward: for each layer a pass over dY (its parts of P and D), a reduction (P -> Q, the gradient of H) and another
 (D -> dB, dg); then one pass over x (dX, parts of dA), a reduction (dA), and cuBLAS adds dY @ W to dX (beta = 1).
 
@@ -17,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from l1ra_kernels.augment import write_behind
 from l1ra_kernels.configs import RANK_TILES, rank_tile
 from l1ra_kernels.expand import expand
 from l1ra_kernels.input_backward import input_backward
@@ -91,15 +94,23 @@ def forward(
     bundles = _bundles([layer.a.shape[0] for layer in layers])
     hidden = x.new_empty(x.shape[0], sum(width * len(pieces) for width, pieces in bundles), dtype=dtype)
     outputs: list[Tensor | None] = [None] * len(layers)
+    wide = x.shape[1] + hidden.shape[1]
+    augmented = [len(bundles) == 1 and t.augmented is not None and t.augmented.shape[1] >= wide for t in layers]
+    x_and_h = x.new_empty(x.shape[0], wide) if any(augmented) else None
     column = 0
     for width, pieces in bundles:
         rows = [layers[i].a[cut] for i, cut in pieces]
         gates = [layers[i].gate[cut] for i, cut in pieces]
         h = hidden[:, column : column + width * len(pieces)]
         column += h.shape[1]
-        shrink(x, rows, gates, h, dropout=dropout, seed=seed, precision=precision)
+        shrink(x, rows, gates, h, dropout=dropout, seed=seed, augmented=x_and_h, precision=precision)
         for n, ((i, cut), gate) in enumerate(zip(pieces, gates, strict=True)):
             layer = layers[i]
+            if augmented[i]:
+                whole = layer.augmented[:, :wide]
+                write_behind(whole[:, x.shape[1] :], n * width, gate, layer.b, layer.scaling)
+                outputs[i] = F.linear(x_and_h, whole, layer.bias)
+                continue
             first = outputs[i] is None
             outputs[i] = expand(
                 h[:, n * width : (n + 1) * width],
@@ -110,8 +121,8 @@ def forward(
                 bias=layer.bias if first else None,
                 precision=precision,
             )
-    for layer, y in zip(layers, outputs, strict=True):
-        if layer.weight is not None:
+    for layer, y, done in zip(layers, outputs, augmented, strict=True):
+        if layer.weight is not None and not done:
             y.addmm_(x, layer.weight.t())
     return outputs, hidden
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-__all__ = ["launch", "redirected"]
+import torch
+
+__all__ = ["launch", "on_device", "redirected"]
 
 _instead: Callable[..., None] | None = None
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Within the block, kernels are launched on ``device``: Triton takes the current one, whatever its arguments."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -17,6 +17,8 @@ class Layer(NamedTuple):
         scaling: s.
         weight, bias: of a dense base, ``(N, K)`` and ``(N,)`` or None.
         output: of any other base, ``(..., N)``, computed already; then weight and bias are None.
+        augmented: ``(N, K + room)``, last stride 1, or None: the memory whose first K columns are the weight. What is
+            behind them is written at each use.
     """
 
     a: Tensor
@@ -26,3 +28,4 @@ class Layer(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     output: Tensor | None = None
+    augmented: Tensor | None = None

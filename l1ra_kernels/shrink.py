@@ -1,8 +1,8 @@
 """Shrink: ``H_i = dropout(x) @ A_i.T`` for the one to three adapters that share the input x, which is read once.
 
 x (M, K); A_i (r_i, K); H (M, G * R): adapter i owns the columns from i * R on, R the rank tile, zeros beyond its rank.
-A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, G = 1, x is copied into the first K
-columns of ``[x | s * g * H]`` (M, K + R) on the way and the last R columns get the scaled H besides.
+A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, ``[x | H]``
+(M, K + G * R) is written besides, for a product with a weight that has its adapter behind its columns.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from l1ra_kernels.launch import launch
 __all__ = ["shrink"]
 
 
-@triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "scaling", "inverse_keep", "limit"])
+@triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "inverse_keep", "limit"])
 def _shrink(
     p_x,  # (M, K)
     p_as,  # G times (r, K)
     p_gates,  # G times (r,)
     p_h,  # (M, *), its G * R columns
-    p_out,  # (M, K + R)
+    p_out,  # (M, K + G * R)
     p_seed,  # (1,) int64
     M,
     K,
@@ -37,7 +37,6 @@ def _shrink(
     s_as,
     s_h,
     s_out,
-    scaling,
     inverse_keep,
     limit,
     G: tl.constexpr,
@@ -90,8 +89,7 @@ def _shrink(
         b_h = b_h.to(kind)
         tl.store(p_h + o_m[:, None] * s_h + i * R + o_r[None, :], b_h, mask=m_m[:, None])
         if AUGMENT:
-            b_sgh = (b_h.to(tl.float32) * (scaling * gates[i])[None, :]).to(kind)
-            tl.store(p_out + o_m[:, None] * s_out + K + o_r[None, :], b_sgh, mask=m_m[:, None])
+            tl.store(p_out + o_m[:, None] * s_out + K + i * R + o_r[None, :], b_h, mask=m_m[:, None])
 
 
 def shrink(
@@ -103,7 +101,6 @@ def shrink(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     augmented: Tensor | None = None,
-    scaling: float = 1.0,
     precision: str = "ieee",
 ) -> None:
     """Writes ``H``, all its columns.
@@ -114,8 +111,7 @@ def shrink(
         gates: ``(r,)`` each.
         h: ``(M, G * R)`` in the dtype of the products, last stride 1.
         seed: int64 ``(1,)`` on the device of x, read if ``dropout`` > 0.
-        augmented: ``(M, K + R)`` in the same dtype, to receive ``[x | s * g * H]``; one adapter only.
-        scaling: s of that one.
+        augmented: ``(M, K + G * R)``, last stride 1, like x in the same dtype: receives ``[x | H]``.
     """
     tokens, features = x.shape
     t = tile("shrink", h.shape[1], h.dtype, x.device)
@@ -136,7 +132,6 @@ def shrink(
         tuple(a.stride(0) for a in rows),
         h.stride(0),
         0 if augmented is None else augmented.stride(0),
-        scaling,
         1 / (1 - dropout),
         threshold(dropout),
         G=len(rows),

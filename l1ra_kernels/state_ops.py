@@ -4,12 +4,12 @@ else in plain torch. They are exported by ``dispatch``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from l1ra_kernels import choice, reference
+from l1ra_kernels.launch import on_device
 
 __all__ = ["adam_gate_step", "adaptive_gate_step", "compact_rows_", "move_rows_many", "unless_not_finite"]
 
@@ -101,9 +101,8 @@ def _gate_op(name: str, device: torch.device) -> Callable:
 
 
 def _on(device: torch.device, op: Callable) -> Callable:
-    # Triton launches on the current device, which need not be that of the tensors.
     def run(*args, **kwargs):
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on_device(device):
             return op(*args, **kwargs)
 
     return run

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import BRISK, Residual, gpt2, llama, patched, shake, step, task, tokens, trainable
+from helpers import BRISK, Residual, gpt2, llama, shake, step, task, tokens, trainable
 from torch import nn
 
 import l1ra
@@ -106,18 +106,6 @@ def test_a_transformers_model_is_the_same_on_both_paths(build):
     assert_same(found[1], found[0])
 
 
-def test_the_same_ranks_move_on_both_paths():
-    ends = []
-    for name in ("torch", "fused"):
-        torch.manual_seed(0)
-        with choice.using(name):
-            model, controller, optimizer, x, y = patched(min_interval=1)
-            losses = [step(model, optimizer, x, y).item() for _ in range(45)]
-        ends.append((controller.ranks, losses))
-    assert controller.moved > 5 and ends[0][0] == ends[1][0]
-    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
-
-
 def test_layers_whose_inputs_begin_to_differ_fall_back_and_the_report_says_so(monkeypatch):
     model, x, other = attention(), torch.randn(5, 16), torch.randn(5, 16)
     both(model, x)
@@ -199,6 +187,99 @@ def test_dropout_drops_in_training_alone():
         torch.manual_seed(3)
         fourth = model(x)
     assert not torch.equal(first, second) and torch.equal(third, fourth)
+
+
+# --- room behind the weights
+
+
+class Wide(nn.Module):
+    """Two layers that widen one input, and one that narrows."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width)
+        self.down_proj = nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+def wide(**settings):
+    torch.manual_seed(0)
+    model = Wide()
+    l1ra.patch(model, 12, augment=True, **settings)
+    return shake(model)
+
+
+def test_one_product_of_the_augmented_weight_gives_the_same_numbers(monkeypatch):
+    model, seen = wide(), calls(monkeypatch)
+    weight = model.gate_proj.weight
+    before = weight.detach().clone()
+    plain, fused = both(model, torch.randn(5, 16))
+    assert_same(fused, plain)
+    assert seen == [1, 1, 1, 2, 1]
+    with choice.using("fused"):
+        paths = {name: layer.path_on().name for name, layer in find_adapters(model)}
+        assert "fused (aug), x read together with up_proj" in str(l1ra.report(model))
+    assert paths == {"gate_proj": "aug", "up_proj": "aug", "down_proj": "chain"}
+    assert model.gate_proj.weight is weight and weight.stride() == (16 + 128, 1) and torch.equal(weight, before)
+
+
+def test_a_whole_training_goes_the_same_way_with_room():
+    ends = []
+    for augment in (False, True):
+        torch.manual_seed(0)
+        model = Wide()
+        x, y = torch.randn(8, 16), torch.randn(8, 16)
+        with choice.using("fused"):
+            controller = l1ra.patch(model, 12, augment=augment, **{**SETTINGS, "interval": 4})
+            optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+            losses = [step(model, optimizer, x, y).item() for _ in range(10)]
+        ends.append((controller.ranks, losses))
+    assert controller.moved > 2 and ends[0][0] == ends[1][0]
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
+
+
+def test_room_shows_in_no_state_dict_and_is_given_back():
+    model, x = wide(), torch.randn(5, 16)
+    plain = model.state_dict()
+    both(model, x)
+    saved = model.state_dict()
+    assert list(saved) == list(plain) and all(t.is_contiguous() for t in saved.values())
+    assert all(torch.equal(saved[name], plain[name]) for name in plain)
+    weight = model.up_proj.weight
+    l1ra.unpatch(model)
+    assert (
+        model.up_proj.weight is weight
+        and weight.is_contiguous()
+        and not weight.untyped_storage().nbytes() > 16 * 48 * 4
+    )
+    assert not model.up_proj._state_dict_hooks
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.to(torch.float16), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_weight_that_was_cast_or_copied_gets_new_room(change):
+    model = wide()
+    both(model, torch.randn(5, 16))
+    model = change(model)
+    plain, fused = both(model, torch.randn(5, 16).to(model.up_proj.weight.dtype))
+    tolerance = 2e-2 if plain[0].dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(fused[0], plain[0], rtol=tolerance, atol=tolerance)
+
+
+def test_merging_works_with_room():
+    model, x = wide(), torch.randn(5, 16)
+    both(model, x)
+    kept = model.up_proj.weight.detach().clone()
+    with torch.no_grad(), choice.using("fused"):
+        before = model(x)
+        for _, layer in find_adapters(model):
+            layer.merge()
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+        model.up_proj.unmerge()
+    assert torch.equal(model.up_proj.weight, kept)
 
 
 # --- which path

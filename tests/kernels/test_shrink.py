@@ -8,7 +8,7 @@ from l1ra_kernels.shrink import shrink
 
 
 @pytest.mark.parametrize("dtype, rank, width", [(HALF, 5, 16), (SINGLE, 20, 32)])
-def test_the_augmented_input_is_x_and_behind_it_the_scaled_hidden_columns(dtype, rank, width):
+def test_the_augmented_input_is_x_and_behind_it_the_hidden_columns(dtype, rank, width):
     one = case([rank], lead=(70,), features=130, dtypes=(dtype, SINGLE))
     layer, x = one.layers[0], one.x.detach()
     with torch.no_grad():
@@ -16,13 +16,12 @@ def test_the_augmented_input_is_x_and_behind_it_the_scaled_hidden_columns(dtype,
     around = torch.full((74, 130 + width + 8), 7.0, dtype=dtype, device=DEVICE)
     augmented = around[:70, : 130 + width]
     h, alone = (torch.full((70, width), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
-    shrink(x, [layer.a.detach()], [layer.gate.detach()], h, augmented=augmented, scaling=0.7)
+    shrink(x, [layer.a.detach()], [layer.gate.detach()], h, augmented=augmented)
     shrink(x, [layer.a.detach()], [layer.gate.detach()], alone)
     assert torch.equal(h, alone)
     assert not h[:, rank:].any() and not h[:, 1].any()
     assert torch.equal(augmented[:, :130], x)
-    assert torch.equal(augmented[:, 130 : 130 + rank], (h[:, :rank].float() * (0.7 * layer.gate)).to(dtype))
-    assert not augmented[:, 130 + rank :].any()
+    assert torch.equal(augmented[:, 130:], h)
     assert (around[70:] == 7).all() and (around[:, 130 + width :] == 7).all()
 
 

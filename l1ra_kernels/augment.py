@@ -1,0 +1,74 @@
+"""Augment: ``[W | C.T]``, the weight with the adapter behind its columns, so that one product does both.
+
+    y = [x | H] @ [W | C.T].T,   C = s * g * B
+
+The weight is stored as the first K columns of rows with room behind them; shrink writes ``[x | H]``. H may hold the
+columns of other layers that read the same x: behind this layer's weight they meet zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l1ra_kernels.launch import launch
+
+__all__ = ["write_behind"]
+
+FEATURES = 64  # rows of the weight a program
+
+
+@triton.jit(do_not_specialize=["rank", "column", "scaling"])
+def _write_behind(
+    p_room,  # (N, *), the columns behind the weight
+    p_gate,  # (r,)
+    p_b,  # (r, N)
+    N,
+    rank,
+    column,
+    s_room,
+    s_b,
+    scaling,
+    COLUMNS: tl.constexpr,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    o_c = tl.arange(0, BC)
+    o_r = o_c - column
+    m_n = o_n < N
+    m_mine = (o_r >= 0) & (o_r < rank)
+    b_g = tl.load(p_gate + o_r, mask=m_mine, other=0.0).to(tl.float32)
+    m_r = b_g != 0
+    b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * s_b + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
+    b_c = (b_b.to(tl.float32) * (scaling * b_g)[:, None]).to(p_room.dtype.element_ty)
+    m_c = o_c < COLUMNS
+    tl.store(p_room + o_n[:, None] * s_room + o_c[None, :], tl.trans(b_c), mask=m_n[:, None] & m_c[None, :])
+
+
+def write_behind(room: Tensor, column: int, gate: Tensor, b: Tensor, scaling: float) -> None:
+    """Writes C.T into ``room`` from ``column`` on, and zeros everywhere else.
+
+    Args:
+        room: ``(N, columns)``, last stride 1.
+        gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
+    """
+    features, columns = room.shape
+    launch(
+        _write_behind,
+        (triton.cdiv(features, FEATURES),),
+        room,
+        gate,
+        b,
+        features,
+        b.shape[0],
+        column,
+        room.stride(0),
+        b.stride(0),
+        scaling,
+        COLUMNS=columns,
+        BC=triton.next_power_of_2(columns),
+        BN=FEATURES,
+        num_warps=4,
+    )

@@ -1,0 +1,55 @@
+"""One product of [x | H] and the weight with the adapter behind its columns."""
+
+import pytest
+import torch
+from cases import DEVICE, HALF, SINGLE, case
+
+from l1ra_kernels.augment import write_behind
+from l1ra_kernels.autograd import fused
+
+
+def with_room(layer):
+    """The layer, its weight stored with room that nobody has written yet."""
+    rows, columns = layer.weight.shape
+    memory = torch.full((rows, columns + 128), torch.nan, dtype=layer.weight.dtype, device=layer.weight.device)
+    memory[:, :columns] = layer.weight
+    return layer._replace(weight=memory[:, :columns], augmented=memory)
+
+
+@pytest.mark.parametrize("ranks, which", [([5], [0]), ([3, 17], [0]), ([3, 17], [0, 1]), ([5, 16, 1], [0, 2])])
+def test_augmented_layers_give_what_chained_ones_give(ranks, which):
+    plain = case(ranks, [47, 90, 33][: len(ranks)], dtypes=(SINGLE, SINGLE))
+    with torch.no_grad():
+        plain.layers[0].gate[0] = 0.0
+        plain.layers[0].a[0] = plain.layers[0].b[0] = torch.nan
+    layers = [with_room(layer) if i in which else layer for i, layer in enumerate(plain.layers)]
+    results = []
+    for chosen in (plain.layers, layers):
+        outputs = fused(plain.x, chosen)
+        inputs = [plain.x, *(t for layer in plain.layers for t in (layer.a, layer.gate, layer.b))]
+        grads = torch.autograd.grad([y.square().sum() for y in outputs], inputs)
+        results.append([*outputs, *grads])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+
+
+def test_without_enough_room_the_layer_is_chained():
+    one = case([140], dtypes=(SINGLE, SINGLE))
+    layer = with_room(one.layers[0])
+    (mine,), (theirs,) = fused(one.x, [layer]), fused(one.x, one.layers)
+    torch.testing.assert_close(mine, theirs)
+    assert layer.augmented[:, layer.weight.shape[1] :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_only_the_columns_of_the_adapter_are_not_zero_behind_the_weight(dtype):
+    gate = torch.tensor([0.5, 0.0, 1.0], device=DEVICE)
+    b = torch.randn(3, 70, device=DEVICE)
+    b[1] = torch.nan
+    memory = torch.full((70, 60), torch.nan, dtype=dtype, device=DEVICE)
+    write_behind(memory[:, 8:56], 16, gate, b, 2.0)
+    expected = torch.zeros(70, 48, dtype=dtype, device=DEVICE)
+    expected[:, 16] = b[0].to(dtype)
+    expected[:, 18] = (2 * b[2]).to(dtype)
+    assert torch.equal(memory[:, 8:56], expected)
+    assert memory[:, :8].isnan().all() and memory[:, 56:].isnan().all()
