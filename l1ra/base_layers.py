@@ -50,8 +50,10 @@ def foreign(base: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
         return f"its input is {_name(dtype)}, its weight {_name(weight.dtype)}"
     if weight.device != device:
         return f"its input is on {device}, its weight on {weight.device}"
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != dtype:
-        return f"autocast makes {_name(torch.get_autocast_dtype(device.type))} of its {_name(dtype)} input"
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        lowered = torch.get_autocast_dtype(kind)
+        return "" if lowered == dtype else f"autocast makes {_name(lowered)} of its {_name(dtype)} input"
     return ""
 
 

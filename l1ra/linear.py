@@ -199,16 +199,18 @@ class L1RALinear(nn.Module):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         more = "it was called with more than its input" if args or kwargs else ""
-        path = self.path_on(x, more)
-        if path.dense:
-            shared = self.sharing.take(self, x) if self.sharing is not None else None
-            return dispatch.gated_linears(x, [self.parts()], self.dropout_now, path)[0] if shared is None else shared
-        y = self.base_layer(x, *args, **kwargs)
-        if y.dtype != x.dtype:
-            path = dispatch.path_for(y.device, y.dtype, path.reason)
+        path, output = self.path_on(x, more), None
+        if not path.dense:
+            output = self.base_layer(x, *args, **kwargs)
+            if output.dtype != x.dtype:
+                path = dispatch.path_for(output.device, output.dtype, path.reason)
         if self.strict and not path.fused:
             raise RuntimeError(f"strict=True, but the adapter would run as plain PyTorch: {path.reason}.")
-        return dispatch.gated_linears(x, [self.parts(y)], self.dropout_now, path)[0]
+        if path.fused and path.dense and self.sharing is not None:
+            shared = self.sharing.take(self, x)
+            if shared is not None:
+                return shared
+        return dispatch.gated_linears(x, [self.parts(output)], self.dropout_now, path)[0]
 
     def path_on(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
         """How the layer is computed for ``x``; None stands for an input like its weight, outside of autocast.
@@ -218,13 +220,8 @@ class L1RALinear(nn.Module):
         """
         like = self.base_layer.weight if x is None else x
         dtype = like.dtype if like.is_floating_point() else self.lora_A.dtype
-        path = dispatch.path_for(like.device, dtype, more)
-        if not path.dense:
-            return path
-        why = foreign(self.base_layer, like.device, dtype)
-        if why:
-            return dispatch.Path("add", why)
-        return path if self.room is None else dispatch.AUG
+        path = dispatch.path_for(like.device, dtype, more or foreign(self.base_layer, like.device, dtype))
+        return path if self.room is None or path.name != "chain" else dispatch.AUG
 
     @property
     def dropout_now(self) -> float:

@@ -117,7 +117,7 @@ def report(model: nn.Module) -> Report:
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
     path = layer.path_on()
-    if layer.sharing is None or not path.dense:
+    if layer.sharing is None or not (path.fused and path.dense):
         return str(path)
     partners = [names[other].rpartition(".")[2] for other in layer.sharing.partners(layer) if other in names]
     if partners:

@@ -58,7 +58,7 @@ class SharedInput:
         return (SharedInput, ())
 
     def take(self, layer: L1RALinear, x: Tensor) -> Tensor | None:
-        """The output of ``layer``, or None if it has to compute alone. Called with a dense path only."""
+        """The output of ``layer``, or None if it has to compute alone. Called with a fused dense path only."""
         if torch.compiler.is_compiling() or x.is_inference():
             return None
         for group in self._groups.values():
@@ -99,11 +99,13 @@ class SharedInput:
 
     @staticmethod
     def _fits(layer: L1RALinear, leader: L1RALinear, x: Tensor) -> bool:
+        path = layer.path_on(x)
         return (
             not layer.merged
             and layer.sharing is leader.sharing
             and layer.dropout_now == leader.dropout_now
-            and layer.path_on(x).dense
+            and path.fused
+            and path.dense
         )
 
 

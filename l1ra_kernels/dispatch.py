@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from l1ra_kernels import choice
 from l1ra_kernels.layer import Layer
+from l1ra_kernels.plain import plain_linear
 from l1ra_kernels.reference import gated_lora
 from l1ra_kernels.state_ops import (
     adam_gate_step,
@@ -48,20 +49,17 @@ class Path:
             ``"aug"``: fused, one product of ``[x | H]`` with the weight and the adapter behind its columns;
             ``"add"``: fused, the adapter is added to the output of the base layer's own forward; ``"torch"``.
         reason: why it is not a faster one, "" for chain and aug.
+        dense: whether the product with the weight is done here, and not by the base layer's own forward.
     """
 
     name: str
     reason: str = ""
+    dense: bool = True
 
     @property
     def fused(self) -> bool:
         """Whether Triton kernels run."""
         return self.name != "torch"
-
-    @property
-    def dense(self) -> bool:
-        """Whether the kernels do the product with the weight too."""
-        return self.name in ("chain", "aug")
 
     def __str__(self) -> str:
         if not self.fused:
@@ -83,11 +81,11 @@ def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Pat
         RuntimeError: fused kernels are wanted on a device that they can't run on.
     """
     obstacle = choice.obstacle(device)
+    if not obstacle and dtype not in PRODUCTS:
+        obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
     if obstacle:
-        return Path("torch", obstacle)
-    if dtype not in PRODUCTS:
-        return Path("torch", f"no fused kernel takes {str(dtype).removeprefix('torch.')}")
-    return Path("add", foreign) if foreign else CHAIN
+        return Path("torch", obstacle, dense=not foreign)
+    return Path("add", foreign, dense=False) if foreign else CHAIN
 
 
 def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path) -> tuple[Tensor, ...]:
@@ -109,9 +107,14 @@ def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path
         from l1ra_kernels.autograd import fused
 
         return fused(x, layers, dropout)
-    outputs = []
-    for layer in layers:
-        base = F.linear(x, layer.weight, layer.bias) if layer.output is None else layer.output
-        dropped = F.dropout(x, dropout) if dropout else x
-        outputs.append(gated_lora(base, dropped, layer.a, layer.gate, layer.b, layer.scaling))
-    return tuple(outputs)
+    return tuple(_unfused(x, layer, dropout) for layer in layers)
+
+
+def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:
+    base = layer.output
+    if base is None:
+        # Tracers and transforms of functions see through operations, not through a Function of our own.
+        if not (dropout or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            return plain_linear(x, layer)
+        base = F.linear(x, layer.weight, layer.bias)
+    return gated_lora(base, F.dropout(x, dropout) if dropout else x, layer.a, layer.gate, layer.b, layer.scaling)

@@ -119,12 +119,12 @@ def test_a_compiled_model_is_not_compiled_anew_when_ranks_move(new_rows, graphs,
         pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1")
     torch._dynamo.reset()
     with choice.using(kernels):
-        model, controller, optimizer, x, y = patched(reserve=12, min_interval=1, new_rows=new_rows)
+        model, controller, optimizer, x, y = patched(reserve=12, min_interval=1, interval=4, new_rows=new_rows)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        for _ in range(30):
+        for _ in range(14):
             step(compiled, optimizer, x, y)
-    assert controller.moved > 5 and counter.frame_count == graphs
+    assert controller.moved > 2 and counter.frame_count == graphs
 
 
 def test_a_transformers_model_trains_with_a_reserve():
