@@ -50,7 +50,9 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
     assert len(found["kernels"]["rows"]) > 2 and not found["failed"]
     assert len(found["linears"]["tables"]) == 1 + len(sizes.TINY.shapes)
     for problem in found["linears"]["tables"]:
-        assert [row["provider"] for row in problem["rows"]] == list(providers.PROVIDERS)
+        # No weight of the tiny shapes but one layer's is wide enough to be augmented.
+        shown = [row["provider"] for row in problem["rows"]]
+        assert shown in (list(providers.PROVIDERS), list(providers.PROVIDERS)[:-1])
         assert all(
             row["total_ms"]["p20"] <= row["total_ms"]["median"] <= row["total_ms"]["p80"] for row in problem["rows"]
         )

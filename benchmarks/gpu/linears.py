@@ -134,7 +134,7 @@ def show(bench: Bench, table: dict[str, Any]) -> None:
         ms, over = row["total_ms"], row["overhead_percent"]
         overhead = "" if over is None else f"{over['median']:+7.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})"
         peak = "" if row["peak_mib"] is None else f"  {row['peak_mib']:7.0f} MiB"
-        path = f"  [{row['path']}]" if row["provider"] == OURS else ""
+        path = f"  [{row['path']}]" if row["provider"].startswith(OURS) else ""
         bench.say(
             f"    {row['provider']:24s} {ms['median']:8.3f} ms ({ms['p20']:.3f}-{ms['p80']:.3f})  forward "
             f"{row['forward_ms']['median']:7.3f}  backward {row['backward_ms']['median']:7.3f}  host "

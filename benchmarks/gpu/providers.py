@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING
 from benchmarks.gpu.unsloth_style import UnslothStyle
+from l1ra.room import has_use_for_room
 
 __all__ = ["PROVIDERS", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 
@@ -157,10 +159,12 @@ def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
     return Adapted(module, swap(module, lambda linear: LoRAFusionStyle(linear, *rows(linear, rank), SCALING)))
 
 
-def ours(bench: Bench, module: nn.Module, rank: int) -> Adapted:
-    """``l1ra.patch`` with its defaults; nobody drives the ranks here."""
+def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> Adapted:
+    """``l1ra.patch`` with its defaults, maybe with room behind wide weights; nobody drives the ranks here."""
+    if augment and not any(has_use_for_room(m.in_features, m.out_features) for _, _, m in linears(module)):
+        raise LeftOut("no layer here is wide enough for it")
     budget = rank * len(linears(module))
-    l1ra.patch(module, budget, alpha=SCALING * rank, total_steps=1000).close()
+    l1ra.patch(module, budget, alpha=SCALING * rank, total_steps=1000, augment=augment).close()
     path = "; ".join(dict.fromkeys(row.path for row in l1ra.report(module).rows))
     adapters = {
         name.rsplit(".", 1)[-1]: Adapter(layer.lora_A, layer.lora_B, gate=layer.gate)
@@ -182,4 +186,5 @@ PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     "Unsloth-style": unsloth_style,
     "LoRAFusion-style": lorafusion_style,
     OURS: ours,
+    f"{OURS}, aug": partial(ours, augment=True),
 }

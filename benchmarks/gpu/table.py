@@ -162,7 +162,7 @@ def label(row: dict[str, Any]) -> str:
     more = row["path"] or row.get("note", "")
     return (
         f"**{row['provider']}** ({more})"
-        if row["provider"] == OURS
+        if row["provider"].startswith(OURS)
         else row["provider"] + (f" ({more})" if more else "")
     )
 
