@@ -51,7 +51,7 @@ HALF: dict[str, dict[int, Tile]] = {
         128: Tile(32, 64, 8, 3),
     },
     "input_backward": {
-        16: Tile(32, 128, 8, 4),
+        16: Tile(16, 128, 8, 6),
         32: Tile(32, 256, 8, 3),
         64: Tile(32, 128, 8, 3),
         128: Tile(32, 64, 8, 3),
