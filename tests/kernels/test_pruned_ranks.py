@@ -105,3 +105,16 @@ def test_a_gate_that_is_not_zero_however_small_is_read():
         one.layers[0].gate.fill_(1e-30)
         one.layers[0].b.mul_(1e30)
     assert_as_exact_as_torch(one)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_pruned_ranks_have_no_gradient_where_others_overflow():
+    whole, *_ = pruned(case([5], base="output"), ([0, 3],))
+    x, dy = whole.x.detach().clone(), whole.dys[0].clone()
+    x[7, 3], dy[11, 5] = torch.inf, torch.nan
+    broken = Case(x, whole.layers, [dy])
+    found = results(broken, kernels(broken))
+    for name in ("dA0", "dg0", "dB0"):
+        assert not found[name][[0, 3]].any() and found[name][[1, 2, 4]].isfinite().logical_not().any(), name
+    fine = torch.arange(37, device=x.device)
+    assert found["y0"][fine != 7].isfinite().all() and found["dx"][fine != 11].isfinite().all()
