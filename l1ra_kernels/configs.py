@@ -86,8 +86,22 @@ SINGLE: dict[str, dict[int, Tile]] = {
 }
 # Without the warp-group products of later GPUs, two layers of 64 ranks with dropout take more registers than there are.
 HALF_80 = {**HALF, "input_backward": {**HALF["input_backward"], 128: Tile(32, 32, 8, 3)}}
+# Cards whose blocks have 99 KB of shared memory, not 163 or 227.
+HALF_SMALL = {
+    **HALF_80,
+    "shrink": {
+        16: Tile(64, 128, 8, 3),
+        32: Tile(64, 64, 8, 3),
+        64: Tile(64, 64, 8, 3),
+        128: Tile(64, 64, 8, 2),
+    },
+    "output_backward": {**HALF["output_backward"], 32: Tile(32, 512, 8, 2)},
+}
 # architecture -> (tiles for 2-byte numbers, tiles for float32)
-TILES: dict[str, tuple[dict, dict]] = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (HALF_80, SINGLE))
+TILES: dict[str, tuple[dict, dict]] = {
+    "sm_80": (HALF_80, SINGLE),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), (HALF_SMALL, SINGLE)),
+}
 
 
 def rank_tile(rank: int) -> int:
