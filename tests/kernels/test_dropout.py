@@ -71,6 +71,19 @@ def test_the_kernels_have_the_mask_of_the_reference(seed, p):
     assert torch.equal(mask_of_the_kernels(seed, 32, 64, p), expected)
 
 
+def test_a_number_that_equals_the_limit_is_kept():
+    p = 0x6627E8D5 / 2**32  # the first number of seed 0
+    for mask in (dropout_mask(0, 16, 32, p, DEVICE), mask_of_the_kernels(0, 16, 32, p)):
+        assert mask[0, 0]
+    for mask in (dropout_mask(0, 16, 32, p + 2**-32, DEVICE), mask_of_the_kernels(0, 16, 32, p + 2**-32)):
+        assert not mask[0, 0]
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-12, 0.5, 1 - 2**-53, 1.0])
+def test_every_limit_is_a_signed_number_of_32_bits(p):
+    assert -(2**31) <= threshold(p) <= 2**31 - 1
+
+
 @pytest.mark.parametrize("block", [(16, 64), (32, 16), (8, 4)])
 def test_the_mask_does_not_depend_on_the_tile(block):
     assert torch.equal(mask_of_the_kernels(5, 32, 64, 0.4, block=block), dropout_mask(5, 32, 64, 0.4, DEVICE))
