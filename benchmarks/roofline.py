@@ -111,8 +111,8 @@ the same factor.
 
 *chain*, *add* and *aug* are this project's designs: the adapter's output first and the dense product added to it; added
 to the output of a foreign base module; `[x | s·g·H]` times `[W | Bᵀ]`. *Shared reads*: q, k, v read x once, gate and up
-too, and their dX is written once, as long as three rank tiles fit 128 (at rank 64 two do). The code runs *chain* with
-shared reads, and *add* without them; the others of the three are counted only.
+too, and their dX is written once, as long as three rank tiles fit 128 (at rank 64 two do). The code runs *chain* and
+*aug* with shared reads, and *add* without them.
 
 *PEFT fp32* is PEFT's default (adapters in fp32), with and without `torch.autocast(dtype=torch.bfloat16)`; *PEFT bf16*
 needs `autocast_adapter_dtype=False`.

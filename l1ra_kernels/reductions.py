@@ -97,7 +97,7 @@ def reduce_hidden(
     return dg
 
 
-@triton.jit(do_not_specialize=["parts", "dg_parts", "N", "rank", "scaling"])
+@triton.jit(do_not_specialize=["parts", "dg_parts", "rank", "scaling"])
 def _reduce_rows(
     p_parts,  # (parts, *, N) float32, its R rows
     p_gate,  # (r,)
