@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from l1ra_kernels import dispatch
 
-if TYPE_CHECKING:
-    from l1ra.linear import L1RALinear
-
 __all__ = ["SharedInput", "share_inputs"]
 
 MISSES = 3  # computed for nothing so many times in a row, a layer computes alone from then on
+
+
+class Sharer(Protocol):
+    """What is asked of a layer: ``L1RALinear`` has it."""
+
+    in_features: int
+    merged: bool
+    dropout_now: float
+    sharing: SharedInput | None
+
+    def path_on(self, x: Tensor) -> dispatch.Path: ...
+
+    def parts(self) -> dispatch.Layer: ...
 
 
 class _Group:
     """A layer that leads, those that follow it, and what it has computed for them."""
 
     def __init__(self) -> None:
-        self.followers: list[L1RALinear] = []
+        self.followers: list[Sharer] = []
         self.seen: _Seen | None = None
-        self.ready: dict[L1RALinear, Tensor] = {}
+        self.ready: dict[Sharer, Tensor] = {}
 
 
 class _Seen:
@@ -49,15 +59,15 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[L1RALinear, _Group] = {}
-        self._misses: dict[L1RALinear, int] = {}
-        self._last: L1RALinear | None = None
+        self._groups: dict[Sharer, _Group] = {}
+        self._misses: dict[Sharer, int] = {}
+        self._last: Sharer | None = None
 
     def __reduce__(self) -> tuple:
         # What was learned names layers of one model; a copy learns anew.
         return (SharedInput, ())
 
-    def take(self, layer: L1RALinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: Sharer, x: Tensor) -> Tensor | None:
         """The output of ``layer``, or None if it has to compute alone. Called with a fused dense path only."""
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -72,7 +82,7 @@ class SharedInput:
             return None
         return self._lead(layer, x)
 
-    def _lead(self, layer: L1RALinear, x: Tensor) -> Tensor | None:
+    def _lead(self, layer: Sharer, x: Tensor) -> Tensor | None:
         group = self._groups.setdefault(layer, _Group())
         for unused in group.ready:
             self._misses[unused] = self._misses.get(unused, 0) + 1
@@ -86,19 +96,19 @@ class SharedInput:
         group.ready = dict(zip(fit[1:], outputs[1:], strict=True))
         return outputs[0]
 
-    def partners(self, layer: L1RALinear) -> list[L1RALinear]:
+    def partners(self, layer: Sharer) -> list[Sharer]:
         """The layers that share an input with ``layer``, as far as the calls have shown."""
         for leader, group in self._groups.items():
             if group.followers and (layer is leader or layer in group.followers):
                 return [other for other in (leader, *group.followers) if other is not layer]
         return []
 
-    def gave_up(self, layer: L1RALinear) -> bool:
+    def gave_up(self, layer: Sharer) -> bool:
         """Whether ``layer`` was computed for nothing too often."""
         return self._misses.get(layer, 0) >= MISSES
 
     @staticmethod
-    def _fits(layer: L1RALinear, leader: L1RALinear, x: Tensor) -> bool:
+    def _fits(layer: Sharer, leader: Sharer, x: Tensor) -> bool:
         path = layer.path_on(x)
         return (
             not layer.merged
@@ -109,11 +119,11 @@ class SharedInput:
         )
 
 
-def share_inputs(model: nn.Module, adapters: Iterable[L1RALinear]) -> None:
+def share_inputs(model: nn.Module, adapters: Iterable[Sharer]) -> None:
     """Give the adapted children of one parent that take inputs of one size a :class:`SharedInput`."""
     chosen = set(adapters)
     for parent in model.modules():
-        children: dict[int, list[L1RALinear]] = {}
+        children: dict[int, list[Sharer]] = {}
         for child in parent.children():
             if child in chosen:
                 children.setdefault(child.in_features, []).append(child)
