@@ -26,7 +26,7 @@ from l1ra_kernels.launch import launch
 __all__ = ["adam_gate_step", "adaptive_gate_step"]
 
 BLOCK = 1024
-WARPS = 4
+WARPS = 8
 VARYING = ["R"]  # a changed sum of ranks compiles nothing anew
 
 
