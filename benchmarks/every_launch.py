@@ -13,6 +13,7 @@ import torch
 import triton
 
 from l1ra_kernels import configs, gate_step, rank_compaction
+from l1ra_kernels.augment import write_behind
 from l1ra_kernels.expand import expand
 from l1ra_kernels.input_backward import input_backward
 from l1ra_kernels.output_backward import output_backward
@@ -93,6 +94,8 @@ def problems() -> list[Problem]:
     found += [Problem("reduce_hidden", flag="no NEEDS_DG")]
     found += [Problem("reduce_rows", BF16, w, flag="GATED") for w, _ in SINGLES]
     found += [Problem("reduce_rows", kind) for kind in (BF16, BF16_ADAPTERS)]
+    found += [Problem("write_behind", BF16, w, g) for w, g in SINGLES + BUNDLES]
+    found += [Problem("write_behind", kind, 128) for kind in (FP32, FP16, BF16_ADAPTERS)]
     found += [Problem("move_rows", flag=f"UNIT={unit}") for unit in (1, 2, 4, 8)]
     found += [Problem(name, FP32, flag=flag) for name in ("adam", "adaptive") for flag in ("", "HAS_SEEN")]
     return found
@@ -171,6 +174,12 @@ def _reduce_rows(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
     reduce_rows(t.d, t.gates[0], problem.kind.adapters, **gated)
 
 
+def _write_behind(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
+    columns = problem.sharing * problem.width
+    memory = torch.empty(problem.shape.features, problem.shape.features + columns, dtype=problem.kind.products)
+    write_behind(memory[:, problem.shape.features :], problem.width, t.gates[0], t.b, scaling)
+
+
 def _move_rows(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
     unit = int(problem.flag.removeprefix("UNIT="))
     dtype = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float32}[unit]
@@ -203,6 +212,7 @@ CALLS: dict[str, Callable[..., None]] = {
     "input_backward": _input_backward,
     "reduce_hidden": _reduce_hidden,
     "reduce_rows": _reduce_rows,
+    "write_behind": _write_behind,
     "move_rows": _move_rows,
     "adam": _adam,
     "adaptive": _adaptive,

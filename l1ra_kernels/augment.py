@@ -70,5 +70,5 @@ def write_behind(room: Tensor, column: int, gate: Tensor, b: Tensor, scaling: fl
         COLUMNS=columns,
         BC=triton.next_power_of_2(columns),
         BN=FEATURES,
-        num_warps=4,
+        num_warps=8,
     )

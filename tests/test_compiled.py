@@ -38,6 +38,7 @@ FIRST = (
     *(Problem(kernel, sharing=3, dropout=0.1) for kernel in ("shrink", "input_backward")),
     Problem("reduce_hidden"),
     Problem("reduce_rows", flag="GATED"),
+    Problem("write_behind", sharing=3),
     Problem("move_rows", flag="UNIT=4"),
     *(p for p in problems() if p.flag == "HAS_SEEN"),
 )
