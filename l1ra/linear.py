@@ -224,6 +224,12 @@ class L1RALinear(nn.Module):
         return path if self.room is None or path.name != "chain" else dispatch.AUG
 
     @property
+    def version(self) -> tuple:
+        """Differs after anything that an output depends on has changed: parameters, weight, probe, dropout."""
+        tensors = (self.lora_A, self.gate, self.lora_B, self.base_layer.weight)
+        return (*(t._version for t in tensors), id(self._probe), self.dropout_now)
+
+    @property
     def dropout_now(self) -> float:
         """The probability that an element of the adapter's input is dropped, 0 in evaluation."""
         return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0

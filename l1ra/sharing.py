@@ -22,6 +22,8 @@ class Sharer(Protocol):
     in_features: int
     merged: bool
     dropout_now: float
+    version: tuple
+    weight: Tensor
     sharing: SharedInput | None
 
     def path_on(self, x: Tensor) -> dispatch.Path: ...
@@ -35,7 +37,8 @@ class _Group:
     def __init__(self) -> None:
         self.followers: list[Sharer] = []
         self.seen: _Seen | None = None
-        self.ready: dict[Sharer, Tensor] = {}
+        # Output and version of the layer; an output of parameters that have been stepped since is no good.
+        self.ready: dict[Sharer, tuple[Tensor, tuple]] = {}
 
 
 class _Seen:
@@ -69,12 +72,15 @@ class SharedInput:
 
     def take(self, layer: Sharer, x: Tensor) -> Tensor | None:
         """The output of ``layer``, or None if it has to compute alone. Called with a fused dense path only."""
-        if torch.compiler.is_compiling() or x.is_inference():
+        # Tensors of inference mode don't tell whether they were written to.
+        if torch.compiler.is_compiling() or x.is_inference() or layer.weight.is_inference():
             return None
         for group in self._groups.values():
             if layer in group.ready and group.seen(x):
-                self._misses[layer] = 0
-                return group.ready.pop(layer)
+                output, version = group.ready.pop(layer)
+                if version == layer.version:
+                    self._misses[layer] = 0
+                    return output
         last = self._groups.get(self._last)
         if last is not None and self._last is not layer and last.seen(x):
             if layer not in last.followers and not self.gave_up(layer):
@@ -93,7 +99,7 @@ class SharedInput:
         if len(fit) == 1:
             return None
         outputs = dispatch.gated_linears(x, [m.parts() for m in fit], layer.dropout_now, dispatch.CHAIN)
-        group.ready = dict(zip(fit[1:], outputs[1:], strict=True))
+        group.ready = {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)}
         return outputs[0]
 
     def partners(self, layer: Sharer) -> list[Sharer]:

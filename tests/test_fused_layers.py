@@ -130,6 +130,18 @@ def test_an_input_changed_in_place_is_not_the_same_input():
         torch.testing.assert_close(shared, model.k_proj(x))
 
 
+@pytest.mark.parametrize("name", ["lora_A", "gate", "lora_B", "weight"])
+def test_an_output_of_parameters_that_have_changed_since_is_not_used(name):
+    model, x = attention(), torch.randn(5, 16)
+    both(model, x)
+    with choice.using("fused"), torch.no_grad():
+        model.q_proj(x)
+        getattr(model.k_proj, name).mul_(1.5)
+        late = model.k_proj(x)
+    with choice.using("torch"), torch.no_grad():
+        torch.testing.assert_close(late, model.k_proj(x), rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_computed_without_a_graph_is_not_used_with_one():
     model, x = attention(), torch.randn(5, 16)
     both(model, x)
