@@ -1,0 +1,1 @@
+"""Planted ranks: does the budget find the layers that need it? ``python -m benchmarks.planted``."""
