@@ -1,0 +1,213 @@
+"""One run: a method on a task at a budget with a seed and a learning rate, in a process of its own; one JSON file.
+
+python -m benchmarks.quality.runs '{"task": "polarity", "method": "l1ra", ...}'    # a Spec; the program calls this
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TUNING_SEED", "Spec", "run", "write"]
+
+TUNING_SEED = 1000
+PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "triton")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is, and where its record goes.
+
+    Attributes:
+        task, method: names.
+        multiplier: the budget in multiples of the number of adapted layers; 0 for the frozen model.
+        seed: of the head, the adapters, the order of the data and dropout. ``TUNING_SEED``: a try of a learning rate,
+            for which nothing is tested.
+        rate: the learning rate; 0 for the frozen model.
+        steps: optimizer steps.
+        out: folder of all records.
+        device: ``"cpu"`` or ``"cuda"``.
+        label: name in the record, if it is not the method's.
+        settings: of ``L1RAConfig``, as pairs.
+    """
+
+    task: str
+    method: str
+    multiplier: float
+    seed: int
+    rate: float
+    steps: int
+    out: str
+    device: str = "cpu"
+    label: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the method, in the record."""
+        return self.label or self.method
+
+    @property
+    def file(self) -> Path:
+        stem = f"{self.multiplier:g}x-seed{self.seed}-lr{self.rate:g}"
+        return Path(self.out) / self.task / self.name / f"{stem}.json"
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        found = json.loads(text)
+        return cls(**{**found, "settings": tuple(map(tuple, found.get("settings", ())))})
+
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    """Train, judge, and write the record.
+
+    Raises:
+        whatever goes wrong; nothing is recorded then.
+    """
+    import torch
+
+    from benchmarks.quality import models, training
+    from benchmarks.quality.methods import FROZEN, adapt
+    from benchmarks.quality.tasks import TASKS
+
+    begin = time.perf_counter()
+    task = TASKS[spec.task]
+    examples = task.examples()
+    model = models.load(task.model(), examples.classes).to(spec.device)
+    batches = training.batch_numbers(examples.train.lengths, task.batch, spec.steps, spec.seed)
+    tests = spec.seed != TUNING_SEED
+    record = {
+        **dataclasses.asdict(spec),
+        "method": spec.name,
+        "base_method": spec.method,
+        "settings": dict(spec.settings),
+        "model": task.model_name,
+        "metric": task.metric,
+        "batch": task.batch,
+        "max_tokens": task.max_tokens,
+        "examples": {name: len(getattr(examples, name)) for name in ("train", "validation", "test")},
+        "tokens": int(sum(len(numbers) * examples.train.lengths[numbers].max() for numbers in batches)),
+    }
+    if spec.method == FROZEN:
+        if examples.classes:
+            validation, test = training.frozen_classifier(model, examples, batches)
+        else:
+            validation, test = (training.evaluate(model, p, examples) for p in (examples.validation, examples.test))
+        record |= {"diverged": False}
+    else:
+        adapted = adapt(
+            spec.method, model, spec.multiplier, seed=spec.seed, steps=spec.steps, settings=dict(spec.settings)
+        )
+        trained = training.train(adapted, examples, batches, spec.rate, spec.seed)
+        record |= {
+            "seconds": round(trained.seconds, 3),
+            "step_seconds": round(trained.step_seconds, 5),
+            "peak_mib": round((trained.peak_bytes or peak_bytes()) / 2**20, 1),
+            "diverged": trained.diverged,
+            **spent(adapted),
+        }
+        model = adapted.model
+        validation = training.evaluate(model, examples.validation, examples)
+        test = training.evaluate(model, examples.test, examples) if tests else (None, None)
+    record |= {
+        "validation_loss": finite(validation[0]),
+        "validation_metric": finite(validation[1]),
+        "test_loss": finite(test[0]),
+        "test_metric": finite(test[1]),
+        "total_seconds": round(time.perf_counter() - begin, 1),
+        "hardware": hardware(torch, spec.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write(spec.file, record)
+    return record
+
+
+def spent(adapted: Any) -> dict[str, Any]:
+    """Ranks and parameters before and after a training."""
+    from benchmarks.quality.models import saved_modules
+
+    after, controller = adapted.ranks(), adapted.controller
+    base = getattr(adapted.model, "base_model", None) if controller is None else None
+    plain = adapted.model if base is None or not hasattr(base, "model") else base.model
+    heads = saved_modules(plain, None).values()
+    found = {
+        "budget": adapted.budget,
+        "budget_unit": "ranks" if controller is None else controller.config.budget_unit,
+        "adapted_layers": len(after),
+        "initial_ranks": adapted.initial_ranks,
+        "ranks": after,
+        "layer_sizes": adapted.sizes,
+        "initial_adapter_parameters": adapted.parameters_of(adapted.initial_ranks),
+        "adapter_parameters": adapted.parameters_of(after),
+        "head_parameters": sum(p.numel() for head in heads for p in head.parameters()),
+        "ranks_moved": None,
+        "reallocations": None,
+    }
+    if controller is not None:
+        config = dataclasses.asdict(controller.config)
+        turnover = [{k: entry[k] for k in ("step", "pruned", "moved", "spare")} for entry in controller.history[1:]]
+        found |= {"ranks_moved": controller.moved, "reallocations": turnover, "config": config}
+    return found
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity: a loss that is none is written as null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held until now."""
+    try:
+        # Unlike ru_maxrss, not begun with the size of the process that started this one.
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def hardware(torch: Any, device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return f"{processor}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str | None]:
+    from benchmarks.gpu.environment import commit, version
+
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {**found, "commit": commit()}
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """Aside, then renamed: a record is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.partial")
+    aside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    run(Spec.parse(sys.argv[1]))
