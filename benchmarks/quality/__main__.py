@@ -1,0 +1,4 @@
+from benchmarks.quality.program import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

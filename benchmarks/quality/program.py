@@ -1,0 +1,166 @@
+"""Fine-tuning methods compared at equal budgets: LoRA, rsLoRA, AdaLoRA, L1RA, and the model as it is.
+
+Every run has the same layers, head, data order, steps and schedule; each method's learning rate is chosen from the
+same grid by the loss on a validation part, and what is reported comes from a test part. Runs that are recorded are not
+done again: a call that is broken off, or has used up its minutes, goes on where it was.
+
+    python -m benchmarks.quality                                        # everything; many hours on two cores
+    python -m benchmarks.quality --tasks polarity --methods lora l1ra --seeds 3
+    python -m benchmarks.quality --device cuda --minutes 25
+    python -m benchmarks.quality --set quantile=0.3 --label q03 --tasks polarity --rate 2e-3     # an experiment
+    python -m benchmarks.quality --table-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.schedule import RATES, Plan, Queue, start
+from benchmarks.quality.tasks import TASKS
+from examples.data import DataError
+
+__all__ = ["main"]
+
+OUT = Path(__file__).resolve().parents[1] / "results" / "quality"
+
+
+def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) -> int:
+    """Do what the command line asks for.
+
+    Returns:
+        0, or 1 if a run failed.
+    """
+    arguments = parse(argv)
+    # Shorter or longer trainings are another experiment: their records would be taken for each other.
+    out = arguments.out if arguments.steps is None else arguments.out / f"{arguments.steps}-steps"
+    failed: list[str] = []
+    if not arguments.table_only:
+        queue = Queue(arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), guesses())
+        queue.launch = launch
+        plan = make_plan(arguments, out)
+        try:
+            if arguments.minutes != 0:
+                fetch(plan)
+        except DataError as error:
+            print(f"quality: {error}", file=sys.stderr)
+            return 1
+        queue.work(plan.tuning())
+        specs, waiting = plan.final()
+        queue.work(specs)
+        if waiting:
+            print(f"not begun, as learning rates are still to be tried: {', '.join(waiting)}")
+        if queue.left:
+            print(f"{queue.left} runs are left for the next call: no time for them.")
+        failed = queue.failed
+    report(out, argv)
+    if failed:
+        print(f"{len(failed)} runs FAILED and are not recorded: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def report(out: Path, argv: list[str] | None) -> None:
+    """Tables and pictures of what is recorded."""
+
+
+def deadline(minutes: float | None) -> float | None:
+    return None if minutes is None else time.monotonic() + 60 * minutes
+
+
+def guesses() -> dict[str, float]:
+    return {task.name: task.guess for task in TASKS.values()}
+
+
+def fetch(plan: Plan) -> None:
+    """Texts and models, before several processes want them at once."""
+    for name in plan.tasks:
+        TASKS[name].model()
+        TASKS[name].examples()
+
+
+def make_plan(arguments: argparse.Namespace, out: Path) -> Plan:
+    tasks = {}
+    for name in arguments.tasks:
+        task = TASKS[name]
+        budgets = tuple(arguments.budgets or task.budgets)
+        tasks[name] = (arguments.steps or task.steps, task.middle, budgets)
+    experiment = arguments.label is not None
+    return Plan(
+        tasks,
+        ("l1ra",) if experiment else tuple(arguments.methods),
+        arguments.seeds,
+        str(out.resolve()),
+        arguments.device,
+        arguments.label,
+        tuple(arguments.set),
+        arguments.rate,
+        tuple(arguments.rates),
+        share=not experiment and arguments.budgets is None,
+    )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"write a setting of L1RAConfig as name=value, not {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = p.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add(
+        "--budgets",
+        nargs="+",
+        type=float,
+        help="multiples of the number of adapted layers (default: 1 2 4, and 70 %% of 2 and 4 for l1ra)",
+    )
+    add("--seeds", type=int, default=5, help="number of them (default: %(default)s)")
+    add("--steps", type=int, help="instead of the tasks' own; records go into a folder of their own inside --out")
+    add("--out", type=Path, default=OUT, help="folder of records, tables and pictures")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        type=setting,
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of L1RAConfig for an experiment with l1ra; needs --label",
+    )
+    add("--label", help="name of the experiment in records and tables")
+    add("--rate", type=float, help="a learning rate instead of the grid")
+    add("--rates", nargs="+", type=float, default=list(RATES), help="the grid")
+    add("--jobs", type=int, help="runs side by side (default: 2 on a CPU, 1 on a GPU)")
+    add("--minutes", type=float, help="begin no run that would probably end later")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--table-only", action="store_true", help="make tables and pictures of what is recorded")
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = parser()
+    found = p.parse_args(argv)
+    if bool(found.set) != (found.label is not None):
+        p.error("--set and --label belong together")
+    if found.label in METHODS:
+        p.error(f"--label {found.label} is the name of a method")
+    return found
+
+
+def command(argv: list[str] | None) -> str:
+    """The command line, for the record."""
+    return shlex.join(["python", "-m", "benchmarks.quality", *(sys.argv[1:] if argv is None else argv)])
