@@ -22,8 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.figures import Results
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.schedule import RATES, Plan, Queue, start
+from benchmarks.quality.plots import draw
+from benchmarks.quality.schedule import RATES, Plan, Queue, read, start
+from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
 from examples.data import DataError
 
@@ -60,14 +63,26 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         if queue.left:
             print(f"{queue.left} runs are left for the next call: no time for them.")
         failed = queue.failed
-    report(out, argv)
+    report(out, commands(out, argv, trains=not arguments.table_only))
     if failed:
         print(f"{len(failed)} runs FAILED and are not recorded: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def report(out: Path, argv: list[str] | None) -> None:
-    """Tables and pictures of what is recorded."""
+def report(out: Path, made_by: list[str]) -> None:
+    """Tables and pictures of what is recorded in ``out``."""
+    results = Results(read(out), METHODS)
+    if not results.records:
+        return
+    report = out / "quality.md"
+    aside = out / "quality.md.partial"
+    aside.write_text(markdown(results, made_by), encoding="utf-8")
+    aside.replace(report)
+    print(f"written: {report}")
+    try:
+        draw(results, out)
+    except ImportError:
+        print("no pictures: matplotlib is not installed")
 
 
 def deadline(minutes: float | None) -> float | None:
@@ -161,6 +176,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def command(argv: list[str] | None) -> str:
-    """The command line, for the record."""
-    return shlex.join(["python", "-m", "benchmarks.quality", *(sys.argv[1:] if argv is None else argv)])
+def commands(out: Path, argv: list[str] | None, trains: bool) -> list[str]:
+    """The different command lines that have made the records in ``out``, this one among them if it trains."""
+    file = out / "commands.txt"
+    found = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    words = sys.argv[1:] if argv is None else argv
+    # Where results lie, and how much time there was, makes no difference to them.
+    words = [word for i, word in enumerate(words) if not {"--out", "--minutes"} & {word, *words[max(0, i - 1) : i]}]
+    line = shlex.join(["python", "-m", "benchmarks.quality", *words])
+    if trains and line not in found:
+        found.append(line)
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(found) + "\n", encoding="utf-8")
+    return found

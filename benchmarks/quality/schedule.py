@@ -73,10 +73,11 @@ class Plan:
         rates = {}
         for task in self.tasks:
             for method in self.methods:
-                tried = self.spec(task, method, self.tasks[task][1], TUNING_SEED, 0.0)
-                rate = 0.0 if method == "frozen" else self.rate or best_rate(read(tried.file.parent), self.rates)
+                tries = [spec for spec in self.tuning() if (spec.task, spec.method) == (task, method)]
+                done = [json.loads(s.file.read_text(encoding="utf-8")) for s in tries if s.file.exists()]
+                rate = 0.0 if method == "frozen" else self.rate or best_rate(done, self.rates)
                 if rate is None:
-                    waiting.append(f"{task}/{tried.name}")
+                    waiting.append(f"{task}/{self.label or method}")
                 else:
                     rates[task, method] = rate
         for seed in range(self.seeds):
@@ -93,8 +94,8 @@ class Plan:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All records below a folder."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
+    """All records in an output folder, by task, method and name. Those of another number of steps lie deeper."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*/*.json"))]
 
 
 def best_rate(records: Iterable[dict[str, Any]], rates: Iterable[float] = RATES) -> float | None:

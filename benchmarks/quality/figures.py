@@ -1,0 +1,166 @@
+"""Means, intervals and paired differences: pure functions of numbers and records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.runs import TUNING_SEED
+
+__all__ = ["CONFIDENCE", "Difference", "Interval", "Results", "Tuned", "interval", "paired"]
+
+CONFIDENCE = 0.95
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its t interval, which is None for a single value."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods, seed by seed.
+
+    Attributes:
+        interval: of the differences.
+        better, worse: seeds at which the first method is.
+        sign: of a difference for the better: 1 for accuracy, -1 for a loss.
+    """
+
+    interval: Interval
+    better: int
+    worse: int
+    sign: int
+
+    @property
+    def verdict(self) -> str:
+        """``"better"`` or ``"worse"`` where the interval excludes 0, else ``""``."""
+        mean, half = self.interval.mean, self.interval.half
+        if half is None or abs(mean) <= half:
+            return ""
+        return "better" if mean * self.sign > 0 else "worse"
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean and 95 % t interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = list(values)
+    if not found:
+        raise ValueError("an interval needs values.")
+    if len(found) < 2:
+        return Interval(found[0], None, 1)
+    from scipy import stats
+
+    wide = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)
+    return Interval(statistics.fmean(found), float(wide * statistics.stdev(found) / math.sqrt(len(found))), len(found))
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float], sign: int) -> Difference | None:
+    """``first - second`` over the seeds that both have; None if there are none.
+
+    Args:
+        first, second: seed -> value.
+        sign: 1 if more is better, -1 if less is.
+    """
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    differences = [first[seed] - second[seed] for seed in seeds]
+    better = sum(d * sign > 0 for d in differences)
+    worse = sum(d * sign < 0 for d in differences)
+    return Difference(interval(differences), better, worse, sign)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The learning rate of a method on a task.
+
+    Attributes:
+        rate: that its runs have.
+        tried: validation loss of each rate of the grid, None where the training diverged; empty if it was given.
+    """
+
+    rate: float
+    tried: dict[float, float | None]
+
+    @property
+    def remark(self) -> str:
+        if not self.tried:
+            return "given, not chosen"
+        if self.rate == min(self.tried):
+            return "lowest of the grid: a lower one may be better"
+        if self.rate == max(self.tried):
+            return "highest of the grid: a higher one may be better"
+        return ""
+
+
+class Results:
+    """The records of all runs, and what to ask of them."""
+
+    def __init__(self, records: Iterable[Record], order: Iterable[str]) -> None:
+        """Args: records, and the methods in the order of the tables; experiments come after them."""
+        self.records = list(records)
+        known = list(order)
+        found = {r["method"] for r in self.records}
+        self.methods = [m for m in known if m in found] + sorted(found - set(known))
+        self._rates = {key: self._rate(*key) for key in {(r["task"], r["method"]) for r in self.records}}
+
+    def tasks(self) -> list[str]:
+        """Tasks with anything to report, in order of appearance."""
+        return list(dict.fromkeys(r["task"] for r in self.records if r["seed"] != TUNING_SEED))
+
+    def multipliers(self, task: str) -> list[float]:
+        """Budgets at which anything was trained, in order."""
+        return sorted({r["multiplier"] for r in self._final(task) if r["multiplier"]})
+
+    def tuned(self, task: str, method: str) -> Tuned | None:
+        """The rate of a method that has runs to report."""
+        rate = self._rates.get((task, method))
+        if rate is None:
+            return None
+        tries = [r for r in self.records if (r["task"], r["method"], r["seed"]) == (task, method, TUNING_SEED)]
+        return Tuned(rate, {r["rate"]: None if r["diverged"] else r["validation_loss"] for r in tries})
+
+    def runs(self, task: str, method: str, multiplier: float) -> list[Record]:
+        """The runs to report, at the method's learning rate, by seed."""
+        rate = self._rates.get((task, method))
+        found = [
+            r
+            for r in self._final(task)
+            if r["method"] == method and r["multiplier"] == multiplier and r["rate"] == rate
+        ]
+        return sorted(found, key=lambda r: r["seed"])
+
+    def values(self, task: str, method: str, multiplier: float, name: str) -> dict[int, float]:
+        """Seed -> what the record says under ``name``; without those that have no number there."""
+        return {r["seed"]: r[name] for r in self.runs(task, method, multiplier) if r.get(name) is not None}
+
+    def _final(self, task: str) -> list[Record]:
+        return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED]
+
+    def _rate(self, task: str, method: str) -> float | None:
+        # Runs with other rates may lie there from earlier calls: the rate that the grid has chosen, else the one
+        # with the most runs.
+        rates = [r["rate"] for r in self._final(task) if r["method"] == method]
+        if not rates:
+            return None
+        tries = {
+            r["rate"]: r["validation_loss"]
+            for r in self.records
+            if (r["task"], r["method"], r["seed"]) == (task, method, TUNING_SEED)
+            and not r["diverged"]
+            and r["validation_loss"] is not None
+        }
+        best = min(tries, key=lambda rate: (tries[rate], rate)) if tries else None
+        return best if best in rates else max(sorted(set(rates)), key=rates.count)

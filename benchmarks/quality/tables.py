@@ -1,0 +1,231 @@
+"""``quality.md``: what the records say, also where L1RA loses."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from benchmarks.quality import rank_map
+from benchmarks.quality.figures import Difference, Interval, Results, interval, paired
+from benchmarks.quality.methods import FROZEN, METHODS
+from benchmarks.quality.schedule import SHARE
+
+__all__ = ["markdown"]
+
+PAIRS = (
+    ("l1ra", "lora"),
+    ("l1ra", "rslora"),
+    ("l1ra", "adalora"),
+    ("l1ra-params", "lora"),
+    ("reference", "lora"),
+)
+
+
+def markdown(results: Results, commands: list[str]) -> str:
+    """The report, from records alone; ``commands`` are the command lines that made them."""
+    lines = ["# Quality at equal budgets", "", *_surroundings(results, commands), ""]
+    lines += [
+        "Mean over seeds ± half a 95 % t interval, on the test part. Budgets are multiples of the number of adapted "
+        "layers: at 2 uniform LoRA has rank 2 everywhere. Differences are taken seed by seed; bold where their 95 % "
+        "interval excludes 0. With so many comparisons, one in twenty is bold by chance.",
+        "",
+    ]
+    for task in results.tasks():
+        lines += _task(results, task)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _surroundings(results: Results, commands: list[str]) -> list[str]:
+    places = dict.fromkeys(f"{r['hardware']} ({r['threads']} threads a run)" for r in results.records)
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {number}" for name, number in r["versions"].items() if number and name != "commit")
+        for r in results.records
+    )
+    commits = sorted({str(r["versions"].get("commit")) for r in results.records})
+    return [
+        f"Hardware: {'; '.join(places)}.",
+        f"Versions: {'; '.join(versions)}; commit {', '.join(commits)}.",
+        f"Command: {'; '.join(f'`{command}`' for command in commands)}. {len(results.records)} runs.",
+    ]
+
+
+def _task(results: Results, task: str) -> list[str]:
+    any_run = next(r for r in results.records if r["task"] == task)
+    points = any_run["metric"] == "accuracy"
+    parts = ", ".join(f"{count:,} to {_use(name)}" for name, count in any_run["examples"].items())
+    steps = ", ".join(f"{n}" for n in dict.fromkeys(r["steps"] for r in results.records if r["task"] == task))
+    lines = [
+        f"## {task}",
+        "",
+        f"{any_run['model']}, {steps} steps of {any_run['batch']} examples of at most {any_run['max_tokens']} tokens; "
+        f"{parts}. {'Accuracy: more is better.' if points else 'Perplexity: less is better.'}",
+        "",
+        *_levels(results, task, points),
+        "",
+        *_differences(results, task, points),
+        *_shares(results, task, points),
+        *_rates(results, task),
+        *_rank_maps(results, task),
+    ]
+    return lines
+
+
+def _use(part: str) -> str:
+    return {"train": "train on", "validation": "choose learning rates by", "test": "test on"}[part]
+
+
+def _levels(results: Results, task: str, points: bool) -> list[str]:
+    head = ["budget", "method", "accuracy, %" if points else "perplexity", "test loss", "seeds", "adapter parameters"]
+    head += ["ranks moved", "time of a step / LoRA's", "peak memory, MiB"]
+    rows = []
+    for multiplier in [0, *results.multipliers(task)]:
+        for method in results.methods:
+            runs = results.runs(task, method, multiplier)
+            if runs:
+                budget = f"{multiplier:g} ×" if multiplier else "none"
+                rows.append([budget, method, *_level(results, task, method, multiplier, points, runs)])
+    remark = "Times are medians over runs; runs side by side on few cores disturb one another."
+    return [*table(head, rows, left=2), "", remark]
+
+
+def _level(results: Results, task: str, method: str, multiplier: float, points: bool, runs: list[Any]) -> list[str]:
+    metric = results.values(task, method, multiplier, "test_metric")
+    loss = results.values(task, method, multiplier, "test_loss")
+    broken = sum(r["diverged"] for r in runs)
+    cells = [
+        plus_minus(metric, 100 if points else 1, 2),
+        plus_minus(loss, 1, 4),
+        f"{len(runs)}" + (f" ({broken} diverged)" if broken else ""),
+    ]
+    if method == FROZEN:
+        return [*cells, "", "", "", ""]
+    moved = [r["ranks_moved"] for r in runs if r["ranks_moved"] is not None]
+    lora = [r["step_seconds"] for r in results.runs(task, "lora", multiplier)]
+    time = statistics.median(r["step_seconds"] for r in runs)
+    return [
+        *cells,
+        f"{statistics.fmean(r['adapter_parameters'] for r in runs):,.0f}",
+        f"{statistics.fmean(moved):.0f}" if moved else "",
+        f"{time / statistics.median(lora):.2f}" if lora else "",
+        f"{statistics.median(r['peak_mib'] for r in runs):,.0f}",
+    ]
+
+
+def _pairs(results: Results) -> list[tuple[str, str]]:
+    experiments = [method for method in results.methods if method not in METHODS]
+    return [*PAIRS, *((name, other) for name in experiments for other in ("lora", "l1ra"))]
+
+
+def _differences(results: Results, task: str, points: bool) -> list[str]:
+    rows = []
+    for multiplier in results.multipliers(task):
+        for first, second in _pairs(results):
+            row = compare(results, task, (first, multiplier), (second, multiplier), points)
+            if row:
+                rows.append([f"{multiplier:g} ×", f"{first} − {second}", *row])
+    if not rows:
+        return []
+    return ["Paired differences:", "", *table(["budget", "", *_heads(points)], rows, left=2), ""]
+
+
+def _heads(points: bool) -> list[str]:
+    metric = "accuracy, points" if points else "perplexity"
+    return [metric, "seeds better : worse", "", "test loss", "seeds better : worse", ""]
+
+
+def compare(
+    results: Results, task: str, first: tuple[str, float], second: tuple[str, float], points: bool
+) -> list[str] | None:
+    """Cells: difference of the metric, seeds for and against, verdict; and the same of the test loss."""
+    cells: list[str] = []
+    for name, sign, factor, digits in (
+        ("test_metric", 1 if points else -1, 100 if points else 1, 2),
+        ("test_loss", -1, 1, 4),
+    ):
+        found = paired(results.values(task, *first, name), results.values(task, *second, name), sign)
+        if found is None:
+            return None
+        cells += _difference(found, factor, digits)
+    return cells
+
+
+def _difference(found: Difference, factor: float, digits: int) -> list[str]:
+    mean, half = found.interval.mean * factor, found.interval.half
+    text = f"{mean:+.{digits}f}"
+    if half is not None:
+        text += f" ({mean - half * factor:+.{digits}f} to {mean + half * factor:+.{digits}f})"
+    if found.verdict:
+        text = f"**{text}**"
+    verdict = f"**{found.verdict}**" if found.verdict else "" if half is not None else "one seed"
+    return [text, f"{found.better} : {found.worse}", verdict]
+
+
+def _shares(results: Results, task: str, points: bool) -> list[str]:
+    rows = []
+    for multiplier in results.multipliers(task):
+        row = compare(results, task, ("l1ra", round(SHARE * multiplier, 6)), ("lora", multiplier), points)
+        if row:
+            rows.append([f"l1ra at {SHARE * multiplier:g} × − lora at {multiplier:g} ×", *row])
+    if not rows:
+        return []
+    title = f"L1RA with {SHARE:.0%} of LoRA's budget:"
+    return [title, "", *table(["", *_heads(points)], rows, left=1), ""]
+
+
+def _rates(results: Results, task: str) -> list[str]:
+    found = {m: results.tuned(task, m) for m in results.methods if m != FROZEN}
+    found = {method: tuned for method, tuned in found.items() if tuned is not None}
+    grid = sorted({rate for tuned in found.values() for rate in tuned.tried})
+    rows = []
+    for method, tuned in found.items():
+        losses = []
+        for rate in grid:
+            loss = tuned.tried.get(rate)
+            text = "" if rate not in tuned.tried else "diverged" if loss is None else f"{loss:.4f}"
+            losses.append(f"**{text}**" if rate == tuned.rate and text else text)
+        rows.append([method, f"{tuned.rate:g}", *losses, tuned.remark])
+    head = ["method", "learning rate", *(f"loss at {rate:g}" for rate in grid), ""]
+    return ["Learning rates, chosen by validation loss with a seed of its own:", "", *table(head, rows, left=1), ""]
+
+
+def _rank_maps(results: Results, task: str) -> list[str]:
+    runs = {m: results.runs(task, "l1ra", m) for m in results.multipliers(task)}
+    runs = {multiplier: found for multiplier, found in runs.items() if found}
+    if not runs:
+        return []
+    lines = ["Where L1RA's ranks are after the training, mean over layers and seeds:", ""]
+    for title, means in (("projection", rank_map.by_projection), ("layer", rank_map.by_depth)):
+        columns = {multiplier: means(found) for multiplier, found in runs.items()}
+        places = list(next(iter(columns.values())))
+        rows = [[_place(p), *(f"{column.get(p, math.nan):.2f}" for column in columns.values())] for p in places]
+        lines += [*table([title, *(f"{m:g} ×" for m in columns)], rows, left=1), ""]
+    shares = [(m, *rank_map.share_behind(found)) for m, found in runs.items()]
+    told = ", ".join(f"{share:.0%} at {m:g} ×" for m, share, _ in shares)
+    lines.append(
+        f"Feed-forward layers and attention's output hold {told} of the ranks; equal ranks would put "
+        f"{shares[0][2]:.0%} there."
+    )
+    return [*lines, ""]
+
+
+def _place(place: int | str) -> str:
+    return "outside of layers" if place == -1 else str(place)
+
+
+# --- cells
+
+
+def plus_minus(values: dict[int, float], factor: float, digits: int) -> str:
+    """``mean ± half``; empty without values."""
+    if not values:
+        return ""
+    found: Interval = interval(values.values())
+    text = f"{found.mean * factor:.{digits}f}"
+    return text if found.half is None else f"{text} ± {found.half * factor:.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
+    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
