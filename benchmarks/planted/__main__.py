@@ -98,7 +98,7 @@ def line(record: dict[str, Any], note: str = "") -> str:
 
 def work(wanted: list[Job], out: Path, processes: int) -> None:
     """Run all of them, ``processes`` at a time, and print each as it ends."""
-    if processes == 1:
+    if processes == 1 or len(wanted) < 2:
         threads = torch.get_num_threads()
         one_thread()
         for job in wanted:

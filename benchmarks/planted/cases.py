@@ -1,8 +1,16 @@
 """The problems: a network, where its teacher differs from it and by what rank, and how the student is trained.
 
 Settings were chosen by feasibility alone: LoRA that is given the planted ranks (the oracle) has to end far below
-uniform LoRA in the steps there are. No rule that moves ranks was looked at for it. ``mlp`` is the oldest, and its
-problems and settings never change, so that its figures stay comparable.
+uniform LoRA in the steps there are; where no layer needs more than another, uniform LoRA far below frozen. No rule that
+moves ranks was looked at for it. ``mlp`` is the oldest, and its problems and settings never change, so that its figures
+stay comparable.
+
+- ``mlp``: the planted ranks are about the budget. ``below``: less than half of it. ``above``: more than it.
+- ``deep``, ``wide``: the same kind of network, 16 x 48 and 4 x 128.
+- ``noise``, ``more-noise``: ``mlp`` with noise on the targets, fresh at every step.
+- ``unequal``: residual blocks that widen to four times their width or narrow to a quarter; planted in both.
+- ``llama``: a small randomly initialised Llama, error on its last hidden state.
+- ``no-structure``: what every layer was given is just what it needs. ``scarce``: every layer needs twice as much.
 """
 
 from __future__ import annotations
@@ -95,7 +103,7 @@ def _numbered(ranks: dict[int, int]) -> Mapping[str, int]:
 
 
 def _all() -> list[Case]:
-    mlp = Case("mlp", partial(ResidualNet, 64, 8), _numbered({1: 12, 4: 8, 6: 6}), (64,))
+    mlp = Case("mlp", partial(ResidualNet, 64, 8), _numbered({1: 12, 4: 8, 6: 6}), inputs=(64,))
     unequal = {"blocks.0.up": 12, "blocks.1.up": 6, "blocks.2.down": 12, "blocks.5.down": 6}
     llama = {
         "model.layers.0.mlp.down_proj": 12,
@@ -108,17 +116,31 @@ def _all() -> list[Case]:
         replace(mlp, name="above", planted=_numbered({1: 16, 4: 12, 6: 8})),
         replace(mlp, name="noise", noise=0.1),
         replace(mlp, name="more-noise", noise=0.3),
-        Case("unequal", partial(BlockNet, 48, (192, 12, 192, 12, 192, 12)), MappingProxyType(unequal), (48,)),
+        # Branches of 1/2 would make the signal of 16 layers so large that not even the oracle learns it in these steps.
+        Case("deep", partial(ResidualNet, 48, 16, 0.25), _numbered({2: 12, 7: 10, 12: 8}), inputs=(48,), per_layer=3),
+        # Fewer steps here and for llama: the oracle is far below uniform long before.
+        Case(
+            "wide",
+            partial(ResidualNet, 128, 4),
+            _numbered({1: 16, 3: 12}),
+            inputs=(128,),
+            per_layer=8,
+            steps=700,
+        ),
+        Case("unequal", partial(BlockNet, 48, (192, 12, 192, 12, 192, 12)), MappingProxyType(unequal), inputs=(48,)),
         Case(
             "llama",
             partial(LlamaNet, 64, 4, 4, 176),
             MappingProxyType(llama),
-            (16, 64),
+            inputs=(16, 64),
             per_layer=2,
+            steps=600,
             batch=16,
             test_inputs=512,
         ),
         replace(mlp, name="no-structure", planted=_numbered(dict.fromkeys(range(8), 4)), structured=False),
+        # With just enough ranks, errors go by luck: other first rows in uniform LoRA change them several times over.
+        replace(mlp, name="scarce", planted=_numbered(dict.fromkeys(range(8), 8)), structured=False),
     ]
 
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 class ResidualNet(nn.Module):
-    """``x <- x + relu(x W + b) / 2``, layer after layer."""
+    """``x <- x + branch * relu(x W + b)``, layer after layer."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, branch: float = 0.5) -> None:
         super().__init__()
+        self.branch = branch
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=math.sqrt(2 / width))
@@ -19,7 +20,7 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + layer(x).relu() / 2
+            x = x + layer(x).relu() * self.branch
         return x / math.sqrt(len(self.layers))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -50,9 +51,11 @@ def one_thread() -> None:
 
 def perform(job: Job, out: Path) -> dict[str, Any]:
     """Run it and write its record, which is returned."""
+    # Before the run, while the files are those that were imported.
+    where = surroundings()
     overrides = job.overrides if job.method in DRIVEN else {}
     result = run(job.method, job.seed, job.steps, job.case, **overrides)
-    record = {**job.asked(), **outcome(result), **surroundings()}
+    record = {**job.asked(), **outcome(result), **where}
     path = job.path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.unfinished")
@@ -89,6 +92,7 @@ def outcome(result: Result) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def surroundings() -> dict[str, Any]:
     """Versions and hardware."""
     processor = platform.processor() or platform.machine()
