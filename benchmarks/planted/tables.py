@@ -33,7 +33,8 @@ def markdown(records: Iterable[Mapping[str, Any]], judged: str = "default") -> s
     records = by_case(records)
     lines = ["# Planted ranks", "", *_about(records), ""]
     lines += [f"## Bars, for `{judged}`", "", *_table(("", "found", ""), _bars(records, judged)), ""]
-    lines += [*_table(("case", "over uniform", "over the oracle", "met", "oracle"), _cases(records, judged)), ""]
+    if cases := _cases(records, judged):
+        lines += [*_table(("case", "over uniform", "over the oracle", "planted ranks met", "oracle"), cases), ""]
     for case, labels in records.items():
         rows = [_row(records, case, label) for label in sorted(labels, key=_place)]
         lines += [f"## {case}", "", _settings(labels), "", *_table(COLUMNS, rows), ""]
