@@ -37,7 +37,7 @@ def markdown(results: Results, commands: list[str]) -> str:
 
 
 def _surroundings(results: Results, commands: list[str]) -> list[str]:
-    places = dict.fromkeys(f"{r['hardware']} ({r['threads']} threads a run)" for r in results.records)
+    places = dict.fromkeys(f"{r['hardware']} (OpenMP threads of a run: {r['threads']})" for r in results.records)
     versions = dict.fromkeys(
         ", ".join(f"{name} {number}" for name, number in r["versions"].items() if number and name != "commit")
         for r in results.records

@@ -141,10 +141,10 @@ MINILM, SMOLLM2 = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct (weights rounded to
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("supersense", MINILM, models.minilm, texts.supersense, 400, 32, 32, "accuracy", 240),
-        Task("polarity", MINILM, models.minilm, texts.polarity, 200, 16, 64, "accuracy", 90),
-        Task("newsgroups", MINILM, models.minilm, texts.newsgroups, 300, 16, 64, "accuracy", 260),
-        Task("glosses", SMOLLM2, models.smollm2, texts.glosses, 60, 16, 64, "perplexity", 500),
-        Task("instructions", SMOLLM2, models.smollm2, texts.instructions, 60, 8, 256, "perplexity", 1200),
+        Task("supersense", MINILM, models.minilm, texts.supersense, 400, 32, 32, "accuracy", 210),
+        Task("polarity", MINILM, models.minilm, texts.polarity, 200, 16, 64, "accuracy", 130),
+        Task("newsgroups", MINILM, models.minilm, texts.newsgroups, 300, 16, 64, "accuracy", 300),
+        Task("glosses", SMOLLM2, models.smollm2, texts.glosses, 60, 16, 64, "perplexity", 480),
+        Task("instructions", SMOLLM2, models.smollm2, texts.instructions, 60, 8, 256, "perplexity", 1800),
     )
 }

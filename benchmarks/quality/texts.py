@@ -49,9 +49,8 @@ class Split:
 
 
 def key(example: Example) -> str:
-    """What makes two examples the same text."""
-    text = str(example["text"]) if "text" in example else f"{example['prompt']} {example['completion']}"
-    return " ".join(text.lower().split())
+    """What makes two examples the same: the text that is classified, or that is to be written."""
+    return " ".join(str(example.get("text", example.get("completion"))).lower().split())
 
 
 def unique(examples: Iterable[Example], but: Iterable[Example] = ()) -> list[Example]:

@@ -23,7 +23,8 @@ WARMUP = 0.06
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 CHUNK = 16  # batches that are sorted by length together
-EVALUATED = 64  # examples of a batch that is only read
+# Of a batch that is only read. A language model's logits take 200 kB a token.
+EVALUATED, EVALUATED_TOKENS = 64, 2048
 LOOK = 20  # steps between two looks at whether the loss is finite
 REGULARIZATION = (0.1, 1.0, 10.0, 100.0)
 
@@ -159,8 +160,14 @@ def precision(device: torch.device) -> contextlib.AbstractContextManager:
 def reading(part: Part, examples: Examples, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Numbers and batches of a part, the shortest first."""
     order = np.argsort(part.lengths, kind="stable")
-    for start in range(0, len(order), EVALUATED):
-        numbers = order[start : start + EVALUATED]
+    lengths = part.lengths[order]
+    start = 0
+    while start < len(order):
+        # Sorted: the last example of a batch is its longest, and fewer of them fit the longer it is.
+        padded = lengths[start : start + EVALUATED] * np.arange(1, len(lengths[start : start + EVALUATED]) + 1)
+        count = max(1, int(np.searchsorted(padded, EVALUATED_TOKENS, side="right")))
+        numbers = order[start : start + count]
+        start += count
         yield numbers, collate(part, numbers, examples.classes, examples.pad, device)
 
 

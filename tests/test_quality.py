@@ -1,0 +1,396 @@
+"""The comparison of methods, on tiny models and made-up token ids: equal terms, honest records, honest tables."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.quality import methods, models, program, runs, schedule, tables, texts, training
+from benchmarks.quality.figures import Results, interval, paired
+from benchmarks.quality.runs import TUNING_SEED, Spec
+from benchmarks.quality.schedule import Queue, best_rate
+from benchmarks.quality.tasks import TASKS, Examples, Part, Task, encode
+from examples.data import DataError
+
+VOCABULARY, CLASSES, STEPS = 40, 3, 12
+TRAINED = [method for method in methods.METHODS if method != methods.FROZEN]
+SHORT = {"interval": 2, "min_interval": 1, "warmup": 0.0, "cooldown": 0.1}
+
+
+def part(count, seed, prompts=False):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(4, 10, count)
+    ids = random.integers(3, VOCABULARY, lengths.sum()).astype(np.int32)
+    ends = np.cumsum(lengths)
+    # The class is in the first token: something to learn.
+    labels = np.full(count, 2) if prompts else ids[ends - lengths] % CLASSES
+    return Part(ids, ends.astype(np.int64), labels.astype(np.int64))
+
+
+def examples(classes):
+    return Examples(classes, 0, *(part(count, seed, not classes) for seed, count in enumerate((80, 20, 30))))
+
+
+@dataclass(frozen=True)
+class TinyTask(Task):
+    """Made-up ids instead of texts."""
+
+    def examples(self):
+        return examples(CLASSES if self.metric == "accuracy" else 0)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    little = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    found = {name: tmp_path_factory.mktemp(name) for name in ("bert", "llama")}
+    bert = BertConfig(**little, num_attention_heads=2, max_position_embeddings=16)
+    BertModel(bert).save_pretrained(found["bert"])
+    llama = LlamaConfig(**little, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16)
+    LlamaForCausalLM(llama).save_pretrained(found["llama"])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _tiny_tasks(monkeypatch, folders):
+    for name, metric in (("bert", "accuracy"), ("llama", "perplexity")):
+        task = TinyTask(name, name, lambda name=name: folders[name], None, STEPS, 4, 10, metric, 10.0)
+        monkeypatch.setitem(TASKS, name, task)
+
+
+def spec(tmp_path, method="lora", multiplier=2, seed=0, rate=1e-2, task="bert", **more):
+    return Spec(task, method, multiplier, seed, rate, STEPS, str(tmp_path), **more)
+
+
+class InProcess:
+    """A run without a process of its own."""
+
+    def __init__(self, spec):
+        self.output, self.returncode = "", 0
+        try:
+            runs.run(spec)
+        except Exception as error:
+            self.output, self.returncode = str(error), 1
+
+    def poll(self):
+        return self.returncode
+
+    def communicate(self):
+        return self.output, None
+
+
+# --- data and batches
+
+
+def test_no_text_is_in_two_parts():
+    rows = [{"text": f"text {i % 70}{' ' * (i % 3)}", "label": 0} for i in range(200)]
+    split = texts.three_parts(2, rows, 10, 20)
+    keys = [texts.key(e) for name in ("train", "validation", "test") for e in getattr(split, name)]
+    assert len(keys) == len(set(keys)) == 70
+    assert (len(split.validation), len(split.test)) == (10, 20)
+    assert texts.three_parts(2, rows, 10, 20) == split
+    with pytest.raises(DataError, match="too few"):
+        texts.three_parts(2, rows, 40, 30)
+
+
+def test_wordnet_lines_become_word_and_definition():
+    line = (
+        '02084071 05 n 03 domestic_dog 0 dog 0 001 @ 02083346 n 0000 | a member of Canis; "the dog barked all night"  '
+    )
+    assert texts._synsets("noun", f"  1 licence\n{line}") == ["noun\t5\tdomestic dog\ta member of Canis"]
+
+
+def test_a_language_model_learns_the_completion_alone():
+    class Words:
+        pad_token_id, eos_token_id = 0, 1
+
+        def __call__(self, rows, **options):
+            return type("Encoded", (), {"input_ids": [[len(word) for word in row.split()] for row in rows]})
+
+    rows = [{"prompt": "aa aaa", "completion": "b bbbb"}, {"prompt": "a a a a a", "completion": "b"}]
+    found = encode(texts.Split(0, rows, rows[:1], rows[:1]), Words(), max_tokens=5)
+    assert len(found.train) == 1  # of the other one no completion is left
+    batch = training.collate(found.train, np.array([0]), 0, 0, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[2, 3, 1, 4, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 1, 4, 1]]
+
+
+def test_batches_are_of_similar_length_and_use_an_epoch_before_the_next():
+    lengths = np.random.default_rng(0).integers(3, 60, 400)
+    batches = training.batch_numbers(lengths, 8, 60, seed=3)
+    assert len(batches) == 60 and all(len(numbers) == 8 for numbers in batches)
+    assert sorted(np.concatenate(batches[:50])) == list(range(400))
+    padded = sum(8 * lengths[numbers].max() for numbers in batches[:50])
+    assert padded < 1.3 * lengths.sum()
+    assert all((a == b).all() for a, b in zip(batches, training.batch_numbers(lengths, 8, 60, seed=3), strict=True))
+    assert any((a != b).any() for a, b in zip(batches, training.batch_numbers(lengths, 8, 60, seed=4), strict=True))
+
+
+def test_what_is_read_is_read_once_whatever_the_length(monkeypatch):
+    monkeypatch.setattr(training, "EVALUATED_TOKENS", 20)
+    found = examples(CLASSES)
+    read = list(training.reading(found.test, found, torch.device("cpu")))
+    assert sorted(np.concatenate([numbers for numbers, _ in read])) == list(range(30))
+    assert all(batch["input_ids"].numel() <= 20 for _, batch in read)
+
+
+def test_the_rate_warms_up_and_falls_to_0():
+    shares = [training.share_of_rate(step, 100) for step in range(101)]
+    assert shares[0] == pytest.approx(1 / 6) and max(shares) == shares[6] == 1 and shares[100] == 0
+    assert shares[53] == pytest.approx(0.5)
+
+
+# --- methods
+
+
+@pytest.mark.parametrize("task", ["bert", "llama"])
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, monkeypatch):
+    seen = []
+    collate = training.collate
+    monkeypatch.setattr(training, "collate", lambda p, n, *rest: (seen.append(n), collate(p, n, *rest))[1])
+    settings = tuple(SHORT.items()) if method.startswith("l1ra") else ()
+    record = runs.run(spec(tmp_path, method, task=task, settings=settings))
+    expected = training.batch_numbers(examples(1).train.lengths, 4, STEPS, 0)
+    assert all((a == b).all() for a, b in zip(seen[:STEPS], expected, strict=True))
+
+    layers = 13 if task == "bert" else 14
+    assert record["adapted_layers"] == len(record["ranks"]) == layers
+    uniform = 2 * sum(map(sum, record["layer_sizes"].values()))
+    assert record["budget"] == (uniform if method == "l1ra-params" else 2 * layers)
+    if method == "l1ra-params":
+        assert record["adapter_parameters"] <= uniform == record["initial_adapter_parameters"]
+    else:
+        assert sum(record["ranks"].values()) <= 2 * layers
+        assert sum(record["initial_ranks"].values()) == (3 if method == "adalora" else 2) * layers
+    assert record["head_parameters"] == (16 * CLASSES + CLASSES if task == "bert" else 0)
+    if method in ("l1ra", "l1ra-params"):
+        assert record["ranks_moved"] > 0 and sum(r["moved"] for r in record["reallocations"]) == record["ranks_moved"]
+        assert record["config"]["interval"] == 2
+    assert math.isfinite(record["test_loss"]) and record["diverged"] is False
+    assert json.loads(spec(tmp_path, method, task=task).file.read_text()) == json.loads(json.dumps(record))
+
+
+def test_heads_are_the_same_for_every_method_and_are_trained(folders):
+    heads = {}
+    for method in TRAINED:
+        model = models.load(folders["bert"], CLASSES)
+        adapted = methods.adapt(method, model, 2, seed=5, steps=STEPS)
+        assert model.classifier.weight.requires_grad and model.classifier.bias.requires_grad
+        assert any(p is model.classifier.weight for p in adapted.trained)
+        heads[method] = model.classifier.weight.detach().clone()
+    assert all(torch.equal(head, heads["lora"]) for head in heads.values())
+
+
+def test_lora_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "peak_bytes", lambda: 2**20)
+    record = runs.run(Spec("bert", "lora", 2, 0, 2e-2, 150, str(tmp_path)))
+    assert record["test_metric"] > 0.6
+    assert record["peak_mib"] == 1
+
+
+def test_the_ranks_of_adalora_fall(folders):
+    model = models.load(folders["bert"], CLASSES)
+    adapted = methods.adapt("adalora", model, 2, seed=0, steps=20)
+    assert set(adapted.ranks().values()) == {3}
+    found = examples(CLASSES)
+    training.train(adapted, found, training.batch_numbers(found.train.lengths, 4, 20, 0), 1e-2, 0)
+    assert 0 < sum(adapted.ranks().values()) <= 2 * 13
+    assert len(set(adapted.ranks().values())) > 1
+
+
+def test_an_allocation_of_adalora_that_does_nothing_is_an_error(folders, monkeypatch):
+    from peft import AdaLoraModel
+
+    model = models.load(folders["bert"], CLASSES)
+    adapted = methods.adapt("adalora", model, 2, seed=0, steps=20)
+    monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda self, step: None)
+    with pytest.raises(RuntimeError, match="AdaLoRA has 39 ranks after its last cut instead of 26"):
+        for step in range(1, 21):
+            adapted.after_step(step)
+
+
+def test_frozen_models_are_judged_too(tmp_path):
+    classifier = runs.run(spec(tmp_path, "frozen", 0, rate=0.0))
+    language = runs.run(spec(tmp_path, "frozen", 0, rate=0.0, task="llama"))
+    assert 0 <= classifier["test_metric"] <= 1
+    assert language["test_metric"] == pytest.approx(math.exp(language["test_loss"]))
+
+
+def test_a_training_that_diverges_is_recorded_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOOK", 1)
+    record = runs.run(spec(tmp_path, rate=1e30))
+    assert record["diverged"] and record["test_loss"] is None
+
+
+def test_only_whole_ranks_for_uniform_methods(folders):
+    with pytest.raises(ValueError, match="must be whole"):
+        methods.adapt("lora", models.load(folders["bert"], CLASSES), 1.4, seed=0, steps=STEPS)
+    adapted = methods.adapt("l1ra", models.load(folders["bert"], CLASSES), 1.4, seed=0, steps=STEPS)
+    assert adapted.budget == 18  # of 18.2
+
+
+# --- runs and the program
+
+
+ARGUMENTS = ["--tasks", "bert", "--methods", "frozen", "lora", "l1ra", "--seeds", "2", "--rates", "1e-2", "3e-2"]
+
+
+@pytest.mark.filterwarnings("ignore:no rank will move")  # so few steps
+def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
+    arguments = [*ARGUMENTS, "--jobs", "1", "--budgets", "2", "--out", str(tmp_path)]
+    launched = []
+
+    def launch(spec):
+        launched.append(spec)
+        return InProcess(spec)
+
+    assert program.main(arguments, launch) == 0
+    tuning = [s for s in launched if s.seed == TUNING_SEED]
+    assert len(tuning) == 4 and len(launched) == 4 + 2 * 3
+    records = schedule.read(tmp_path)
+    assert all((r["test_loss"] is None) == (r["seed"] == TUNING_SEED) for r in records)
+    for method in ("lora", "l1ra"):
+        best = best_rate([r for r in records if r["method"] == method], (1e-2, 3e-2))
+        assert {s.rate for s in launched if s.method == method and s.seed < 2} == {best}
+    report = (tmp_path / "quality.md").read_text()
+    assert "l1ra − lora" in report and "of the grid" in report and (tmp_path / "bert.png").stat().st_size > 0
+    assert "python -m benchmarks.quality --tasks bert" in report and str(tmp_path) not in report
+
+    launched.clear()
+    next(tmp_path.glob("bert/lora/2x-seed1-*.json")).unlink()
+    assert program.main(arguments, launch) == 0
+    assert [(s.method, s.seed) for s in launched] == [("lora", 1)]
+    assert not list(tmp_path.rglob("*.partial"))
+
+    experiment = ["--tasks", "bert", "--seeds", "1", "--budgets", "2", "--rate", "1e-2", "--out", str(tmp_path)]
+    assert program.main([*experiment, "--set", "quantile=0.25", "--label", "q25"], launch) == 0
+    (record,) = [r for r in schedule.read(tmp_path) if r["method"] == "q25"]
+    assert record["settings"] == {"quantile": 0.25} and record["config"]["quantile"] == 0.25
+    assert record["base_method"] == "l1ra"
+    assert "q25 − l1ra" in (tmp_path / "quality.md").read_text()
+
+
+def test_no_minutes_start_nothing(tmp_path, capsys):
+    def launch(spec):
+        raise AssertionError("started")
+
+    assert program.main([*ARGUMENTS, "--minutes", "0", "--out", str(tmp_path)], launch) == 0
+    assert "are left for the next call" in capsys.readouterr().out
+
+
+def test_runs_that_would_end_too_late_are_left(tmp_path):
+    queue = Queue(1, schedule.time.monotonic() + 60, {"bert": 1.0, "llama": 100.0}, InProcess)
+    queue.work([spec(tmp_path, task="llama"), spec(tmp_path), spec(tmp_path, seed=1)])
+    assert queue.left == 1 and not queue.failed
+    assert {r["task"] for r in schedule.read(tmp_path)} == {"bert"}
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
+    def launch(spec):
+        return InProcess(Spec(**{**vars(spec), "method": "nonsense"}) if spec.seed == 0 else spec)
+
+    arguments = ["--tasks", "bert", "--methods", "lora", "--seeds", "2", "--budgets", "2", "--rate", "1e-2"]
+    assert program.main([*arguments, "--out", str(tmp_path)], launch) == 1
+    captured = capsys.readouterr()
+    assert "no method is called 'nonsense'" in captured.out and "1 runs FAILED" in captured.err
+    assert [r["seed"] for r in schedule.read(tmp_path)] == [1]
+
+
+def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monkeypatch):
+    seen = {}
+
+    def popen(command, env, **options):
+        seen.update(command=command, env=env)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    wanted = spec(tmp_path, settings=(("quantile", 0.3),))
+    schedule.start(wanted)
+    assert seen["env"]["OMP_NUM_THREADS"] == "1" and seen["env"]["GOMP_SPINCOUNT"] == "0"
+    assert Spec.parse(seen["command"][-1]) == wanted
+
+
+def test_settings_and_label_belong_together(capsys):
+    for arguments in (["--label", "x"], ["--set", "quantile=0.3"], ["--set", "quantile", "--label", "x"]):
+        with pytest.raises(SystemExit):
+            program.main(arguments)
+
+
+# --- statistics and tables
+
+
+def test_intervals_and_paired_differences_are_scipys():
+    from scipy import stats
+
+    first, second = {0: 0.81, 1: 0.84, 2: 0.80, 5: 0.1}, {0: 0.80, 1: 0.80, 2: 0.81, 7: 0.9}
+    found = paired(first, second, 1)
+    differences = [0.01, 0.04, -0.01]
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert found.interval.mean - found.interval.half == pytest.approx(low)
+    assert found.interval.mean + found.interval.half == pytest.approx(high)
+    assert (found.better, found.worse, found.verdict) == (2, 1, "")
+    # 4.303 is the quantile of t with two degrees of freedom; the deviation of 1, 2, 3 is 1.
+    assert interval([1, 2, 3]).half == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    assert interval([1.0]).half is None and paired({0: 1.0}, {1: 1.0}, 1) is None
+    assert paired({0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.11}, -1).verdict == "better"
+
+
+def planted(method, multiplier, seed, metric, rate=1e-3, **more):
+    ranks = {"encoder.layer.0.output.dense": 3, "encoder.layer.0.attention.self.query": 1}
+    return {
+        "task": "bert", "method": method, "multiplier": multiplier, "seed": seed, "rate": rate, "steps": STEPS,
+        "test_metric": metric, "test_loss": 1 - metric, "validation_loss": 1 - metric, "diverged": False,
+        "metric": "accuracy", "model": "tiny", "batch": 4, "max_tokens": 10, "ranks": ranks, "ranks_moved": 1,
+        "examples": {"train": 80, "validation": 20, "test": 30}, "adapter_parameters": 100, "step_seconds": 0.1,
+        "peak_mib": 10.0, "hardware": "a machine", "threads": 1, "versions": {"torch": "2", "commit": "abc"},
+    } | more  # fmt: skip
+
+
+def test_a_loss_is_shown_as_a_loss():
+    records = []
+    for seed in range(4):
+        records += [
+            planted("lora", 2, seed, 0.80 + 0.01 * seed),
+            planted("l1ra", 2, seed, 0.77 + 0.01 * seed + 0.001 * (seed % 2)),
+            planted("l1ra", 1.4, seed, 0.82 + 0.01 * seed + 0.001 * (seed % 2)),
+        ]
+    rates = ((1e-3, 0.5), (2e-3, 0.6), (4e-3, 0.7))
+    records += [planted("lora", 2, TUNING_SEED, 1 - loss, rate) for rate, loss in rates]
+    report = tables.markdown(Results(records, methods.METHODS), ["python -m benchmarks.quality"])
+    rows = [line for line in report.splitlines() if "l1ra − lora" in line]
+    assert len(rows) == 1
+    assert "| 0 : 4 | **worse** |" in rows[0] and "**-2.95" in rows[0]
+    (share,) = [line for line in report.splitlines() if "l1ra at 1.4 × − lora at 2 ×" in line]
+    assert "| 4 : 0 | **better** |" in share
+    assert "lowest of the grid: a lower one may be better" in report and "given, not chosen" in report
+    assert "hold 75% at 1.4 ×, 75% at 2 × of the ranks; equal ranks would put 50% there" in report
+    assert report.splitlines()[2].startswith("Hardware: a machine")
+
+
+def test_only_runs_at_the_chosen_rate_are_reported():
+    records = [planted("lora", 2, seed, 0.5, rate=4e-3) for seed in range(3)]
+    records += [planted("lora", 2, 0, 0.9, rate=1e-3)]
+    records += [planted("lora", 2, TUNING_SEED, value, rate) for rate, value in ((1e-3, 0.9), (4e-3, 0.5))]
+    results = Results(records, methods.METHODS)
+    assert results.tuned("bert", "lora").rate == 1e-3
+    assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
+
+
+def test_a_rate_is_chosen_when_all_have_been_tried_and_never_one_that_diverged():
+    tries = [planted("lora", 2, TUNING_SEED, 0.9, 1e-3, diverged=True), planted("lora", 2, TUNING_SEED, 0.5, 2e-3)]
+    assert best_rate(tries, (1e-3, 2e-3)) == 2e-3
+    assert best_rate(tries, (1e-3, 2e-3, 4e-3)) is None
