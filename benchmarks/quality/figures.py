@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.quality import climb
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import TUNING_SEED
 
 __all__ = ["CONFIDENCE", "Difference", "Interval", "Results", "Tuned", "interval", "paired"]
@@ -88,11 +90,12 @@ class Tuned:
 
     Attributes:
         rate: that its runs have.
-        tried: validation loss of each rate of the grid, None where the training diverged; empty if it was given.
+        tried: validation loss of each rate that the climb has come by, infinite where the training diverged; empty if
+            the rate was given.
     """
 
     rate: float
-    tried: dict[float, float | None]
+    tried: dict[float, float]
 
     @property
     def remark(self) -> str:
@@ -129,38 +132,49 @@ class Results:
         rate = self._rates.get((task, method))
         if rate is None:
             return None
-        tries = [r for r in self.records if (r["task"], r["method"], r["seed"]) == (task, method, TUNING_SEED)]
-        return Tuned(rate, {r["rate"]: None if r["diverged"] else r["validation_loss"] for r in tries})
+        return Tuned(rate, self._tried(task, method))
 
     def runs(self, task: str, method: str, multiplier: float) -> list[Record]:
-        """The runs to report, at the method's learning rate, by seed."""
-        rate = self._rates.get((task, method))
-        found = [
-            r
-            for r in self._final(task)
-            if r["method"] == method and r["multiplier"] == multiplier and r["rate"] == rate
-        ]
-        return sorted(found, key=lambda r: r["seed"])
+        """The runs to report, at the method's learning rate, by seed: of the seeds that all methods have at the budget.
+
+        Experiments are judged by the seeds they have, and no method loses seeds through them.
+        """
+        found = self._all_runs(task, method, multiplier)
+        if method not in METHODS:
+            return found
+        seeds = [{r["seed"] for r in self._all_runs(task, m, multiplier)} for m in self.methods if m in METHODS]
+        shared = set.intersection(*filter(None, seeds)) if found else set()
+        return [r for r in found if r["seed"] in shared]
+
+    def left_out(self, task: str) -> int:
+        """Number of runs with seeds that not all methods have."""
+        return sum(
+            len(self._all_runs(task, method, m)) - len(self.runs(task, method, m))
+            for method in self.methods
+            for m in [0, *self.multipliers(task)]
+        )
 
     def values(self, task: str, method: str, multiplier: float, name: str) -> dict[int, float]:
         """Seed -> what the record says under ``name``; without those that have no number there."""
         return {r["seed"]: r[name] for r in self.runs(task, method, multiplier) if r.get(name) is not None}
 
+    def _all_runs(self, task: str, method: str, multiplier: float) -> list[Record]:
+        wanted = (method, multiplier, self._rates.get((task, method)))
+        found = [r for r in self._final(task) if (r["method"], r["multiplier"], r["rate"]) == wanted]
+        return sorted(found, key=lambda r: r["seed"])
+
+    def _tried(self, task: str, method: str) -> dict[float, float]:
+        wanted = (task, method, TUNING_SEED)
+        return {r["rate"]: climb.loss_of(r) for r in self.records if (r["task"], r["method"], r["seed"]) == wanted}
+
     def _final(self, task: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED]
 
     def _rate(self, task: str, method: str) -> float | None:
-        # Runs with other rates may lie there from earlier calls: the rate that the grid has chosen, else the one
+        # Runs with other rates may lie there from earlier calls: the rate that the climb has chosen, else the one
         # with the most runs.
         rates = [r["rate"] for r in self._final(task) if r["method"] == method]
         if not rates:
             return None
-        tries = {
-            r["rate"]: r["validation_loss"]
-            for r in self.records
-            if (r["task"], r["method"], r["seed"]) == (task, method, TUNING_SEED)
-            and not r["diverged"]
-            and r["validation_loss"] is not None
-        }
-        best = min(tries, key=lambda rate: (tries[rate], rate)) if tries else None
+        best = climb.best(self._tried(task, method))
         return best if best in rates else max(sorted(set(rates)), key=rates.count)

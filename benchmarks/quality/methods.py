@@ -63,6 +63,7 @@ def adapt(
     model: nn.Module,
     multiplier: float,
     *,
+    alpha: float,
     seed: int,
     steps: int,
     settings: dict[str, Any] | None = None,
@@ -72,6 +73,8 @@ def adapt(
     Args:
         method: one of ``METHODS`` but frozen.
         multiplier: the budget in multiples of the number of adapted layers.
+        alpha: of the scaling ``alpha / rank`` (rslora: ``sqrt(alpha / rank)``), the same at every budget, so that one
+            learning rate suits all of them, as in LoRA's paper. With as many ranks in every layer the scaling is 1.
         steps: optimizer steps of the whole training.
         settings: of ``L1RAConfig``, for the methods of L1RA.
 
@@ -91,11 +94,13 @@ def adapt(
             raise ValueError(
                 f"{method} gives every layer the same rank: the multiplier must be whole, not {multiplier}."
             )
-        adapted = (_adalora if method == "adalora" else _lora)(method, model, int(multiplier), budget, sizes, steps)
+        adapted = (_adalora if method == "adalora" else _lora)(
+            method, model, int(multiplier), alpha, budget, sizes, steps
+        )
         for parameter in head:
             parameter.requires_grad_(True)
     elif method in ("reference", "l1ra", "l1ra-params"):
-        adapted = _l1ra(method, model, budget, sizes, seed, steps, settings or {})
+        adapted = _l1ra(method, model, alpha, budget, sizes, seed, steps, settings or {})
     else:
         raise ValueError(f"no method is called {method!r}: they are {', '.join(METHODS)}.")
     adapted.trained = [p for p in adapted.model.parameters() if p.requires_grad]
@@ -122,13 +127,14 @@ def _check_spent(method: str, adapted: Adapted) -> None:
 def _l1ra(
     method: str,
     model: nn.Module,
+    alpha: float,
     budget: int,
     sizes: dict[str, tuple[int, int]],
     seed: int,
     steps: int,
     settings: dict[str, Any],
 ) -> Adapted:
-    given = {"total_steps": steps, "seed": seed}
+    given = {"alpha": alpha, "total_steps": steps, "seed": seed}
     if method == "l1ra-params":
         given["budget_unit"] = "params"
     preset = "reference" if method == "reference" else "default"
@@ -137,12 +143,14 @@ def _l1ra(
 
 
 def _lora(
-    method: str, model: nn.Module, rank: int, budget: int, sizes: dict[str, tuple[int, int]], steps: int
+    method: str, model: nn.Module, rank: int, alpha: float, budget: int, sizes: dict[str, tuple[int, int]], steps: int
 ) -> Adapted:
     import peft
 
     stabilized = method == "rslora"
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(sizes), use_rslora=stabilized)
+    # rsLoRA divides by the root of the rank: the root of alpha makes its scaling 1 at the same rank.
+    numerator = math.sqrt(alpha) if stabilized else alpha
+    config = peft.LoraConfig(r=rank, lora_alpha=numerator, target_modules=list(sizes), use_rslora=stabilized)
     model = peft.get_peft_model(model, config)
 
     def ranks() -> dict[str, int]:
@@ -153,7 +161,7 @@ def _lora(
 
 
 def _adalora(
-    method: str, model: nn.Module, rank: int, budget: int, sizes: dict[str, tuple[int, int]], steps: int
+    method: str, model: nn.Module, rank: int, alpha: float, budget: int, sizes: dict[str, tuple[int, int]], steps: int
 ) -> Adapted:
     import peft
 
@@ -164,7 +172,8 @@ def _adalora(
         config = peft.AdaLoraConfig(
             init_r=start,
             target_r=rank,
-            lora_alpha=start,  # a scaling of 1, as the others'
+            # PEFT divides by the rank that it begins with, from the first step to the last; alpha / rank is wanted.
+            lora_alpha=alpha * start / rank,
             target_modules=list(sizes),
             total_step=steps,
             tinit=int(ADALORA_BEFORE * steps),

@@ -1,10 +1,11 @@
 """Fine-tuning methods compared at equal budgets: LoRA, rsLoRA, AdaLoRA, L1RA, and the model as it is.
 
-Every run has the same layers, head, data order, steps and schedule; each method's learning rate is chosen from the
-same grid by the loss on a validation part, and what is reported comes from a test part. Runs that are recorded are not
-done again: a call that is broken off, or has used up its minutes, goes on where it was.
+Every run has the same layers, head, data order, steps and schedule, and one alpha at all budgets; each method's
+learning rate is found by the same climb on a grid, judged by the loss on a validation part, and what is reported comes
+from a test part. Runs that are recorded are not done again: a call that is broken off, or has used up its minutes, goes
+on where it was.
 
-    python -m benchmarks.quality                                        # everything; many hours on two cores
+    python -m benchmarks.quality                                        # hours on two cores
     python -m benchmarks.quality --tasks polarity --methods lora l1ra --seeds 3
     python -m benchmarks.quality --device cuda --minutes 25
     python -m benchmarks.quality --set quantile=0.3 --label q03 --tasks polarity --rate 2e-3     # an experiment
@@ -22,10 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.climb import RATES, START
 from benchmarks.quality.figures import Results
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import draw
-from benchmarks.quality.schedule import RATES, Plan, Queue, read, start
+from benchmarks.quality.schedule import Plan, Queue, read, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
 from examples.data import DataError
@@ -55,13 +57,12 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         except DataError as error:
             print(f"quality: {error}", file=sys.stderr)
             return 1
-        queue.work(plan.tuning())
-        specs, waiting = plan.final()
-        queue.work(specs)
-        if waiting:
-            print(f"not begun, as learning rates are still to be tried: {', '.join(waiting)}")
+        queue.look_back(read(out), arguments.device)
+        queue.work(plan.ready)
+        if plan.unsettled():
+            print(f"not begun, as learning rates are still to be tried: {', '.join(plan.unsettled())}")
         if queue.left:
-            print(f"{queue.left} runs are left for the next call: no time for them.")
+            print(f"{queue.left} runs, and what follows from them, are left for the next call: no time for them.")
         failed = queue.failed
     report(out, commands(out, argv, trains=not arguments.table_only))
     if failed:
@@ -136,13 +137,19 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = p.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those that take an hour or two)",
+    )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add(
         "--budgets",
         nargs="+",
         type=float,
-        help="multiples of the number of adapted layers (default: 1 2 4, and 70 %% of 2 and 4 for l1ra)",
+        help="multiples of the number of adapted layers (default: 2 4 8, and 70 %% of 4 and 8 for l1ra)",
     )
     add("--seeds", type=int, default=5, help="number of them (default: %(default)s)")
     add("--steps", type=int, help="instead of the tasks' own; records go into a folder of their own inside --out")
@@ -157,8 +164,14 @@ def parser() -> argparse.ArgumentParser:
         help="settings of L1RAConfig for an experiment with l1ra; needs --label",
     )
     add("--label", help="name of the experiment in records and tables")
-    add("--rate", type=float, help="a learning rate instead of the grid")
-    add("--rates", nargs="+", type=float, default=list(RATES), help="the grid")
+    add("--rate", type=float, help="a learning rate instead of the climb")
+    add(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=list(RATES),
+        help=f"the grid of the climb, which begins next to {START:g}",
+    )
     add("--jobs", type=int, help="runs side by side (default: 2 on a CPU, 1 on a GPU)")
     add("--minutes", type=float, help="begin no run that would probably end later")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -173,6 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--set and --label belong together")
     if found.label in METHODS:
         p.error(f"--label {found.label} is the name of a method")
+    found.tasks = found.tasks or [name for name, task in TASKS.items() if task.default or found.device == "cuda"]
     return found
 
 

@@ -101,17 +101,17 @@ def run(spec: Spec) -> dict[str, Any]:
         "tokens": int(sum(len(numbers) * examples.train.lengths[numbers].max() for numbers in batches)),
     }
     if spec.method == FROZEN:
+        record |= {"alpha": None, "diverged": False}
         if examples.classes:
             validation, test = training.frozen_classifier(model, examples, batches)
         else:
             validation, test = (training.evaluate(model, p, examples) for p in (examples.validation, examples.test))
-        record |= {"diverged": False}
     else:
-        adapted = adapt(
-            spec.method, model, spec.multiplier, seed=spec.seed, steps=spec.steps, settings=dict(spec.settings)
-        )
+        terms = {"alpha": task.middle, "seed": spec.seed, "steps": spec.steps, "settings": dict(spec.settings)}
+        adapted = adapt(spec.method, model, spec.multiplier, **terms)
         trained = training.train(adapted, examples, batches, spec.rate, spec.seed)
         record |= {
+            "alpha": float(dict(spec.settings).get("alpha", task.middle)),
             "seconds": round(trained.seconds, 3),
             "step_seconds": round(trained.step_seconds, 5),
             "peak_mib": round((trained.peak_bytes or peak_bytes()) / 2**20, 1),

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import climb
 from benchmarks.quality.runs import TUNING_SEED, Spec
 
-__all__ = ["RATES", "Plan", "Queue", "best_rate", "read", "start"]
+__all__ = ["Plan", "Queue", "read", "start"]
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 # At which share of LoRA's budget L1RA is tried besides, and of which budgets.
-SHARE, SHARED = 0.7, (2, 4)
+SHARE, SHARED = 0.7, (4, 8)
 SPEED_OF_GPU = 5.0  # a cautious guess, until a run has been timed
 POLL = 0.2
 
@@ -30,9 +30,10 @@ class Plan:
     Attributes:
         tasks: name -> ``(steps, middle multiplier, multipliers)``.
         methods: names; of an experiment its label.
-        base: method behind a label.
         settings: of the experiment.
-        rate: instead of the grid.
+        rate: instead of a climb.
+        rates: the grid of the climb.
+        share: whether L1RA is tried at a share of the budgets, too.
     """
 
     tasks: dict[str, tuple[int, float, tuple[float, ...]]]
@@ -43,7 +44,7 @@ class Plan:
     label: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     rate: float | None = None
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...] = climb.RATES
     share: bool = True
 
     def spec(self, task: str, method: str, multiplier: float, seed: int, rate: float) -> Spec:
@@ -51,39 +52,50 @@ class Plan:
             task, method, multiplier, seed, rate, self.tasks[task][0], self.out, self.device, self.label, self.settings
         )
 
-    def tuning(self) -> list[Spec]:
-        """Tries of learning rates: at the middle budget, with a seed of their own."""
-        if self.rate is not None:
-            return []
-        return [
-            self.spec(task, method, middle, TUNING_SEED, rate)
-            for task, (_, middle, _) in self.tasks.items()
-            for method in self.methods
-            if method != "frozen"
-            for rate in self.rates
-        ]
+    def ready(self) -> list[Spec]:
+        """The runs without a record that can begin now; with each new record there may be others.
 
-    def final(self) -> tuple[list[Spec], list[str]]:
-        """The runs that are reported, seed by seed, so that whatever is cut off is cut off for all methods alike.
-
-        Returns:
-            The runs, and in words what has to wait for learning rates.
+        Tries of learning rates first, then the runs that are reported of all methods whose rate is known. Seeds are the
+        outermost loop of these, so that whatever is cut off is cut off for all methods alike.
         """
-        specs, waiting = [], []
-        rates = {}
-        for task in self.tasks:
-            for method in self.methods:
-                tries = [spec for spec in self.tuning() if (spec.task, spec.method) == (task, method)]
-                done = [json.loads(s.file.read_text(encoding="utf-8")) for s in tries if s.file.exists()]
-                rate = 0.0 if method == "frozen" else self.rate or best_rate(done, self.rates)
-                if rate is None:
-                    waiting.append(f"{task}/{self.label or method}")
-                else:
-                    rates[task, method] = rate
+        pairs = [(task, method) for task in self.tasks for method in self.methods]
+        found = [spec for pair in pairs for spec in self.tries(*pair)]
+        rates = {pair: rate for pair in pairs if (rate := self.chosen(*pair)) is not None}
         for seed in range(self.seeds):
             for (task, method), rate in rates.items():
-                specs += [self.spec(task, method, m, seed, rate) for m in self._multipliers(task, method)]
-        return specs, waiting
+                found += [self.spec(task, method, m, seed, rate) for m in self._multipliers(task, method)]
+        return [spec for spec in found if not spec.file.exists()]
+
+    def tries(self, task: str, method: str) -> list[Spec]:
+        """The tries that come next in the climb: at the middle budget, with a seed of their own."""
+        if method == "frozen" or self.rate is not None:
+            return []
+        return [self._try(task, method, rate) for rate in climb.to_try(self._losses(task, method), self.rates)]
+
+    def chosen(self, task: str, method: str) -> float | None:
+        """The learning rate of the runs that are reported; None while it is being looked for."""
+        if method == "frozen":
+            return 0.0
+        if self.rate is not None:
+            return self.rate
+        # If every rate diverges, the lowest one shows it.
+        return None if self.tries(task, method) else climb.best(self._losses(task, method)) or min(self.rates)
+
+    def unsettled(self) -> list[str]:
+        """In words, what has no learning rate yet."""
+        pairs = ((task, method) for task in self.tasks for method in self.methods)
+        return [f"{task}/{self.label or method}" for task, method in pairs if self.chosen(task, method) is None]
+
+    def _try(self, task: str, method: str, rate: float) -> Spec:
+        return self.spec(task, method, self.tasks[task][1], TUNING_SEED, rate)
+
+    def _losses(self, task: str, method: str) -> dict[float, float]:
+        files = {rate: self._try(task, method, rate).file for rate in self.rates}
+        return {
+            rate: climb.loss_of(json.loads(file.read_text(encoding="utf-8")))
+            for rate, file in files.items()
+            if file.exists()
+        }
 
     def _multipliers(self, task: str, method: str) -> list[float]:
         if method == "frozen":
@@ -96,18 +108,6 @@ class Plan:
 def read(folder: Path) -> list[dict[str, Any]]:
     """All records in an output folder, by task, method and name. Those of another number of steps lie deeper."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*/*.json"))]
-
-
-def best_rate(records: Iterable[dict[str, Any]], rates: Iterable[float] = RATES) -> float | None:
-    """The learning rate with the least validation loss among the tries; None before all have been made."""
-    losses = {
-        r["rate"]: float("inf") if r["diverged"] or r["validation_loss"] is None else r["validation_loss"]
-        for r in records
-        if r["seed"] == TUNING_SEED
-    }
-    if not losses or not set(rates) <= set(losses):
-        return None
-    return min(losses, key=lambda rate: (losses[rate], rate))
 
 
 def start(spec: Spec) -> subprocess.Popen:
@@ -131,7 +131,7 @@ class Queue:
         guess: seconds of a run of a task on a CPU core, until one has been timed.
         launch: starts a run; what it returns has ``poll`` and ``communicate`` as a ``subprocess.Popen``.
         failed: names of the runs that did.
-        left: runs for which no time was left.
+        left: runs that could have begun, had there been time.
     """
 
     jobs: int
@@ -142,29 +142,33 @@ class Queue:
     left: int = 0
     _timed: dict[str, float] = field(default_factory=dict)
 
-    def work(self, specs: list[Spec]) -> None:
-        """Do the runs that have no record yet."""
-        todo = [spec for spec in specs if not spec.file.exists()]
-        total, done, running = len(todo), 0, {}
+    def work(self, ready: Callable[[], list[Spec]]) -> None:
+        """Do the runs that ``ready`` names, in its order; it is asked anew whenever one has ended."""
+        launched: set[Spec] = set()
+        running: dict[Spec, tuple[Any, float]] = {}
+        todo = ready()
         if todo:
-            print(f"{total} runs to do, {len(specs) - total} are there", flush=True)
-            self._look_back(specs)
-        while todo or running:
-            while todo and len(running) < self.jobs:
-                if self.deadline is not None and time.monotonic() + self.expected(todo[0]) >= self.deadline:
-                    # Another task's runs may be short enough; this one's are not any more.
-                    name = todo[0].task
-                    self.left += sum(spec.task == name for spec in todo)
-                    todo = [spec for spec in todo if spec.task != name]
-                    continue
-                spec = todo.pop(0)
+            print(f"{len(todo)} runs can begin; others may follow from them", flush=True)
+        while True:
+            while len(running) < self.jobs and (spec := next(filter(self._in_time, todo), None)):
+                todo.remove(spec)
+                launched.add(spec)
                 running[spec] = (self.launch(spec), time.monotonic())
-            for spec in [spec for spec, (process, _) in running.items() if process.poll() is not None]:
+            ended = [spec for spec, (process, _) in running.items() if process.poll() is not None]
+            for spec in ended:
                 process, began = running.pop(spec)
-                done += 1
-                self._finish(spec, process, time.monotonic() - began, f"{done}/{total}")
-            if running:
+                self._finish(spec, process, time.monotonic() - began, f"[{len(launched) - len(running)}]")
+            if ended:
+                # What failed is not tried again.
+                todo = [spec for spec in ready() if spec not in launched]
+            elif running:
                 time.sleep(POLL)
+            else:
+                break
+        self.left = len(todo)
+
+    def _in_time(self, spec: Spec) -> bool:
+        return self.deadline is None or time.monotonic() + self.expected(spec) < self.deadline
 
     def expected(self, spec: Spec) -> float:
         """Seconds that a run will take: as long as the longest of its task, else a guess."""
@@ -172,27 +176,26 @@ class Queue:
             return self._timed[spec.task]
         return self.guess.get(spec.task, 0.0) / (1.0 if spec.device == "cpu" else SPEED_OF_GPU)
 
-    def _look_back(self, specs: list[Spec]) -> None:
-        for spec in specs:
-            if spec.method != "frozen" and spec.file.exists():
-                record = json.loads(spec.file.read_text(encoding="utf-8"))
-                if record["device"] == spec.device:
-                    self._took(spec, record["total_seconds"])
+    def look_back(self, records: Iterable[dict[str, Any]], device: str) -> None:
+        """Take the times of earlier runs instead of guesses."""
+        for record in records:
+            if record["base_method"] != "frozen" and record["device"] == device:
+                self._took(record["task"], record["total_seconds"])
 
-    def _took(self, spec: Spec, seconds: float) -> None:
-        self._timed[spec.task] = max(seconds, self._timed.get(spec.task, 0.0))
+    def _took(self, task: str, seconds: float) -> None:
+        self._timed[task] = max(seconds, self._timed.get(task, 0.0))
 
     def _finish(self, spec: Spec, process: Any, seconds: float, count: str) -> None:
         output, _ = process.communicate()
         name = f"{spec.task}/{spec.name}/{spec.file.stem}"
         if process.returncode or not spec.file.exists():
             self.failed.append(name)
-            print(f"[{count}] {name} FAILED\n{output}", flush=True)
+            print(f"{count} {name} FAILED\n{output}", flush=True)
             return
         if spec.method != "frozen":
-            self._took(spec, seconds)
+            self._took(spec.task, seconds)
         record = json.loads(spec.file.read_text(encoding="utf-8"))
         value = record["test_metric"] if record["test_metric"] is not None else record["validation_metric"]
         shown = "none" if value is None else f"{value:.4f}"
         part = "validation" if spec.seed == TUNING_SEED else "test"
-        print(f"[{count}] {name}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)
+        print(f"{count} {name}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)

@@ -9,7 +9,9 @@ from typing import Any
 from benchmarks.quality import rank_map
 from benchmarks.quality.figures import Difference, Interval, Results, interval, paired
 from benchmarks.quality.methods import FROZEN, METHODS
+from benchmarks.quality.runs import TUNING_SEED
 from benchmarks.quality.schedule import SHARE
+from benchmarks.quality.tasks import TASKS
 
 __all__ = ["markdown"]
 
@@ -20,6 +22,7 @@ PAIRS = (
     ("l1ra-params", "lora"),
     ("reference", "lora"),
 )
+RIVALS = ("lora", "adalora")  # of l1ra, in the sentences at the top
 
 
 def markdown(results: Results, commands: list[str]) -> str:
@@ -28,7 +31,12 @@ def markdown(results: Results, commands: list[str]) -> str:
     lines += [
         "Mean over seeds ± half a 95 % t interval, on the test part. Budgets are multiples of the number of adapted "
         "layers: at 2 uniform LoRA has rank 2 everywhere. Differences are taken seed by seed; bold where their 95 % "
-        "interval excludes 0. With so many comparisons, one in twenty is bold by chance.",
+        "interval excludes 0. With so many comparisons, one in twenty is bold by chance. At each budget those seeds "
+        "count that all methods have there.",
+        "",
+        *_terms(results),
+        "",
+        *_verdicts(results),
         "",
     ]
     for task in results.tasks():
@@ -50,16 +58,68 @@ def _surroundings(results: Results, commands: list[str]) -> list[str]:
     ]
 
 
+def _terms(results: Results) -> list[str]:
+    """Of scaling and learning rates."""
+    tunings = [r for r in results.records if r["seed"] == TUNING_SEED]
+    alphas = sorted({r["alpha"] for r in results.records if r["alpha"] is not None})
+    lines = []
+    if alphas:
+        found = ", ".join(f"{alpha:g}" for alpha in alphas)
+        lines.append(
+            f"Alpha is {found} at every budget, and a layer's scaling is alpha / rank, with the rank of the budget "
+            "(L1RA and reference: the rank that the layer begins with); rslora's is √(alpha / rank). At the budget of "
+            "as many ranks as alpha, all methods have a scaling of 1."
+        )
+    if tunings:
+        budgets = ", ".join(f"{m:g} ×" for m in sorted({r["multiplier"] for r in tunings}))
+        lines.append(
+            f"Learning rates were tried at {budgets} alone, with a single seed ({TUNING_SEED}): a rate beside the "
+            "chosen one may be the better one, above all at other budgets."
+        )
+    return lines
+
+
+def _verdicts(results: Results) -> list[str]:
+    """A sentence a task: where L1RA is ahead, where behind."""
+    lines = []
+    for task in results.tasks():
+        metric = next(r["metric"] for r in results.records if r["task"] == task)
+        told = [text for rival in RIVALS if (text := _against(results, task, rival, metric))]
+        if told:
+            lines.append(f"- **{task}**, by {metric}: l1ra is {'; '.join(told)}.")
+    if lines:
+        lines = ["The 95 % intervals of the paired differences say (level: the interval includes 0):", "", *lines]
+    return lines
+
+
+def _against(results: Results, task: str, rival: str, metric: str) -> str:
+    places: dict[str, list[str]] = {}
+    for multiplier in results.multipliers(task):
+        first, second = (results.values(task, m, multiplier, "test_metric") for m in ("l1ra", rival))
+        found = paired(first, second, 1 if metric == "accuracy" else -1)
+        if found is None:
+            continue
+        if found.interval.half is None:
+            words = f"not to be judged against {rival}"
+        else:
+            words = {"better": "ahead of", "worse": "behind", "": "level with"}[found.verdict] + f" {rival}"
+        count = found.interval.count
+        places.setdefault(words, []).append(f"{multiplier:g} × ({count} {'seed' if count == 1 else 'seeds'})")
+    return ", ".join(f"{words} at {' and '.join(at)}" for words, at in places.items())
+
+
 def _task(results: Results, task: str) -> list[str]:
     any_run = next(r for r in results.records if r["task"] == task)
     points = any_run["metric"] == "accuracy"
     parts = ", ".join(f"{count:,} to {_use(name)}" for name, count in any_run["examples"].items())
     steps = ", ".join(f"{n}" for n in dict.fromkeys(r["steps"] for r in results.records if r["task"] == task))
+    note = TASKS[task].note if task in TASKS else ""
     lines = [
         f"## {task}",
         "",
         f"{any_run['model']}, {steps} steps of {any_run['batch']} examples of at most {any_run['max_tokens']} tokens; "
-        f"{parts}. {'Accuracy: more is better.' if points else 'Perplexity: less is better.'}",
+        f"{parts}. {'Accuracy: more is better.' if points else 'Perplexity: less is better.'}"
+        + (f" {note}" if note else ""),
         "",
         *_levels(results, task, points),
         "",
@@ -86,6 +146,8 @@ def _levels(results: Results, task: str, points: bool) -> list[str]:
                 budget = f"{multiplier:g} ×" if multiplier else "none"
                 rows.append([budget, method, *_level(results, task, method, multiplier, points, runs)])
     remark = "Times are medians over runs; runs side by side on few cores disturb one another."
+    if results.left_out(task):
+        remark += f" {results.left_out(task)} runs with seeds that not all methods have at their budget are left out."
     return [*table(head, rows, left=2), "", remark]
 
 
@@ -181,12 +243,12 @@ def _rates(results: Results, task: str) -> list[str]:
     for method, tuned in found.items():
         losses = []
         for rate in grid:
-            loss = tuned.tried.get(rate)
-            text = "" if rate not in tuned.tried else "diverged" if loss is None else f"{loss:.4f}"
+            loss = tuned.tried.get(rate, math.nan)
+            text = "" if rate not in tuned.tried else "diverged" if loss == math.inf else f"{loss:.4f}"
             losses.append(f"**{text}**" if rate == tuned.rate and text else text)
         rows.append([method, f"{tuned.rate:g}", *losses, tuned.remark])
     head = ["method", "learning rate", *(f"loss at {rate:g}" for rate in grid), ""]
-    return ["Learning rates, chosen by validation loss with a seed of its own:", "", *table(head, rows, left=1), ""]
+    return ["Learning rates, climbed to by validation loss:", "", *table(head, rows, left=1), ""]
 
 
 def _rank_maps(results: Results, task: str) -> list[str]:

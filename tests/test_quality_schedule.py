@@ -1,0 +1,159 @@
+"""Which runs are done when, with made-up losses: the climb to a learning rate, the order of runs, time that is up."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("scipy")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.quality import climb, runs
+from benchmarks.quality.runs import TUNING_SEED
+from benchmarks.quality.schedule import Plan, Queue, read
+
+
+def walk(loss, rates=climb.RATES):
+    """The rates that a climb tries on ``loss``, a function, and the one it takes."""
+    losses = {}
+    while rates_now := climb.to_try(losses, rates):
+        assert not set(rates_now) & set(losses)
+        losses |= {rate: loss(rate) for rate in rates_now}
+    return list(losses), climb.best(losses)
+
+
+def valley(bottom, diverges=math.inf):
+    return lambda rate: math.inf if rate >= diverges else abs(math.log(rate / bottom))
+
+
+@pytest.mark.parametrize("bottom", climb.RATES)
+def test_the_climb_finds_the_minimum_and_goes_one_rate_further(bottom):
+    tried, best = walk(valley(bottom))
+    assert best == bottom and tried[:2] == [2e-3, 4e-3]
+    span = [rate for rate in climb.RATES if min(bottom / 2, 2e-3) * 0.99 < rate < max(bottom * 2, 4e-3) * 1.01]
+    assert sorted(tried) == span
+
+
+def test_a_diverged_rate_is_infinitely_bad():
+    assert walk(valley(8e-3, diverges=8e-3)) == ([2e-3, 4e-3, 8e-3], 4e-3)
+    assert walk(valley(8e-3, diverges=2e-3)) == ([2e-3, 4e-3, 1e-3, 5e-4], 1e-3)
+    assert walk(valley(1e-3, diverges=0)) == ([2e-3, 4e-3, 1e-3, 5e-4, 2.5e-4], None)
+
+
+def test_a_climb_on_other_grids_begins_at_the_rate_nearest_to_the_usual_one():
+    assert walk(valley(3e-2), (1e-2, 3e-2, 1e-1)) == ([1e-2, 3e-2, 1e-1], 3e-2)
+    assert walk(valley(1e-4), (1e-4, 1e-3)) == ([1e-3, 1e-4], 1e-4)
+    assert walk(valley(1.0), (5e-3,)) == ([5e-3], 5e-3)
+
+
+def test_equal_losses_end_the_climb_at_the_lower_rate():
+    assert walk(lambda rate: 1.0) == ([2e-3, 4e-3, 1e-3], 1e-3)
+
+
+# --- plans and the queue
+
+BOTTOMS = {"frozen": 1.0, "lora": 1e-3, "l1ra": 8e-3}
+
+
+class Pretended:
+    """Starts runs that are over at once, and keeps a list of them."""
+
+    returncode = 0
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __call__(self, spec):
+        self.launched.append(spec)
+        tuning = spec.seed == TUNING_SEED
+        record = {
+            "task": spec.task, "method": spec.name, "base_method": spec.method, "seed": spec.seed, "rate": spec.rate,
+            "validation_loss": valley(BOTTOMS[spec.method])(spec.rate or 1.0), "diverged": False,
+            "multiplier": spec.multiplier, "validation_metric": 0.5, "test_metric": None if tuning else 0.5,
+            "metric": "accuracy", "device": spec.device, "total_seconds": 1.0,
+        }  # fmt: skip
+        runs.write(spec.file, record)
+        return self
+
+    def poll(self):
+        return 0
+
+    def communicate(self):
+        return "", None
+
+
+def plan(tmp_path, methods=("frozen", "lora", "l1ra"), seeds=2, **more):
+    tasks = {"words": (10, 4, (2, 4, 8)), "posts": (10, 4, (2, 4, 8))}
+    return Plan(tasks, methods, seeds, str(tmp_path), **more)
+
+
+def work(a_plan, deadline=None, jobs=2):
+    launched = []
+    queue = Queue(jobs, deadline, {"words": 1.0, "posts": 100.0}, Pretended(launched))
+    queue.work(a_plan.ready)
+    return queue, launched
+
+
+def test_climbs_come_first_and_seeds_are_the_outermost_loop(tmp_path):
+    a_plan = plan(tmp_path)
+    _, launched = work(a_plan, jobs=1)
+    tries = [spec for spec in launched if spec.seed == TUNING_SEED]
+    assert {spec.multiplier for spec in tries} == {4}
+    assert launched[: len(tries)] == tries
+    # Two tasks; from 4e-3 and 2e-3 down to 5e-4 or up to 1.6e-2.
+    assert len(tries) == 2 * (4 + 4) and len(set(tries)) == len(tries)
+    finals = launched[len(tries) :]
+    assert [spec.seed for spec in finals] == sorted(spec.seed for spec in finals)
+    # A seed: the frozen model, LoRA at three budgets, L1RA at these and at 70 % of the two large ones, on two tasks.
+    assert len(finals) == 2 * 2 * (1 + 3 + 5) and len(set(finals)) == len(finals)
+    assert {s.multiplier for s in finals if s.method == "l1ra"} == {2, 4, 8, 2.8, 5.6}
+    assert {(spec.method, spec.rate) for spec in finals} == {*(BOTTOMS | {"frozen": 0.0}).items()}
+    assert not a_plan.unsettled() and not a_plan.ready()
+
+
+def test_climbs_of_tasks_and_methods_go_side_by_side(tmp_path):
+    ready = [(s.task, s.method, s.rate) for s in plan(tmp_path, ("lora", "l1ra")).ready()]
+    pairs = [(task, method) for task in ("words", "posts") for method in ("lora", "l1ra")]
+    assert ready == [(*pair, rate) for pair in pairs for rate in (2e-3, 4e-3)]
+
+
+def test_a_climb_is_resumed_and_no_rate_is_tried_twice(tmp_path):
+    whole = [spec.rate for spec in work(plan(tmp_path / "whole", ("lora",)))[1] if spec.seed == TUNING_SEED]
+    part = plan(tmp_path / "part", ("lora",))
+    Pretended([])(part.ready()[0])
+    assert part.unsettled() == ["words/lora", "posts/lora"]
+    _, launched = work(part)
+    assert sorted([2e-3, *(s.rate for s in launched if s.seed == TUNING_SEED)]) == sorted(whole)
+    assert work(part)[1] == []
+
+
+def test_a_given_rate_needs_no_climb(tmp_path):
+    _, launched = work(plan(tmp_path, ("lora",), seeds=1, rate=3e-3, share=False))
+    assert {(s.seed, s.rate) for s in launched} == {(0, 3e-3)} and len(launched) == 6
+
+
+def test_a_method_that_always_diverges_shows_it_at_the_lowest_rate(tmp_path):
+    a_plan = plan(tmp_path, ("lora",), rates=(1e-3, 2e-3))
+    for rate in a_plan.rates:
+        runs.write(a_plan._try("words", "lora", rate).file, {"validation_loss": None, "diverged": True})
+    assert a_plan.chosen("words", "lora") == 1e-3 and a_plan.chosen("posts", "lora") is None
+
+
+def test_runs_that_would_end_too_late_are_left(tmp_path):
+    a_plan = plan(tmp_path, ("lora",), seeds=1, rate=1e-3)
+    queue, launched = work(a_plan, time.monotonic() + 60)
+    assert {spec.task for spec in launched} == {"words"} == {r["task"] for r in read(tmp_path)}
+    assert queue.left == 3 and not queue.failed
+
+
+def test_earlier_runs_tell_how_long_the_next_ones_take(tmp_path):
+    queue = Queue(1, None, {"words": 50.0})
+    (spec,) = plan(tmp_path, ("lora",), rates=(1e-3,)).ready()[:1]
+    assert queue.expected(spec) == 50
+    common = {"task": "words", "base_method": "lora", "device": "cpu"}
+    queue.look_back([{**common, "total_seconds": 7.0}, {**common, "device": "cuda", "total_seconds": 9.0}], "cpu")
+    assert queue.expected(spec) == 7
