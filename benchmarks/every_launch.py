@@ -201,8 +201,7 @@ def _adam(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
 
 
 def _adaptive(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    settings = {"l1": 2.0, "horizon": 50.0, "youth": 25.0, "quantile": 0.5, "sharpness": 4.0, "largest": 4.0}
-    gate_step.adaptive_gate_step(*_gates(problem, t, 5), lr=0.01 * scaling, **settings)
+    gate_step.adaptive_gate_step(*_gates(problem, t, 5), lr=0.01 * scaling, l1=2.0, horizon=50.0)
 
 
 CALLS: dict[str, Callable[..., None]] = {

@@ -6,10 +6,12 @@ to the adapter that comes first.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerPlan", "Plan", "allocate", "spread"]
+__all__ = ["LayerPlan", "Plan", "allocate", "spread", "surplus"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ def allocate(
 
     Without ``importance``, the paper's way: if fewer than ``min_rank`` ranks survive, the ones with the highest index
     stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a
-    time, round-robin. With ``importance``, a rank goes each time to the adapter whose least important surviving rank
-    is the most important per cost, divided by one more than what that adapter already got; an adapter with fewer than
+    time, round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least
+    important surviving rank is the most important per cost, divided by the root of one more than what that adapter
+    already got; an adapter with fewer than
     ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one, and what no other can
     take goes to those that have just had a rank cut, so that the budget is spent.
 
@@ -145,12 +148,64 @@ def allocate(
                     grow[i] += 1
                     spare -= costs[i]
     else:
-        need = []
-        for row, kept, cost in zip(importance, keep, costs, strict=True):
-            judged = [value for k in kept if (value := row[k]) is not None]
-            need.append(min(judged, default=0.0) / cost)
+        need = [
+            min((value for k in kept if (value := row[k]) is not None), default=0.0) / cost
+            for row, kept, cost in zip(importance, keep, costs, strict=True)
+        ]
         while open_ := [i for i in receivers if fits(i)] or [i for i in range(len(gates)) if fits(i)]:
-            best = max(open_, key=lambda i: (need[i] / (1 + grow[i]), -i))
+            best = max(open_, key=lambda i: (need[i] / math.sqrt(1 + grow[i]), -i))
             grow[best] += 1
             spare -= costs[best]
     return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)
+
+
+def surplus(
+    importance: Sequence[Sequence[float | None]],
+    costs: Sequence[int],
+    *,
+    margin: float,
+    most: int,
+    min_rank: int,
+    caps: Sequence[int],
+) -> list[tuple[int, ...]]:
+    """The ranks that are worth more elsewhere.
+
+    The least important rank per cost comes first. It is given up if its importance is below ``margin`` times the need
+    of the neediest adapter, and counts as given to that one; need is what :func:`allocate` takes for it. The first
+    rank that is not given up ends the search. Who receives gives nothing, and who gives receives nothing.
+
+    Args:
+        importance: for each adapter the importance of each rank, None where a rank is too young to be judged: it stays.
+        costs: the cost of one rank of each adapter.
+        margin: from 0, nothing is given up, to 1, whatever is less important than a need elsewhere.
+        most: no more ranks than this.
+        min_rank: ranks that every adapter keeps.
+        caps: the largest rank of each adapter.
+
+    Returns:
+        For each adapter the rows to be given up, in order.
+    """
+    weakest = [
+        min((v for v in row if v is not None), default=0.0) / c for row, c in zip(importance, costs, strict=True)
+    ]
+    needy = [(-need, i) for i, need in enumerate(weakest)]
+    heapq.heapify(needy)
+    got = [0.0] * len(costs)
+    chosen: list[list[int]] = [[] for _ in costs]
+    offers = sorted(
+        (value / costs[i], i, k) for i, row in enumerate(importance) for k, value in enumerate(row) if value is not None
+    )
+    left = most
+    for value, i, k in offers:
+        while needy and (chosen[needy[0][1]] or len(importance[needy[0][1]]) + got[needy[0][1]] >= caps[needy[0][1]]):
+            heapq.heappop(needy)
+        if not needy or left <= 0 or not value < margin * -needy[0][0]:
+            break
+        if got[i] or len(importance[i]) - len(chosen[i]) <= min_rank:
+            continue
+        taker = needy[0][1]
+        chosen[i].append(k)
+        left -= 1
+        got[taker] += costs[i] / costs[taker]
+        heapq.heapreplace(needy, (-weakest[taker] / math.sqrt(1 + got[taker]), taker))
+    return [tuple(sorted(rows)) for rows in chosen]

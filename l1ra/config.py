@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,10 @@ class L1RAConfig:
         l2_lambda: strength of the decoupled L2 penalty, rule ``"l1"`` only. Default 0.
         gate_lr: the gates' own learning rate, per step, constant. Rule ``"l1"``: default 2e-2. Rule
             ``"adaptive-l1"``: None (default) lets a useless gate fade from 1 to 0 within half an interval.
-        quantile: share of all ranks whose gates the adaptive rule presses down at first; it falls to 0 until the
-            cooldown. Default 0.5.
-        sharpness: exponent of the adaptive rule's weights. Default 4.
+        margin: how much less important than the need of another adapter a rank must be for the adaptive rule to give it
+            up, at the last reallocation: a share of that need. At the start the share is 1, in between it falls
+            geometrically. Default 0.25.
+        turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.5.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
             Default 0.05.
@@ -87,8 +89,8 @@ class L1RAConfig:
     l1_lambda: float | None = None
     l2_lambda: float = 0.0
     gate_lr: float | None = None
-    quantile: float = 0.5
-    sharpness: float = 4.0
+    margin: float = 0.25
+    turnover: float = 0.5
     total_steps: int | None = None
     interval: int | float = 0.05
     min_interval: int = 40
@@ -132,13 +134,13 @@ class L1RAConfig:
             ("l2_lambda", 0.0, None),
             ("prune_threshold", 0.0, 1.0),
             ("dropout", 0.0, 1.0),
-            ("quantile", 0.0, 1.0),
-            ("sharpness", 0.0, None),
             ("warmup", 0.0, 1.0),
             ("cooldown", 0.0, 1.0),
         ):
             optional = name in ("alpha", "gate_lr", "l1_lambda")
             _check_float(name, getattr(self, name), low, high, optional=optional)
+        for name in ("margin", "turnover"):
+            _check_float(name, getattr(self, name), 0.0, math.nextafter(1.0, 2.0), optional=False)
         if self.alpha == 0:
             raise ValueError("alpha must be above 0: at 0 the adapters would do nothing.")
         if isinstance(self.interval, int) and not isinstance(self.interval, bool):

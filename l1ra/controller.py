@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l1ra.allocation import Plan, allocate
+from l1ra.allocation import Plan, allocate, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.directions import leading_rows
@@ -100,10 +100,10 @@ class RankController:
         caps = [rank_cap(a.in_features, a.out_features, config) for a in adapters.values()]
         self._caps = [min(cap, a.reserve or cap) for cap, a in zip(caps, adapters.values(), strict=True)]
         self._rule = make_rule(config)
-        self._bank = GateBank(self._layers, costs)
+        self._bank = GateBank(self._layers)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._schedule: Schedule | None = None
-        self._probing = False
+        self._closing = False
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -240,10 +240,8 @@ class RankController:
                 )
             else:
                 self._reallocate()
-        if self.config.new_rows == "gradient" and not self._probing and schedule.probes(self.steps):
-            self._probing = True
-            for layer in self._layers:
-                layer.start_probe(PROBE_RANKS, self._generator)
+        if not self._closing and schedule.closes(self.steps):
+            self._close_interval()
 
     def _moment(self) -> Moment:
         schedule = self._schedule
@@ -283,6 +281,24 @@ class RankController:
 
     # --- reallocation
 
+    def _close_interval(self) -> None:
+        """In the last half interval before a reallocation the gates of ranks that shall go fade, and probes look."""
+        self._closing = True
+        importance = self._rule.importance(self._bank, self._moment())
+        if importance is not None:
+            chosen = surplus(
+                importance,
+                self._costs,
+                margin=self.config.margin ** self._moment().progress,
+                most=int(self.config.turnover * len(self._bank.value)),
+                min_rank=self.config.min_rank,
+                caps=self._caps,
+            )
+            self._bank.press(chosen)
+        if self.config.new_rows == "gradient":
+            for layer in self._layers:
+                layer.start_probe(PROBE_RANKS, self._generator)
+
     def _plan(self) -> Plan:
         bank = self._bank
         return allocate(
@@ -316,7 +332,8 @@ class RankController:
             plan_state(moves, optimizer, resized)
         self._bank.plan_move(moves, plan)
         moves.run()
-        self._probing = False
+        self._bank.press([()] * len(self._layers))
+        self._closing = False
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
 

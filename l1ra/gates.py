@@ -16,7 +16,7 @@ from l1ra_kernels import dispatch
 __all__ = ["GateBank"]
 
 # name -> value of a new rank
-STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0}
+STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0, "weight": 0.0}
 
 
 class GateBank:
@@ -29,13 +29,14 @@ class GateBank:
         exp_avg, exp_avg_sq: Adam moments (rule ``"l1"``).
         importance_sq: moving average of ``(g * dL/dg)**2``.
         age: steps that each gate has seen.
-        cost: of each rank relative to the mean.
+        weight: of each rank's L1 penalty (rule ``"adaptive-l1"``).
         skipped: int64 scalar, steps whose gradient was not finite.
     """
 
-    def __init__(self, layers: Sequence[L1RALinear], costs: Sequence[int]) -> None:
+    PRESSED = 2.0  # weight of a rank that is to go: its gate falls as fast as the others are pulled to 1
+
+    def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)
-        self.costs = list(costs)
         device = self.layers[0].gate.device
         value = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
         self.value = value
@@ -47,12 +48,10 @@ class GateBank:
 
     def _measure(self) -> None:
         self.ranks = [layer.rank for layer in self.layers]
-        relative = torch.tensor(self.costs, dtype=torch.float32) * (len(self.costs) / sum(self.costs))
-        self.cost = relative.repeat_interleave(torch.tensor(self.ranks)).to(self.value.device)
 
     def _follow(self, device: torch.device) -> None:
         if self.value.device != device:
-            for name in (*STATE, "skipped", "cost"):
+            for name in (*STATE, "skipped"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
@@ -111,7 +110,16 @@ class GateBank:
 
     def read(self) -> None:
         """Start anew from the layers' gates, which somebody else has loaded or resized."""
-        self.__init__(self.layers, self.costs)
+        self.__init__(self.layers)
+
+    def press(self, chosen: Sequence[Sequence[int]]) -> None:
+        """From now on an L1 penalty presses these rows of each adapter, and no others."""
+        weight = torch.zeros(len(self.value))
+        start = 0
+        for rows, rank in zip(chosen, self.ranks, strict=True):
+            weight[[start + row for row in rows]] = self.PRESSED
+            start += rank
+        self.weight = weight.to(self.weight)
 
     def plan_move(self, moves: RowMoves, plan: Plan) -> None:
         """Add to ``moves``: the state goes along with a plan that the layers will follow."""

@@ -28,7 +28,7 @@ class Moment:
 
     Attributes:
         interval: steps between two reallocations.
-        progress: share, from 0 to 1, of the way to the last reallocation.
+        progress: share, from 0 to 1, of the way to the last reallocation; 1 while the total is unknown.
         over: whether no reallocation will come any more.
     """
 
@@ -61,47 +61,34 @@ class PaperL1:
 
 
 class AdaptiveL1:
-    """An L1 step weighted by importance, against a constant pull back to 1.
+    """An L1 penalty on the ranks that :func:`l1ra.allocation.surplus` has chosen, against a constant pull back to 1.
 
     A rank's importance is ``I = sqrt(EMA[(g * dL/dg)**2])``, the first-order change of the loss if it were removed: it
-    is blind to how a rank's scale is split among A, g and B. Its weight is ``min(4, (I_q / I) ** sharpness)``, where
-    I_q is the q-quantile over all ranks that are alive and old enough to be judged (half an interval). Ranks that
-    matter stay at 1, the others fade to exactly 0. q falls to 0 until the last reallocation; then nothing fades any
-    more. Under ``budget_unit="params"``, I counts per parameter.
+    is blind to how a rank's scale is split among A, g and B. In the middle of an interval ranks are chosen by it; their
+    gates fade to exactly 0 until its end, all others stay at 1.
     """
-
-    LARGEST_WEIGHT = 4.0
 
     def __init__(self, config: L1RAConfig) -> None:
         self.lr = config.gate_lr
         self.l1 = 1.0 if config.l1_lambda is None else config.l1_lambda
-        self.quantile = config.quantile
-        self.sharpness = config.sharpness
 
     def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]:
         new = dispatch.adaptive_gate_step(
-            *(bank.value, grad, bank.importance_sq, bank.age, bank.cost, bank.skipped, seen),
-            lr=self.lr if self.lr is not None else self._fading_lr(at),
+            *(bank.value, grad, bank.importance_sq, bank.age, bank.weight, bank.skipped, seen),
+            lr=self._fading_lr(at) if self.lr is None else self.lr,
             l1=0.0 if at.over else self.l1,
             horizon=max(2.0, at.interval / 2),
-            youth=at.interval / 2,
-            quantile=self.quantile * (1 - at.progress),
-            sharpness=self.sharpness,
-            largest=self.LARGEST_WEIGHT,
         )
         return dict(zip(("value", "importance_sq", "age", "skipped"), new, strict=True))
 
     def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]]:
-        judged = bank.rows(self._judged(bank, at))
+        judged = bank.rows((bank.age >= at.interval) & (bank.value > 0))
         values = bank.rows(bank.importance_sq.sqrt())
         return [[v if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, judged, strict=True)]
 
-    def _judged(self, bank: GateBank, at: Moment) -> Tensor:
-        return (bank.age >= at.interval / 2) & (bank.value > 0)
-
     def _fading_lr(self, at: Moment) -> float:
-        # From 1 to 0 at the largest weight within half an interval.
-        return 2 / (max(self.l1 * self.LARGEST_WEIGHT - 1, 0.1) * at.interval)
+        # From 1 to 0 within half an interval. Half a step less: a sum of fractions may fall short of 1.
+        return 1 / (max(1, at.interval // 2) - 0.5) / max(self.l1 * GateBank.PRESSED - 1, 0.1)
 
 
 def make_rule(config: L1RAConfig) -> Rule:

@@ -55,10 +55,10 @@ class Schedule:
         return self.last is not None and step > self.last
 
     def progress(self, step: int) -> float:
-        """The share, from 0 to 1, of the way to the last possible reallocation; 0 while the total is unknown."""
-        return 0.0 if self.last is None else min(1.0, step / max(1, self.last))
+        """The share, from 0 to 1, of the way to the last possible reallocation; 1 while the total is unknown."""
+        return 1.0 if self.last is None else min(1.0, step / max(1, self.last))
 
-    def probes(self, step: int) -> bool:
+    def closes(self, step: int) -> bool:
         """Whether the steps after ``step`` are the last half interval before a reallocation."""
         coming = (step // self.interval + 1) * self.interval
         return self.reallocates(coming) and coming - step <= max(1, self.interval // 2)

@@ -1,12 +1,8 @@
 """Gate step: one launch moves the gates of a whole model, for the rule of the paper and for the adaptive one.
 
-Both read the old state and write a new one, so that any program may read whatever it wants of the old:
-
-1. Every program looks through all R gradients for itself: with one that is not finite, no gate moves. R is a few
-   thousand, in the cache, so that this is cheaper than a second launch, and needs neither atomics nor a host.
-2. The adaptive rule needs the importance at a quantile. Positive floats are ordered as their bits are: 31 halvings of
-   the range of an int32, each a count of all ranks, find it exactly. No sort.
-3. Each program moves its own block of gates.
+Both read the old state and write a new one. Every program looks through all R gradients for itself: with one that is
+not finite, no gate moves. R is a few thousand, in the cache, so that this is cheaper than a second launch, and needs
+neither atomics nor a host. Then each program moves its own block of gates.
 
 All vectors are flat ``(R,)``, float32. The formulas are those of ``adam_gate_step`` and ``adaptive_gate_step`` in
 reference.py.
@@ -108,34 +104,13 @@ def _adam_gate_step(
     tl.store(p_new_age + o, tl.where(m_moves, b_age + 1, b_age), mask=m)
 
 
-@triton.jit
-def _judged(p_gate, p_age, o, m, youth):
-    b_age = tl.load(p_age + o, mask=m, other=0.0)
-    return m & (b_age >= youth) & (tl.load(p_gate + o, mask=m, other=0.0) > 0)
-
-
-@triton.jit
-def _importance_sq(p_gate, p_grad, p_importance_sq, p_age, o, m, horizon):
-    """The new moving average of a block of ranks."""
-    b_old = tl.load(p_importance_sq + o, mask=m, other=0.0)
-    b_change = tl.load(p_gate + o, mask=m, other=0.0) * tl.load(p_grad + o, mask=m, other=0.0)
-    b_age = tl.load(p_age + o, mask=m, other=0.0)
-    b_weight = tl.maximum(tl.div_rn(1.0, b_age + 1), tl.div_rn(1.0, horizon))
-    return b_old + b_weight * (b_change * b_change - b_old)
-
-
-@triton.jit
-def _per_cost(b_importance_sq, p_cost, o, m):
-    return tl.div_rn(tl.sqrt_rn(b_importance_sq), tl.load(p_cost + o, mask=m, other=1.0))
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _adaptive_gate_step(
     p_gate,  # (R,) this and all that follow; p_skipped (1,) int64, p_seen uint8
     p_grad,
     p_importance_sq,
     p_age,
-    p_cost,
+    p_weight,
     p_skipped,
     p_seen,
     p_new_gate,
@@ -146,58 +121,25 @@ def _adaptive_gate_step(
     lr,
     l1,
     horizon,
-    youth,
-    quantile,
-    sharpness,
-    largest,
     HAS_SEEN: tl.constexpr,
-    PRESSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     finite = _all_finite(p_grad, R, BLOCK)
     _count_skipped(p_skipped, p_new_skipped, finite)
-    o_block = tl.arange(0, BLOCK)
-    level = 0.0
-    if PRESSES:
-        b_count = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, R, BLOCK):
-            o = start + o_block
-            b_count += _judged(p_gate, p_age, o, o < R, youth).to(tl.int32)
-        index = tl.maximum((quantile * (tl.sum(b_count, 0) - 1).to(tl.float32)).to(tl.int32), 0)
-        # The least key with more than `index` keys up to it. A rank that can't be judged counts as infinite.
-        low = tl.zeros((), tl.int32)
-        high = low + 0x7FFFFFFF
-        for _ in range(31):
-            middle = low + (high - low) // 2
-            b_count = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, R, BLOCK):
-                o = start + o_block
-                b_value = _importance_sq(p_gate, p_grad, p_importance_sq, p_age, o, o < R, horizon)
-                b_value = _per_cost(b_value, p_cost, o, o < R)
-                b_value = tl.where(_judged(p_gate, p_age, o, o < R, youth), b_value, float("inf"))
-                b_key = b_value.to(tl.int32, bitcast=True)
-                b_count += ((b_key <= middle) & (o < R)).to(tl.int32)
-            found = tl.sum(b_count, 0) > index
-            high = tl.where(found, middle, high)
-            low = tl.where(found, low, middle + 1)
-        level = low.to(tl.float32, bitcast=True)
-
-    o = tl.program_id(0).to(tl.int64) * BLOCK + o_block
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < R
     b_gate = tl.load(p_gate + o, mask=m, other=0.0)
     b_old = tl.load(p_importance_sq + o, mask=m, other=0.0)
     b_age = tl.load(p_age + o, mask=m, other=0.0)
-    b_new = _importance_sq(p_gate, p_grad, p_importance_sq, p_age, o, m, horizon)
-    b_weight = tl.zeros((BLOCK,), tl.float32)
-    if PRESSES:
-        b_ratio = tl.div_rn(level, _per_cost(b_new, p_cost, o, m))
-        b_ratio = tl.where(b_ratio == b_ratio, b_ratio, 0.0)  # 0 / 0
-        b_log = tl.minimum(tl.maximum(tl.log2(b_ratio), -126.0), 126.0)  # for a sharpness of 0
-        b_weight = tl.where(_judged(p_gate, p_age, o, m, youth), tl.minimum(tl.exp2(sharpness * b_log), largest), 0.0)
-    b_moved = tl.clamp(b_gate + lr * (1 - l1 * b_weight), 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     m_moves = finite & m
     if HAS_SEEN:
         m_moves &= tl.load(p_seen + o, mask=m, other=0) != 0
+
+    b_change = b_gate * tl.load(p_grad + o, mask=m, other=0.0)
+    b_fresh = tl.maximum(tl.div_rn(1.0, b_age + 1), tl.div_rn(1.0, horizon))
+    b_new = b_old + b_fresh * (b_change * b_change - b_old)
+    b_moved = b_gate + lr * (1 - l1 * tl.load(p_weight + o, mask=m, other=0.0))
+    b_moved = tl.clamp(b_moved, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
     tl.store(p_new_gate + o, tl.where(m_moves & (b_gate > 0), b_moved, b_gate), mask=m)
     tl.store(p_new_importance_sq + o, tl.where(m_moves, b_new, b_old), mask=m)
@@ -249,20 +191,16 @@ def adaptive_gate_step(
     grad: Tensor,
     importance_sq: Tensor,
     age: Tensor,
-    cost: Tensor,
+    weight: Tensor,
     skipped: Tensor,
     seen: Tensor | None = None,
     *,
     lr: float,
     l1: float,
     horizon: float,
-    youth: float,
-    quantile: float,
-    sharpness: float,
-    largest: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`l1ra_kernels.reference.adaptive_gate_step`."""
-    old = _contiguous(gate, grad, importance_sq, age, cost, skipped, seen)
+    old = _contiguous(gate, grad, importance_sq, age, weight, skipped, seen)
     new = [torch.empty_like(old[i]) for i in (0, 2, 3, 5)]
     launch(
         _adaptive_gate_step,
@@ -270,9 +208,8 @@ def adaptive_gate_step(
         *old,
         *new,
         gate.numel(),
-        *map(float, (lr, l1, horizon, youth, quantile, sharpness, largest)),
+        *map(float, (lr, l1, horizon)),
         HAS_SEEN=seen is not None,
-        PRESSES=l1 > 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )

@@ -191,37 +191,21 @@ def adaptive_gate_step(
     grad: Tensor,
     importance_sq: Tensor,
     age: Tensor,
-    cost: Tensor,
+    weight: Tensor,
     skipped: Tensor,
     seen: Tensor | None = None,
     *,
     lr: float,
     l1: float,
     horizon: float,
-    youth: float,
-    quantile: float,
-    sharpness: float,
-    largest: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`importance_step`, then :func:`weighted_l1_step` of all gates, as :func:`unless_not_finite` allows it.
 
-    The weight of a rank is ``min(largest, (I_q / I) ** sharpness)``, with ``I = sqrt(importance_sq) / cost`` and I_q
-    its value at ``quantile`` (rounded down to a rank) over all ranks that can be judged: their gate is above 0 and
-    their age at least ``youth`` steps. The others have weight 0; so have all if ``l1`` is 0. All are ``(R,)`` float32.
+    ``weight`` is the weight of each rank's L1 penalty. All are ``(R,)`` float32.
 
     Returns:
         The new ``(gate, importance_sq, age, skipped)``; the inputs are not changed.
     """
     mean_sq = importance_step(gate, grad, importance_sq, age, horizon)
-    weight = torch.zeros_like(gate)
-    if l1 > 0:
-        judged = (age >= youth) & (gate > 0)
-        per_cost = mean_sq.sqrt() / cost
-        # Sorted with the unjudged last, so that the quantile needs no tensor of unknown length.
-        ordered = torch.where(judged, per_cost, torch.inf).sort().values
-        index = (quantile * (judged.sum() - 1)).long().clamp(min=0)
-        level = ordered.index_select(0, index.reshape(1))  # indexing by a tensor would wait for the GPU
-        weight = (level / per_cost).nan_to_num(nan=0.0, posinf=torch.inf).pow(sharpness).clamp(max=largest)
-        weight = torch.where(judged, weight, 0.0)
     moved = weighted_l1_step(gate, weight, lr=lr, l1=l1)
     return unless_not_finite((moved, mean_sq, age + 1), (gate, importance_sq, age), grad, skipped, seen)

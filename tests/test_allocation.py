@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from l1ra.allocation import LayerPlan, allocate, spread
+from l1ra.allocation import LayerPlan, allocate, spread, surplus
 
 CASES = 1000
 
@@ -108,8 +108,8 @@ def test_receivers_are_dealt_to_by_their_smallest_gate_round_robin():
 
 def test_a_rank_goes_where_the_weakest_rank_matters_most():
     gates = [[0.0, 0.0, 0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
-    importance = [[0.0, 0.0, 0.0, 9.0], [0.5, 9.0], [1.1, 1.1]]
-    # needs 0.5 and 1.1; then 0.5 and 0.55; then 0.5 and 0.37
+    importance = [[0.0, 0.0, 0.0, 9.0], [0.5, 9.0], [0.8, 0.8]]
+    # needs 0.5 and 0.8; then 0.5 and 0.57; then 0.5 and 0.46
     assert plan(gates, importance).grow == (0, 1, 2)
     importance[2] = [0.5, 0.5]
     assert plan(gates, importance).grow == (0, 2, 1)  # a tie goes to the first
@@ -130,6 +130,70 @@ def test_a_rank_too_young_to_be_judged_does_not_count_as_weak():
 def test_an_adapter_above_its_cap_keeps_what_it_has():
     result = plan([[1.0] * 4, [1.0]], budget=9, caps=[2, 3])
     assert [layer.rank for layer in result.layers] == [4, 3] and result.spare == 2
+
+
+# --- what is worth more elsewhere
+
+
+def given_up(importance, costs=None, **settings):
+    settings = {"margin": 1.0, "most": 99, "min_rank": 1, "caps": [99] * len(importance), **settings}
+    return surplus(importance, costs or [1] * len(importance), **settings)
+
+
+def test_the_least_important_ranks_are_given_up_for_a_greater_need():
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]]) == [(0, 2), ()]
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], most=1) == [(0,), ()]
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], min_rank=2) == [(0,), ()]
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.15) == [(0,), ()]
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.0) == [(), ()]
+
+
+def test_a_need_is_less_with_each_rank_that_is_given_to_it():
+    # 1, then 0.71, then 0.58
+    assert given_up([[0.5, 0.6, 0.9, 9.0], [1.0]]) == [(0, 1), ()]
+    assert given_up([[0.5, 0.6, 0.65, 9.0], [1.0], [0.8]]) == [(0, 1, 2), (), ()]
+
+
+def test_where_all_matter_alike_nothing_is_given_up():
+    assert given_up([[1.0, 1.0], [1.0, 1.0], [1.0]]) == [(), (), ()]
+    assert given_up([[0.0, 0.0], [0.0]]) == [(), ()]
+
+
+def test_who_is_at_its_cap_needs_nothing():
+    assert given_up([[0.1, 0.2], [1.0]], caps=[9, 1]) == [(), ()]
+    assert given_up([[0.1, 0.2, 0.3], [1.0]], caps=[9, 2]) == [(0,), ()]
+    assert given_up([[0.1, 0.2], [9.0], [1.0]], caps=[9, 1, 9]) == [(0,), (), ()]
+
+
+def test_young_ranks_are_neither_given_up_nor_a_need():
+    assert given_up([[0.1, None, None], [1.0]]) == [(0,), ()]
+    assert given_up([[None, None], [1.0]]) == [(), ()]
+    assert given_up([[0.1, 0.2], [None, 1.0], [None]]) == [(0,), (), ()]
+
+
+def test_surplus_counts_per_cost():
+    # Worth 0.25 and 0.5 per cost; two ranks of cost 2 make one of 4.
+    assert given_up([[1.0, 9.0], [1.0, 9.0]], costs=[4, 2]) == [(0,), ()]
+    assert given_up([[0.1, 0.1, 0.1, 9.0], [9.0]], costs=[2, 4], margin=0.029) == [(0, 1), ()]
+
+
+def test_whatever_the_importance_nobody_gives_and_receives():
+    for seed in range(CASES):
+        rng = random.Random(seed)
+        n = rng.randint(1, 6)
+        importance = [[rng.choice([None, rng.random(), 0.5]) for _ in range(rng.randint(1, 9))] for _ in range(n)]
+        costs = [rng.choice([1, rng.randint(1, 9)]) for _ in range(n)]
+        margin, most, min_rank = rng.random(), rng.randint(0, 20), rng.randint(1, 3)
+        rows = given_up(importance, costs, margin=margin, most=most, min_rank=min_rank)
+        assert sum(map(len, rows)) <= most
+        weakest = [
+            min((v for v in row if v is not None), default=0.0) / c for row, c in zip(importance, costs, strict=True)
+        ]
+        for i, given in enumerate(rows):
+            assert list(given) == sorted(set(given))
+            assert not given or len(importance[i]) - len(given) >= min_rank
+            needs = [need for j, need in enumerate(weakest) if not rows[j]]
+            assert all(importance[i][k] / costs[i] < margin * max(needs) for k in given)
 
 
 # --- the first spread

@@ -137,7 +137,7 @@ def test_settings_reach_the_method_and_are_refused_where_they_would_do_nothing()
     assert brisk.moved > 0 and [e["step"] for e in brisk.reallocations] == [8, 16, 24]
     assert min(run("default", 0, steps=30, **BRISK, min_rank=3).ranks.values()) == 3
     with pytest.raises(ValueError, match="takes no settings"):
-        run("oracle", 0, steps=2, quantile=0.3)
+        run("oracle", 0, steps=2, margin=0.3)
     with pytest.raises(ValueError, match="method must be one of"):
         run("lora", 0)
 
@@ -194,10 +194,10 @@ def test_runs_leave_a_record_each_and_are_not_repeated(tmp_path, capsys, monkeyp
     main(asked)
     assert ran == [] and capsys.readouterr().out.count("from before") == 4
     # A run with other settings is another run, under its name or the same.
-    main([*asked, "--set", "quantile=0.3", "--label", "gentle"])
-    assert [(job.label, job.overrides) for job in ran] == [("gentle", {"quantile": 0.3})] * 2
+    main([*asked, "--set", "margin=0.3", "--label", "gentle"])
+    assert [(job.label, job.overrides) for job in ran] == [("gentle", {"margin": 0.3})] * 2
     ran.clear()
-    main([*asked, "--set", "quantile=0.2", "--label", "gentle"])
+    main([*asked, "--set", "margin=0.2", "--label", "gentle"])
     main([*asked, "--again"])
     assert len(ran) == 2 + 4
     page = (tmp_path / "planted.md").read_text()
@@ -207,11 +207,11 @@ def test_runs_leave_a_record_each_and_are_not_repeated(tmp_path, capsys, monkeyp
 def test_a_new_process_finds_what_a_worker_is_given():
     for function in (records.perform, records.one_thread):
         assert function.__module__ == "benchmarks.planted.records"  # not __main__, which is another one there
-    job = records.Job("mlp", "default", "gentle", 0, 3, {"quantile": 0.3})
+    job = records.Job("mlp", "default", "gentle", 0, 3, {"margin": 0.3})
     assert pickle.loads(pickle.dumps(job)) == job
 
 
-@pytest.mark.parametrize("wrong", [["--set", "quantil=0.3"], ["--set", "quantile"], ["--label", "name"]])
+@pytest.mark.parametrize("wrong", [["--set", "margn=0.3"], ["--set", "margin"], ["--label", "name"]])
 def test_wrong_settings_end_before_anything_runs(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--cases", "mlp", "--out", str(tmp_path / "none"), *wrong])

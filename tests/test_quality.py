@@ -312,9 +312,9 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.partial"))
 
     experiment = ["--tasks", "bert", "--seeds", "1", "--budgets", "2", "--rate", "1e-2", "--out", str(tmp_path)]
-    assert program.main([*experiment, "--set", "quantile=0.25", "--label", "q25"], launch) == 0
+    assert program.main([*experiment, "--set", "margin=0.2", "--label", "q25"], launch) == 0
     (record,) = [r for r in schedule.read(tmp_path) if r["method"] == "q25"]
-    assert record["settings"] == {"quantile": 0.25} and record["config"]["quantile"] == 0.25
+    assert record["settings"] == {"margin": 0.2} and record["config"]["margin"] == 0.2
     assert record["base_method"] == "l1ra" and record["alpha"] == record["config"]["alpha"] == ALPHA
     assert "q25 − l1ra" in (tmp_path / "quality.md").read_text()
 
@@ -345,13 +345,13 @@ def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monk
         seen.update(command=command, env=env)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    wanted = spec(tmp_path, settings=(("quantile", 0.3),))
+    wanted = spec(tmp_path, settings=(("margin", 0.3),))
     schedule.start(wanted)
     assert seen["env"]["OMP_NUM_THREADS"] == "1" and seen["env"]["GOMP_SPINCOUNT"] == "0"
     assert Spec.parse(seen["command"][-1]) == wanted
 
 
 def test_settings_and_label_belong_together(capsys):
-    for arguments in (["--label", "x"], ["--set", "quantile=0.3"], ["--set", "quantile", "--label", "x"]):
+    for arguments in (["--label", "x"], ["--set", "margin=0.3"], ["--set", "margin", "--label", "x"]):
         with pytest.raises(SystemExit):
             program.main(arguments)

@@ -50,7 +50,7 @@ def test_progress_runs_to_the_last_reallocation():
     assert [schedule.progress(s) for s in (0, 25, 50, 99)] == [0.0, 0.5, 1.0, 1.0]
     assert [schedule.over(s) for s in (50, 51)] == [False, True]
     unknown = Schedule.from_config(L1RAConfig(), None)
-    assert unknown.progress(10**6) == 0.0 and not unknown.over(10**6)
+    assert unknown.progress(0) == unknown.progress(10**6) == 1.0 and not unknown.over(10**6)
 
 
 def test_nothing_fades_after_the_last_reallocation_even_if_the_cooldown_has_not_begun():
@@ -59,11 +59,11 @@ def test_nothing_fades_after_the_last_reallocation_even_if_the_cooldown_has_not_
     assert schedule.progress(40) == 1.0 and schedule.over(41)
 
 
-def test_probes_run_for_half_an_interval_before_a_reallocation():
+def test_an_interval_closes_for_its_last_half_if_a_reallocation_follows():
     schedule = Schedule.from_config(L1RAConfig(interval=6, warmup=0.2, cooldown=0.5), 60)
-    assert [s for s in range(60) if schedule.probes(s)] == [9, 10, 11, 15, 16, 17, 21, 22, 23, 27, 28, 29]
+    assert [s for s in range(60) if schedule.closes(s)] == [9, 10, 11, 15, 16, 17, 21, 22, 23, 27, 28, 29]
     shortest = Schedule.from_config(L1RAConfig(interval=1, warmup=0.0, cooldown=0.5), 8)
-    assert [s for s in range(8) if shortest.probes(s)] == [0, 1, 2, 3]
+    assert [s for s in range(8) if shortest.closes(s)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 10, 19, 20, 40])

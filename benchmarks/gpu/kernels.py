@@ -138,15 +138,15 @@ def adaptive_gate_step(bench: Bench) -> KernelCase:
     """The gates of all adapters of a model."""
     shape = bench.sizes.models[-1]
     count = 7 * shape.layers * bench.sizes.model_rank
-    gate, grad, importance_sq, age, cost = (torch.rand(count, device=bench.device) for _ in range(5))
+    gate, grad, importance_sq, age, weight = (torch.rand(count, device=bench.device) for _ in range(5))
     age *= 100
     skipped = torch.zeros((), dtype=torch.long, device=bench.device)
-    settings = {"lr": 0.02, "l1": 2.0, "horizon": 50, "youth": 25, "quantile": 0.5, "sharpness": 4.0, "largest": 4.0}
+    settings = {"lr": 0.02, "l1": 2.0, "horizon": 50}
 
     def call() -> Any:
-        return dispatch.adaptive_gate_step(gate, grad, importance_sq, age, cost, skipped, **settings)
+        return dispatch.adaptive_gate_step(gate, grad, importance_sq, age, weight, skipped, **settings)
 
-    floor = size_of(gate, grad, importance_sq, age, cost, gate, importance_sq, age)
+    floor = size_of(gate, grad, importance_sq, age, weight, gate, importance_sq, age)
     return KernelCase("adaptive gate step", call, floor)
 
 

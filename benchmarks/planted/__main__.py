@@ -6,7 +6,7 @@ step, and compared with uniform LoRA and with an oracle that was given the plant
 
     python -m benchmarks.planted                                        # everything: about an hour on two cores
     python -m benchmarks.planted --cases mlp --seeds 3
-    python -m benchmarks.planted --cases mlp llama --methods default --set quantile=0.3 --label q0.3 --out runs/planted
+    python -m benchmarks.planted --cases mlp llama --methods default --set margin=0.3 --label m0.3 --out runs/planted
 
 Each run leaves a JSON file under ``--out`` and is not run again if that is there; ``planted.md`` there is made from all
 of them.
@@ -34,10 +34,10 @@ from l1ra import L1RAConfig
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``"quantile=0.3"`` -> ``("quantile", 0.3)``; what is no Python literal stays a string."""
+    """``"margin=0.3"`` -> ``("margin", 0.3)``; what is no Python literal stays a string."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"write a setting as quantile=0.3, not {text!r}")
+        raise argparse.ArgumentTypeError(f"write a setting as margin=0.3, not {text!r}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

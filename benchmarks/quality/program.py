@@ -8,7 +8,7 @@ on where it was.
     python -m benchmarks.quality                                        # hours on two cores
     python -m benchmarks.quality --tasks polarity --methods lora l1ra --seeds 3
     python -m benchmarks.quality --device cuda --minutes 25
-    python -m benchmarks.quality --set quantile=0.3 --label q03 --tasks polarity --rate 2e-3     # an experiment
+    python -m benchmarks.quality --set margin=0.3 --label m03 --tasks polarity --rate 2e-3     # an experiment
     python -m benchmarks.quality --table-only
 """
 
