@@ -1,8 +1,8 @@
-"""Where the ranks are: a table, and a picture of how they came there."""
+"""Where the ranks are: tables, and a picture of how they came there."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from l1ra.controller import RankController, controller_of
 from l1ra.linear import L1RALinear, find_adapters
+from l1ra.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
 
 __all__ = ["Report", "ReportRow", "plot_ranks", "report"]
 
@@ -42,7 +43,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The adapters of a model; ``str()`` makes a table of it.
+    """The adapters of a model; ``str()`` makes tables of it: by layer, by kind of projection, and a line by depth.
 
     ``budget``, ``spare`` and ``moved`` are None where no controller drives the model.
     """
@@ -59,9 +60,29 @@ class Report:
         """Adapter parameters in all, gates included."""
         return sum(row.params for row in self.rows)
 
+    @property
+    def by_projection(self) -> dict[str, ProjectionRanks]:
+        """Kind of projection -> its layers, mean ranks and shares, in the order of the model."""
+        return ranks_by_projection(self.rows)
+
+    @property
+    def by_depth(self) -> dict[int | None, int]:
+        """Block number -> sum of its ranks, first to last; None: the layers outside of blocks, if there are any."""
+        return ranks_by_depth({row.name: row.rank for row in self.rows})
+
     def __str__(self) -> str:
-        head = ("layer", "shape", "rank", "was", "smallest gate", "parameters", "path")
         paths = list(dict.fromkeys(row.path for row in self.rows))
+        lines = self._layers(paths)
+        if self.budget is not None:
+            lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
+        if self.trained_in_full:
+            lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
+        for number, path in enumerate(paths, 1):
+            lines.append(f"path{'' if len(paths) == 1 else f' [{number}]'}: {path}")
+        return "\n".join([*lines, "", *self._rank_map()])
+
+    def _layers(self, paths: list[str]) -> list[str]:
+        head = ("layer", "shape", "rank", "was", "smallest gate", "parameters", "path")
         cells = [
             (
                 row.name,
@@ -76,23 +97,31 @@ class Report:
         ]
         ranks = sum(row.rank for row in self.rows)
         was = sum(row.initial_rank for row in self.rows)
-        cells.append((f"{len(self.rows)} adapters", "", str(ranks), str(was), "", f"{self.params:,}", ""))
-        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-        left = (True, True, False, False, False, False, True)
+        total = (f"{len(self.rows)} adapters", "", str(ranks), str(was), "", f"{self.params:,}", "")
+        first, *lines, last = _aligned([head, *cells, total], left=(0, 1, 6))
+        rule = "-" * len(first)
+        return [first, rule, *lines, rule, last]
 
-        def line(row: tuple[str, ...]) -> str:
-            parts = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left, strict=True))
-            return "  ".join(parts).rstrip()
-
-        rule = "-" * len(line(head))
-        lines = [line(head), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
-        if self.budget is not None:
-            lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
-        if self.trained_in_full:
-            lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
-        for number, path in enumerate(paths, 1):
-            lines.append(f"path{'' if len(paths) == 1 else f' [{number}]'}: {path}")
-        return "\n".join(lines)
+    def _rank_map(self) -> list[str]:
+        head = ("projection", "layers", "mean rank", "was", "of ranks", "of parameters")
+        cells = [
+            (
+                name,
+                str(kind.layers),
+                f"{kind.mean_rank:.2f}",
+                f"{kind.mean_initial_rank:.2f}",
+                f"{kind.share_of_ranks:.1%}",
+                f"{kind.share_of_params:.1%}",
+            )
+            for name, kind in self.by_projection.items()
+        ]
+        first, *lines = _aligned([head, *cells], left=(0,))
+        lines = [first, "-" * len(first), *lines]
+        depths = self.by_depth
+        if any(block is not None for block in depths):
+            told = (f"{'outside of blocks' if block is None else block}: {sum_}" for block, sum_ in depths.items())
+            lines.append(f"ranks by depth, block by block: {', '.join(told)}")
+        return lines
 
 
 def report(model: nn.Module) -> Report:
@@ -113,6 +142,17 @@ def report(model: nn.Module) -> Report:
     if controller is None:
         return Report(rows, others)
     return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """A line of text for each row; the columns whose numbers are in ``left`` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
@@ -136,30 +176,6 @@ def _row(name: str, layer: L1RALinear, initial_rank: int, names: dict[L1RALinear
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),
     )
-
-
-def grid(ranks: dict[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
-    """Module names cut into layer number and projection.
-
-    A projection is what stands behind the number; before it too, where there are several stacks of layers, such as
-    an encoder and a decoder.
-
-    Returns:
-        The layer numbers and the projections in order, and the rank of each pair. A module outside of any numbered
-        layer has layer -1.
-    """
-    cut = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name) for name in ranks}
-    stacks = {match[1] for match in cut.values() if match}
-    cells = {}
-    for name, rank in ranks.items():
-        match = cut[name]
-        if match is None:
-            cells[-1, name] = rank
-            continue
-        stack, number, inner = match.groups()
-        names = [inner] if inner and len(stacks) == 1 else [part for part in (stack, inner) if part]
-        cells[int(number), ".".join(names) or "layer"] = rank
-    return sorted({key[0] for key in cells}), list(dict.fromkeys(key[1] for key in cells)), cells
 
 
 def plot_ranks(model: nn.Module, path: str | Path) -> Path:

@@ -8,7 +8,6 @@ from torch import nn
 
 import l1ra
 from l1ra.allocation import LayerPlan
-from l1ra.report import grid
 
 
 def test_rows_say_what_is_there():
@@ -57,6 +56,25 @@ def test_the_text_of_a_params_budget_and_a_head():
     assert "budget 5,000 params, spare" in text and "trained in full besides: 51 parameters" in text
 
 
+def test_the_text_shows_projections_and_depths():
+    model = bert()
+    l1ra.patch(model, 60)
+    model.bert.encoder.layer[0].output.dense.resize(full(4, 3))
+    report = l1ra.report(model)
+    lines = str(report).splitlines()
+    lines = lines[lines.index("") + 1 :]
+    cells = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
+    assert list(cells) == list(report.by_projection)
+    assert cells["output.dense"] == ["2", "6.00", "4.50", "19.0%", f"{12 * 41 / report.params:.1%}"]
+    assert lines[-1] == "ranks by depth, block by block: 0: 30, 1: 28, outside of blocks: 5"
+
+
+def test_a_model_without_blocks_has_no_line_of_depths():
+    report = l1ra.report(Adapted(rank=4))
+    assert list(report.by_projection) == ["up", "down"] and report.by_depth == {None: 8}
+    assert "by depth" not in str(report)
+
+
 def test_without_a_controller_the_adapters_are_still_told():
     report = l1ra.report(Adapted(rank=4))
     assert [row.rank for row in report.rows] == [row.initial_rank for row in report.rows] == [4, 4]
@@ -68,24 +86,6 @@ def test_a_model_without_adapters_is_an_error():
         l1ra.report(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no controller"):
         l1ra.plot_ranks(Adapted(), "never.png")
-
-
-def test_names_are_cut_into_layer_and_projection():
-    ranks = {"model.layers.0.mlp.up": 3, "model.layers.10.mlp.up": 5, "model.layers.10.q": 2, "pooler.dense": 7}
-    layers, projections, cells = grid(ranks)
-    assert layers == [-1, 0, 10] and projections == ["mlp.up", "q", "pooler.dense"]
-    assert cells == {(0, "mlp.up"): 3, (10, "mlp.up"): 5, (10, "q"): 2, (-1, "pooler.dense"): 7}
-
-
-def test_layers_that_have_no_parts_are_one_projection():
-    assert grid({"blocks.0": 1, "blocks.1": 4}) == ([0, 1], ["blocks"], {(0, "blocks"): 1, (1, "blocks"): 4})
-    assert grid({"0": 1, "2": 4}) == ([0, 2], ["layer"], {(0, "layer"): 1, (2, "layer"): 4})
-
-
-def test_stacks_of_layers_are_kept_apart():
-    cells = grid({"encoder.layer.0.q": 1, "decoder.layer.0.q": 4, "encoder.layer.0.experts.3.up": 2})[2]
-    expected = {"encoder.layer.q": 1, "decoder.layer.q": 4, "encoder.layer.experts.3.up": 2}
-    assert cells == {(0, name): rank for name, rank in expected.items()}
 
 
 @pytest.mark.parametrize("make", [MLP, llama])
