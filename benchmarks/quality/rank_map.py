@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from l1ra.report import grid
+from l1ra.rank_map import Place, places
 
 __all__ = ["by_depth", "by_projection", "share_behind"]
 
@@ -17,19 +17,19 @@ BEHIND = re.compile(r"(.*\.)?(mlp\.\w+|intermediate\.dense|attention\.output\.de
 
 def by_projection(records: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Projection -> mean final rank over its layers and the runs."""
-    return _means(records, 1)
+    return _means(records, lambda place: place.projection)
 
 
 def by_depth(records: Iterable[dict[str, Any]]) -> dict[int, float]:
     """Number of the layer -> mean final rank over its projections and the runs; -1: outside of any layer."""
-    return dict(sorted(_means(records, 0).items()))
+    return dict(sorted(_means(records, lambda place: -1 if place.block is None else place.block).items()))
 
 
-def _means(records: Iterable[dict[str, Any]], which: int) -> dict[Any, float]:
+def _means(records: Iterable[dict[str, Any]], key: Callable[[Place], Any]) -> dict[Any, float]:
     found: dict[Any, list[int]] = {}
     for record in records:
-        for place, rank in grid(record["ranks"])[2].items():
-            found.setdefault(place[which], []).append(rank)
+        for name, place in places(record["ranks"]).items():
+            found.setdefault(key(place), []).append(record["ranks"][name])
     return {place: statistics.fmean(ranks) for place, ranks in found.items()}
 
 
