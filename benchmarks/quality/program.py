@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
     # Shorter or longer trainings are another experiment: their records would be taken for each other.
     out = arguments.out if arguments.steps is None else arguments.out / f"{arguments.steps}-steps"
     failed: list[str] = []
+    made_by = commands(out, argv, trains=not arguments.table_only)  # noted at once: a call may be broken off
     if not arguments.table_only:
         queue = Queue(arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), guesses())
         queue.launch = launch
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         if queue.left:
             print(f"{queue.left} runs, and what follows from them, are left for the next call: no time for them.")
         failed = queue.failed
-    report(out, commands(out, argv, trains=not arguments.table_only))
+    report(out, made_by)
     if failed:
         print(f"{len(failed)} runs FAILED and are not recorded: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

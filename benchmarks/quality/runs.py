@@ -89,7 +89,7 @@ def run(spec: Spec) -> dict[str, Any]:
     batches = training.batch_numbers(examples.train.lengths, task.batch, spec.steps, spec.seed)
     tests = spec.seed != TUNING_SEED
     record = {
-        **dataclasses.asdict(spec),
+        **{name: value for name, value in dataclasses.asdict(spec).items() if name != "out"},  # where it lies
         "method": spec.name,
         "base_method": spec.method,
         "settings": dict(spec.settings),
