@@ -1,5 +1,6 @@
 # make quickstart   fine-tune a small model on the CPU (or the GPU, if there is one) and compare
 # make test         run the tests
+# make quality      compare with LoRA and AdaLoRA at equal budgets: hours, goes on where it ended
 # make lint         check style and format
 # make gpu          correctness and speed on a GPU, in under 9 minutes; installs nothing
 # make clean        remove what was built; downloads in .cache and results in runs stay
@@ -13,19 +14,24 @@ PIP_FLAGS ?= -qq
 PIP := $(BIN)/python -m pip --disable-pip-version-check $(PIP_FLAGS) install
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 QUICKSTART ?=
+QUALITY ?=
 GPU ?=
 
 # OpenMP threads that spin while they wait slow everything down as soon as anything else runs.
 export GOMP_SPINCOUNT := 0
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart test lint gpu clean
+.PHONY: quickstart test quality lint gpu clean
 
 quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/python examples/quickstart.py $(QUICKSTART)
 
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Options: make quality QUALITY='--tasks polarity --methods lora l1ra --seeds 3'
+quality: $(VENV)/quality.stamp
+	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
