@@ -4,8 +4,8 @@ A rule has two methods. ``step(bank, grad, at, seen)`` returns the new state of 
 changes nothing. ``seen`` is the mask of the gates that had a gradient, or None: all of them. The bank keeps gates at
 their old state that were not seen, and all of them at a step whose gradient is not finite, unless the rule returns
 ``age`` and ``skipped`` as well: then it has seen to that already, as the ops for gate steps do. ``importance(bank,
-at)`` returns one number a rank (None in place of one that can't be judged yet) for the allocation, or None if the
-allocation shall go by the gates.
+at)`` returns one number a rank (None in place of one that can't be judged yet), by which the allocation chooses the
+ranks that shall go (``bank.weight``) and those who receive, or None if it shall go by the gates alone.
 """
 
 from __future__ import annotations

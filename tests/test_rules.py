@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Adapted, Residual, play
+from helpers import Adapted, Residual, patched, play, step
 from torch import nn
 
 import l1ra
@@ -55,8 +55,8 @@ def test_gates_that_are_pressed_fade_to_exactly_zero_within_half_an_interval(int
     made = bank()
     made.press([(0, 2), (3,)])
     rule, at = AdaptiveL1(L1RAConfig()), Moment(interval, 0.3, False)
-    for step in range(max(1, interval // 2)):
-        assert step == 0 or (made.value[[0, 2, 7]] > 0).all()
+    for steps in range(max(1, interval // 2)):
+        assert steps == 0 or (made.value[[0, 2, 7]] > 0).all()
         made.update(rule.step(made, grad := torch.randn(8), at), grad, None)
     assert made.value.tolist() == [0, 1, 0, 1, 1, 1, 1, 0]
 
@@ -153,3 +153,32 @@ def test_new_ranks_start_with_a_clean_record():
     for name in ("exp_avg", "exp_avg_sq", "importance_sq", "age"):
         assert getattr(bank, name).tolist() == kept, name
     assert bank.value.tolist() == [1.0] * 16
+
+
+def test_the_middle_of_an_interval_presses_what_is_worth_more_elsewhere():
+    model, controller, optimizer, x, y = patched(interval=10, margin=0.5, turnover=0.2)
+    importance = [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4]
+    play(controller, {}, importance)
+    for step_number in range(1, 11):
+        assert controller._bank.weight.any() == (step_number > 5), step_number
+        step(model, optimizer, x, y)
+        if step_number == 5:  # more would be worth it, but a fifth of 16 ranks is three
+            assert controller._bank.weight.nonzero().flatten().tolist() == [4, 6, 8]
+    assert not controller._bank.weight.any() and controller.moved == 0  # the script has let no gate fall
+
+
+def test_no_rank_moves_where_all_matter_alike():
+    model, controller, optimizer, x, y = patched(interval=6)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    controller._rule.importance = lambda bank, at: [[1.0] * rank for rank in bank.ranks]
+    for _ in range(60):
+        step(model, optimizer, x, y)
+    assert len(controller.history) > 5 and controller.moved == 0 and set(controller._bank.value.tolist()) == {1.0}
+
+
+def test_the_first_ranks_move_at_the_second_reallocation():
+    model, controller, optimizer, x, y = patched(interval=6)
+    for _ in range(12):
+        step(model, optimizer, x, y)
+    assert [entry["pruned"] > 0 for entry in controller.history] == [False, False, True]
