@@ -322,7 +322,7 @@ def test_a_compiled_model_is_driven_just_the_same():
     runs = []
     for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(5)
-        model, controller, optimizer, x, y = patched(total_steps=25, interval=5)
+        model, controller, optimizer, x, y = patched(total_steps=25, interval=8)
         use = wrap(model)
         for _ in range(25):
             step(use, optimizer, x, y)
