@@ -272,9 +272,9 @@ class RankController:
                 "plain LoRA.",
                 stacklevel=2,
             )
-        elif self._schedule.empty:
+        elif self._schedule.empty or (self.config.rule == "adaptive-l1" and not self._schedule.judges):
             warnings.warn(
-                f"no rank will move: {self.total_steps} steps have no reallocation at interval {self.config.interval}, "
+                f"no rank will move: {self.total_steps} steps are too few at intervals of {self._schedule.interval}, "
                 f"warmup {self.config.warmup} and cooldown {self.config.cooldown}. Train longer, or lower these.",
                 stacklevel=2,
             )

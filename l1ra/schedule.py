@@ -46,6 +46,11 @@ class Schedule:
         """Whether there is no reallocation at all."""
         return self.last is not None and self.last < self.first
 
+    @property
+    def judges(self) -> bool:
+        """Whether before some reallocation, when its interval closes, the first ranks have seen a whole interval."""
+        return self.last is None or (not self.empty and self.last - max(1, self.interval // 2) >= self.interval)
+
     def reallocates(self, step: int) -> bool:
         """Whether there is a reallocation after ``step``."""
         return step % self.interval == 0 and step >= self.first and not self.over(step)

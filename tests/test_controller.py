@@ -323,9 +323,10 @@ def test_without_total_steps_it_warns_and_moves_ranks_every_hundred_steps():
     assert [entry["step"] for entry in controller.history] == [0, 100, 200]
 
 
-def test_a_schedule_without_any_reallocation_is_said():
-    model, _, optimizer, x, y = patched(total_steps=50, interval=100)
-    with pytest.warns(UserWarning, match="no rank will move: .* interval 100"):
+@pytest.mark.parametrize("interval", [100, 40])  # none, and one that comes before a rank can be judged
+def test_a_schedule_without_any_reallocation_is_said(interval):
+    model, _, optimizer, x, y = patched(total_steps=50, interval=interval)
+    with pytest.warns(UserWarning, match=f"no rank will move: .* intervals of {interval}"):
         step(model, optimizer, x, y)
 
 

@@ -74,3 +74,13 @@ def test_an_empty_schedule_says_so(total, warmup, cooldown):
         not steps(total, interval=10, warmup=warmup, cooldown=cooldown)
     )
     assert not Schedule.from_config(config, None).empty
+
+
+@pytest.mark.parametrize(
+    "total, interval, warmup, judges",
+    [(200, 40, 0.0, True), (80, 40, 0.0, False), (100, 40, 0.6, True), (3, 1, 0.0, True), (2, 1, 0.0, False)],
+)
+def test_a_schedule_that_ends_before_a_rank_can_be_judged_says_so(total, interval, warmup, judges):
+    config = L1RAConfig(interval=interval, warmup=warmup, cooldown=0.1)
+    assert Schedule.from_config(config, total).judges == judges
+    assert Schedule.from_config(config, None).judges

@@ -178,7 +178,7 @@ def test_trls_sft_trainer_is_driven_just_the_same(tmp_path, checkpointing):
 
     texts = [" ".join(f"w{3 + (i + 2 * j) % 47}" for j in range(12)) for i in range(48)]
     model = livelier(llama())
-    controller, board = l1ra.patch(model, 28, interval=3, warmup=0.0), Board()
+    controller, board = l1ra.patch(model, 28, interval=2, warmup=0.0), Board()
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
