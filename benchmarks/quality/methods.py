@@ -180,6 +180,7 @@ def _adalora(
             tfinal=int(ADALORA_AFTER * steps),
             deltaT=max(1, int(ADALORA_INTERVAL * steps)),
         )
+        # Without a task type PEFT leaves AdaLoRA's orthogonality term out of the loss; docs/allocation.md has a trial.
         model = peft.get_peft_model(model, config)
     last = steps - config.tfinal
 
