@@ -129,7 +129,7 @@ def test_importance_of_a_rank_does_not_depend_on_how_its_scale_is_split():
         with torch.no_grad():
             model[0].lora_B.normal_().div_(gate)
             model[0].gate.fill_(gate)
-        controller = RankController(model, 3, total_steps=100)
+        controller = RankController(model, 3, total_steps=1000)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         model(torch.randn(9, 6)).square().mean().backward()
         optimizer.step()
