@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import os
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,13 +204,8 @@ def name_of(row: dict[str, Any]) -> str:
 def surroundings(bench: Bench) -> dict[str, Any]:
     """Hardware, versions, threads, seed, and how busy the machine is."""
     found = environment.run(bench)
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        processor = models[0] if models else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {**found, "processor": processor, "cores": cores, "load_before": load()}
+    return {**found, "processor": environment.processor(), "cores": cores, "load_before": load()}
 
 
 def load() -> float | None:

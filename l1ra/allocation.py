@@ -104,9 +104,8 @@ def allocate(
     stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a
     time, round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least
     important surviving rank is the most important per cost, divided by the root of one more than what that adapter
-    already got; an adapter with fewer than
-    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one, and what no other can
-    take goes to those that have just had a rank cut, so that the budget is spent.
+    already got; an adapter with fewer than ``min_rank`` survivors gets new ranks in their place, so that none is left
+    with a dead one, and what no other can take goes to those that have just had a rank cut: so the budget is spent.
 
     Args:
         gates: for each adapter the gate of each rank, in row order.
@@ -148,15 +147,17 @@ def allocate(
                     grow[i] += 1
                     spare -= costs[i]
     else:
-        need = [
-            min((value for k in kept if (value := row[k]) is not None), default=0.0) / cost
-            for row, kept, cost in zip(importance, keep, costs, strict=True)
-        ]
+        kept = [[row[k] for k in alive] for row, alive in zip(importance, keep, strict=True)]
         while open_ := [i for i in receivers if fits(i)] or [i for i in range(len(gates)) if fits(i)]:
-            best = max(open_, key=lambda i: (need[i] / math.sqrt(1 + grow[i]), -i))
+            best = max(open_, key=lambda i: (_need(kept[i], costs[i], grow[i]), -i))
             grow[best] += 1
             spare -= costs[best]
     return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)
+
+
+def _need(importance: Sequence[float | None], cost: int, got: float = 0) -> float:
+    """What one more rank is worth per cost to an adapter with these ranks that has ``got`` so many already."""
+    return min((value for value in importance if value is not None), default=0.0) / cost / math.sqrt(1 + got)
 
 
 def surplus(
@@ -185,10 +186,7 @@ def surplus(
     Returns:
         For each adapter the rows to be given up, in order.
     """
-    weakest = [
-        min((v for v in row if v is not None), default=0.0) / c for row, c in zip(importance, costs, strict=True)
-    ]
-    needy = [(-need, i) for i, need in enumerate(weakest)]
+    needy = [(-_need(row, cost), i) for i, (row, cost) in enumerate(zip(importance, costs, strict=True))]
     heapq.heapify(needy)
     got = [0.0] * len(costs)
     chosen: list[list[int]] = [[] for _ in costs]
@@ -207,5 +205,5 @@ def surplus(
         chosen[i].append(k)
         left -= 1
         got[taker] += costs[i] / costs[taker]
-        heapq.heapreplace(needy, (-weakest[taker] / math.sqrt(1 + got[taker]), taker))
+        heapq.heapreplace(needy, (-_need(importance[taker], costs[taker], got[taker]), taker))
     return [tuple(sorted(rows)) for rows in chosen]

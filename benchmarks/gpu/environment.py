@@ -55,6 +55,16 @@ def version(package: str) -> str | None:
         return None
 
 
+def processor() -> str:
+    """The name of the CPU, as far as the system tells it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def output_of(*command: str) -> str | None:
     """What a command prints, None if it can't be run or fails."""
     try:

@@ -15,7 +15,6 @@ of them.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import re
 import sys
@@ -30,18 +29,8 @@ from benchmarks.planted.cases import CASES
 from benchmarks.planted.records import Job, load, one_thread, perform, read_all, sources
 from benchmarks.planted.run import DRIVEN, METHODS
 from benchmarks.planted.tables import markdown
+from benchmarks.settings import setting
 from l1ra import L1RAConfig
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """``"margin=0.3"`` -> ``("margin", 0.3)``; what is no Python literal stays a string."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"write a setting as margin=0.3, not {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def label(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.environment import commit, version
+from benchmarks.gpu.environment import commit, processor, version
 from benchmarks.planted.cases import CASES
 from benchmarks.planted.run import DRIVEN, Result, run
 
@@ -95,15 +95,9 @@ def outcome(result: Result) -> dict[str, Any]:
 @functools.cache
 def surroundings() -> dict[str, Any]:
     """Versions and hardware."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers")}},
-        "hardware": {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "commit": commit(),
         "sources": sources(),
     }

@@ -15,7 +15,6 @@ on where it was.
 from __future__ import annotations
 
 import argparse
-import ast
 import shlex
 import sys
 import time
@@ -30,6 +29,7 @@ from benchmarks.quality.plots import draw
 from benchmarks.quality.schedule import Plan, Queue, read, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
+from benchmarks.settings import setting
 from examples.data import DataError
 
 __all__ = ["main"]
@@ -121,16 +121,6 @@ def make_plan(arguments: argparse.Namespace, out: Path) -> Plan:
         tuple(arguments.rates),
         share=not experiment and arguments.budgets is None,
     )
-
-
-def setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"write a setting of L1RAConfig as name=value, not {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def parser() -> argparse.ArgumentParser:

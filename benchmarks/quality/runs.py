@@ -182,12 +182,9 @@ def peak_bytes() -> int:
 def hardware(torch: Any, device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return f"{processor}, {os.cpu_count()} cores"
+    from benchmarks.gpu.environment import processor
+
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str | None]:
