@@ -48,6 +48,9 @@ class L1RAConfig:
         margin: how much less important than the need of another adapter a rank must be for the adaptive rule to give it
             up, at the last reallocation: a share of that need. At the start the share is 1, in between it falls
             geometrically. Default 0.25.
+        principal_axes: at a reallocation, turn each adapter's ranks onto the singular directions of what it adds:
+            ranks that learned the same are then not taken for many important ones. Adaptive rule only; an adapter
+            whose optimizer state can't be turned (quantised moments) stays as it is. Default True.
         turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.5.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
@@ -90,6 +93,7 @@ class L1RAConfig:
     l2_lambda: float = 0.0
     gate_lr: float | None = None
     margin: float = 0.25
+    principal_axes: bool = True
     turnover: float = 0.5
     total_steps: int | None = None
     interval: int | float = 0.05
@@ -115,7 +119,7 @@ class L1RAConfig:
             ("budget_unit", BUDGET_UNITS),
         ):
             _check_choice(name, getattr(self, name), choices)
-        for name in ("rank_stabilized", "exclude_pruned", "augment", "strict"):
+        for name in ("rank_stabilized", "principal_axes", "exclude_pruned", "augment", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         for name, low in (

@@ -19,6 +19,7 @@ from l1ra.integrations.trainer import join_trainer
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.optimizer_state import plan_state
+from l1ra.principal import turn_adapters
 from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
@@ -333,6 +334,9 @@ class RankController:
         self._bank.plan_move(moves, plan)
         moves.run()
         self._bank.press([()] * len(self._layers))
+        if self.config.principal_axes and self.config.rule == "adaptive-l1":
+            settled = self._bank.settled()
+            self._bank.turn(settled, turn_adapters(zip(self._layers, settled, strict=True), self._optimizers()))
         self._closing = False
         self.moved += moved
         self._record(pruned=pruned, moved=moved)

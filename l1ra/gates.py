@@ -131,6 +131,24 @@ class GateBank:
             moves.add(getattr(self, name), flat, fill, partial(setattr, self, name))
         moves.afterwards(self._measure)
 
+    def settled(self) -> list[list[int]]:
+        """For each adapter the rows that have been trained and that no penalty has moved: their gates are 1."""
+        whole = self.rows((self.age > 0) & (self.value == 1))
+        return [[k for k, is_whole in enumerate(row) if is_whole] for row in whole]
+
+    def turn(self, rows: Sequence[Sequence[int]], rotations: Sequence[Tensor | None]) -> None:
+        """These rows of each adapter were turned among themselves: so is their importance.
+
+        As their gates' gradients were uncorrelated, the squares of turned ones are means of the squares.
+        """
+        start = 0
+        for some, rotation, rank in zip(rows, rotations, self.ranks, strict=True):
+            if rotation is not None:
+                index = torch.tensor(some, device=self.value.device) + start
+                matrix = rotation.square().to(self.importance_sq)
+                self.importance_sq[index] = matrix @ self.importance_sq[index]
+            start += rank
+
     def rows(self, flat: Tensor) -> list[list[float]]:
         """A flat tensor as one list an adapter."""
         return [part.tolist() for part in flat.cpu().split(self.ranks)]

@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from l1ra.allocation import LayerPlan
 from l1ra.row_moves import RowMoves, row_sources
 
-__all__ = ["holds", "move_state", "plan_state"]
+__all__ = ["holds", "move_state", "plan_state", "turn_state", "turns"]
 
 # Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
 SHARED = ("col_var", "exp_avg_sq_col")
+# What is never negative: sums of squares, largest values, and the step of Rprop. All else changes as the gradient does.
+SQUARES = (*PER_ROW, "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
 # What starts at a value of the user's choice instead of 0, and the setting of the group that holds it: Adagrad's sum
 # and the step of Rprop, which is only ever multiplied.
 STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
@@ -68,6 +70,33 @@ def plan_state(
             if _kind(name, value, old_shape) == "rows":
                 start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
                 moves.add(value, sources, float(start), partial(_take, state, name))
+
+
+def turns(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
+    """Whether :func:`turn_state` can turn what ``optimizer`` keeps of the parameter."""
+    state = optimizer.state.get(param)
+    if not state:
+        return True
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return False
+    kinds = {name: _kind(name, value, param.shape) for name, value in state.items()}
+    return all(kind == "shared" or (kind == "rows" and state[name].is_floating_point()) for name, kind in kinds.items())
+
+
+def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, rotation: Tensor) -> None:
+    """The rows of a parameter were turned among themselves: so is its state.
+
+    What is linear in the gradient turns alike. Squares become means weighted by the squares of the rotation, which is
+    what they would be if the rows' gradients were uncorrelated.
+
+    Args:
+        rows: their ``(n,)`` indices.
+        rotation: ``(n, n)``, float64, orthogonal.
+    """
+    for name, value in optimizer.state.get(param, {}).items():
+        if _kind(name, value, param.shape) == "rows":
+            matrix = rotation.square() if name in SQUARES else rotation
+            value.index_copy_(0, rows, (matrix @ value[rows].double()).to(value.dtype))
 
 
 def _take(state: dict, name: str, moved: Tensor) -> None:
