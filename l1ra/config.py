@@ -51,7 +51,7 @@ class L1RAConfig:
         principal_axes: at a reallocation, turn each adapter's ranks onto the singular directions of what it adds:
             ranks that learned the same are then not taken for many important ones. Adaptive rule only; an adapter
             whose optimizer state can't be turned (quantised moments) stays as it is. Default True.
-        turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.5.
+        turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.15.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
             Default 0.05.
@@ -94,7 +94,7 @@ class L1RAConfig:
     gate_lr: float | None = None
     margin: float = 0.25
     principal_axes: bool = True
-    turnover: float = 0.5
+    turnover: float = 0.15
     total_steps: int | None = None
     interval: int | float = 0.05
     min_interval: int = 40
