@@ -24,7 +24,8 @@ from examples.data import DataError
 
 VOCABULARY, CLASSES, STEPS = 40, 3, 12
 ALPHA = 4.0
-TRAINED = [method for method in methods.METHODS if method != methods.FROZEN]
+HEAD_RATE = 3e-2
+TRAINED = [method for method in methods.METHODS if method not in methods.BARE]
 SHORT = {"interval": 2, "min_interval": 1, "warmup": 0.0, "cooldown": 0.1}
 
 
@@ -72,7 +73,8 @@ def _tiny_tasks(monkeypatch, folders):
 
 
 def spec(tmp_path, method="lora", multiplier=2, seed=0, rate=1e-2, task="bert", **more):
-    return Spec(task, method, multiplier, seed, rate, STEPS, str(tmp_path), **more)
+    head_rate = HEAD_RATE if task == "bert" and method not in methods.BARE else None
+    return Spec(task, method, multiplier, seed, rate, STEPS, str(tmp_path), **{"head_rate": head_rate, **more})
 
 
 class InProcess:
@@ -176,6 +178,7 @@ def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, mon
     else:
         assert sum(record["ranks"].values()) <= 2 * layers
         assert sum(record["initial_ranks"].values()) == (3 if method == "adalora" else 2) * layers
+    assert record["head_rate"] == (HEAD_RATE if task == "bert" else None)
     assert record["head_parameters"] == (16 * CLASSES + CLASSES if task == "bert" else 0)
     if method in ("l1ra", "l1ra-params"):
         assert record["ranks_moved"] > 0 and sum(r["moved"] for r in record["reallocations"]) == record["ranks_moved"]
@@ -186,13 +189,110 @@ def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, mon
 
 def test_heads_are_the_same_for_every_method_and_are_trained(folders):
     heads = {}
-    for method in TRAINED:
+    for method in (methods.HEAD, *TRAINED):
         model = models.load(folders["bert"], CLASSES)
-        adapted = methods.adapt(method, model, 2, alpha=ALPHA, seed=5, steps=STEPS)
+        adapted = adapt(method, model, seed=5)
         assert model.classifier.weight.requires_grad and model.classifier.bias.requires_grad
         assert any(p is model.classifier.weight for p in adapted.trained)
         heads[method] = model.classifier.weight.detach().clone()
     assert all(torch.equal(head, heads["lora"]) for head in heads.values())
+
+
+def adapt(method, model, seed=0, steps=STEPS):
+    multiplier = 0 if method == methods.HEAD else 2
+    return methods.adapt(method, model, multiplier, alpha=ALPHA, seed=seed, steps=steps)
+
+
+def rates_of(adapted, task, head_rate, monkeypatch):
+    """The learning rates of the optimizer's groups at each step of a training at 1e-3, and the groups' parameters."""
+    rates, parameters = [], []
+
+    def note(optimizer, *_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        parameters[:] = [group["params"] for group in optimizer.param_groups]
+
+    def watched(*arguments, **options):
+        optimizer = adamw(*arguments, **options)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    found = examples(CLASSES if task == "bert" else 0)
+    training.train(adapted, found, training.batch_numbers(found.train.lengths, 4, STEPS, 0), 1e-3, 0, head_rate)
+    return np.array(rates), parameters
+
+
+SHARES = np.array([[training.share_of_rate(step, STEPS)] for step in range(STEPS)])
+
+
+@pytest.mark.filterwarnings("ignore:no rank will move")  # so few steps
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_head_learns_at_its_own_rate_and_the_adapters_at_theirs(method, folders, monkeypatch):
+    model = models.load(folders["bert"], CLASSES)
+    adapted = adapt(method, model)
+    rates, (adapters, head) = rates_of(adapted, "bert", HEAD_RATE, monkeypatch)
+    assert rates == pytest.approx(SHARES * [1e-3, HEAD_RATE])
+    assert set(map(id, head)) == set(map(id, model.classifier.parameters()))
+    assert set(map(id, [*adapters, *head])) == set(map(id, adapted.trained)) and adapters
+    assert len(adapters) + len(head) == len(adapted.trained)
+
+
+def test_one_rate_is_for_all_where_there_are_no_adapters_or_no_fresh_head(folders, monkeypatch):
+    model = models.load(folders["bert"], CLASSES)
+    rates, (head,) = rates_of(adapt("head", model), "bert", None, monkeypatch)
+    assert rates == pytest.approx(SHARES * 1e-3)
+    assert list(map(id, head)) == list(map(id, model.classifier.parameters()))
+    adapted = adapt("lora", models.load(folders["llama"], 0))
+    rates, (adapters,) = rates_of(adapted, "llama", None, monkeypatch)
+    assert rates == pytest.approx(SHARES * 1e-3) and len(adapters) == len(adapted.trained)
+
+
+def test_a_head_beside_adapters_without_a_rate_of_its_own_is_an_error(tmp_path):
+    for wrong in (
+        spec(tmp_path, "lora", head_rate=None),
+        spec(tmp_path, "head", 0, head_rate=HEAD_RATE),
+        spec(tmp_path, "lora", task="llama", head_rate=HEAD_RATE),
+    ):
+        with pytest.raises(ValueError, match="a learning rate of its own, and nothing else"):
+            runs.run(wrong)
+
+
+def test_a_head_that_a_wrapper_replaces_by_a_copy_is_an_error(folders, monkeypatch):
+    import peft
+
+    plain = peft.get_peft_model
+
+    def wrapping(model, config):
+        config.modules_to_save = ["classifier"]
+        return plain(model, config)
+
+    monkeypatch.setattr(peft, "get_peft_model", wrapping)
+    with pytest.raises(RuntimeError, match="not the one that was drawn"):
+        adapt("lora", models.load(folders["bert"], CLASSES))
+
+
+def test_the_head_alone_is_trained_without_adapters(tmp_path, folders):
+    model = models.load(folders["bert"], CLASSES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = examples(CLASSES)
+    batches = training.batch_numbers(found.train.lengths, 4, STEPS, 0)
+    training.train(adapt("head", model), found, batches, 1e-2, 0)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+    record = runs.run(spec(tmp_path, "head", 0))
+    assert record["head_parameters"] == 16 * CLASSES + CLASSES and record["adapter_parameters"] == 0
+    assert record["ranks"] == {} and record["budget"] == 0 and record["alpha"] is None and record["head_rate"] is None
+    assert 0 <= record["test_metric"] <= 1 and record["step_seconds"] > 0
+    with pytest.raises(ValueError, match="no fresh head"):
+        adapt("head", models.load(folders["llama"], 0))
+
+
+@pytest.mark.parametrize("method", ["head", "lora", "adalora"])
+def test_settings_of_l1ra_are_for_l1ra(method, tmp_path):
+    with pytest.raises(ValueError, match=f"{method} takes no settings of L1RA"):
+        runs.run(spec(tmp_path, method, 0 if method == "head" else 2, settings=(("margin", 0.2),)))
 
 
 @pytest.mark.parametrize("multiplier", [2, 4, 8])
@@ -226,7 +326,7 @@ def test_lora_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "peak_bytes", lambda: 2**20)
     # Enough to train on that it is no matter of luck, and to test on that it shows: a guess is right in 1 of 3.
     monkeypatch.setattr(TinyTask, "examples", lambda task: examples(CLASSES, (800, 100, 200)))
-    record = runs.run(Spec("bert", "lora", 4, 0, 1e-2, 150, str(tmp_path)))
+    record = runs.run(Spec("bert", "lora", 4, 0, 1e-2, 150, str(tmp_path), head_rate=1e-2))
     assert record["test_metric"] > 0.6
     assert record["peak_mib"] == 1
 
@@ -236,9 +336,34 @@ def test_the_ranks_of_adalora_fall(folders):
     adapted = methods.adapt("adalora", model, 2, alpha=ALPHA, seed=0, steps=20)
     assert set(adapted.ranks().values()) == {3}
     found = examples(CLASSES)
-    training.train(adapted, found, training.batch_numbers(found.train.lengths, 4, 20, 0), 1e-2, 0)
+    training.train(adapted, found, training.batch_numbers(found.train.lengths, 4, 20, 0), 1e-2, 0, 1e-2)
     assert 0 < sum(adapted.ranks().values()) <= 2 * 13
     assert len(set(adapted.ranks().values())) > 1
+
+
+def test_adalora_is_trained_on_its_orthogonality_term_too_and_not_judged_by_it(folders):
+    model = models.load(folders["bert"], CLASSES)
+    found = examples(CLASSES)
+    models.fresh_head(model, 0)
+    before = training.evaluate(model, found.test, found)[0]
+    adapted = adapt("adalora", model, steps=20)
+    factors = {name: p for name, p in adapted.model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    with torch.no_grad():
+        grams = [p @ p.T if "lora_A" in name else p.T @ p for name, p in factors.items()]
+        term = sum(torch.dist(gram, torch.eye(len(gram))).item() for gram in grams) / len(grams)
+        batch = training.collate(found.test, np.arange(8), CLASSES, 0, torch.device("cpu"))
+        adapted.model.eval()
+        plain, whole = (forward(**batch).loss.item() for forward in (adapted.model, adapted.forward))
+    assert len(factors) == 2 * 13 and term > 1
+    weight = adapted.model.peft_config["default"].orth_reg_weight
+    assert weight > 0 and whole - plain == pytest.approx(weight * term, rel=1e-4)
+
+    # Its singular values are 0 at first: the factors get no gradient but the term's.
+    gradients = []
+    adapted.after_step = lambda step: gradients.extend(p.grad.abs().max().item() for p in factors.values())
+    assert training.evaluate(adapted.model, found.test, found)[0] == pytest.approx(before)
+    training.train(adapted, found, [np.arange(4)], 1e-2, 0, 1e-2)
+    assert len(gradients) == len(factors) and min(gradients) > 0
 
 
 def test_an_allocation_of_adalora_that_does_nothing_is_an_error(folders, monkeypatch):
@@ -289,14 +414,17 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
 
     assert program.main(arguments, launch) == 0
     tuning = [s for s in launched if s.seed == TUNING_SEED]
-    assert len(tuning) == 4 and len(launched) == 4 + 2 * 3
+    assert len(tuning) == 2 * 3 and len(launched) == 2 * 3 + 2 * 4
     records = schedule.read(tmp_path)
     assert all((r["test_loss"] is None) == (r["seed"] == TUNING_SEED) for r in records)
-    for method in ("lora", "l1ra"):
+    for method in ("head", "lora", "l1ra"):
         tried = [r for r in records if (r["method"], r["seed"]) == (method, TUNING_SEED)]
         best = climb.best({r["rate"]: r["validation_loss"] for r in tried})
         assert {s.rate for s in launched if s.method == method and s.seed < 2} == {best}
+    (head_rate,) = {s.rate for s in launched if s.method == "head" and s.seed < 2}
+    assert {r["head_rate"] for r in records if r["method"] in ("lora", "l1ra")} == {head_rate}
     report = (tmp_path / "quality.md").read_text()
+    assert "| none | head |" in report and f"that of the head is {head_rate:g} beside all adapters" in report
     assert (
         "l1ra − lora" in report
         and "of the grid" in report
@@ -311,12 +439,29 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
     assert [(s.method, s.seed) for s in launched] == [("lora", 1)]
     assert not list(tmp_path.rglob("*.partial"))
 
+    launched.clear()
     experiment = ["--tasks", "bert", "--seeds", "1", "--budgets", "2", "--rate", "1e-2", "--out", str(tmp_path)]
-    assert program.main([*experiment, "--set", "margin=0.2", "--label", "q25"], launch) == 0
+    experiment += ["--rates", "1e-2", "3e-2", "--set", "margin=0.2", "--label", "q25"]
+    assert program.main(experiment, launch) == 0
+    assert [(s.name, s.rate, s.head_rate) for s in launched] == [("q25", 1e-2, head_rate)]
     (record,) = [r for r in schedule.read(tmp_path) if r["method"] == "q25"]
     assert record["settings"] == {"margin": 0.2} and record["config"]["margin"] == 0.2
     assert record["base_method"] == "l1ra" and record["alpha"] == record["config"]["alpha"] == ALPHA
     assert "q25 − l1ra" in (tmp_path / "quality.md").read_text()
+
+
+def test_language_models_have_no_run_of_a_head_alone(tmp_path):
+    launched = []
+
+    def launch(spec):
+        launched.append(spec)
+        return InProcess(spec)
+
+    arguments = ["--tasks", "llama", "--methods", "head", "lora", "--seeds", "1", "--budgets", "2", "--rate", "1e-2"]
+    assert program.main([*arguments, "--out", str(tmp_path)], launch) == 0
+    assert [(s.method, s.rate, s.head_rate) for s in launched] == [("lora", 1e-2, None)]
+    (record,) = schedule.read(tmp_path)
+    assert record["head_rate"] is None and "of the head" not in (tmp_path / "quality.md").read_text()
 
 
 def test_no_minutes_start_nothing(tmp_path, capsys):
@@ -329,13 +474,15 @@ def test_no_minutes_start_nothing(tmp_path, capsys):
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
     def launch(spec):
-        return InProcess(Spec(**{**vars(spec), "method": "nonsense"}) if spec.seed == 0 else spec)
+        fails = (spec.method, spec.seed) == ("lora", 0)
+        return InProcess(Spec(**{**vars(spec), "method": "nonsense"}) if fails else spec)
 
     arguments = ["--tasks", "bert", "--methods", "lora", "--seeds", "2", "--budgets", "2", "--rate", "1e-2"]
+    arguments += ["--rates", "3e-2"]
     assert program.main([*arguments, "--out", str(tmp_path)], launch) == 1
     captured = capsys.readouterr()
     assert "no method is called 'nonsense'" in captured.out and "1 runs FAILED" in captured.err
-    assert [r["seed"] for r in schedule.read(tmp_path)] == [1]
+    assert [r["seed"] for r in schedule.read(tmp_path) if r["method"] == "lora"] == [1]
 
 
 def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monkeypatch):
@@ -345,7 +492,7 @@ def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monk
         seen.update(command=command, env=env)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    wanted = spec(tmp_path, settings=(("margin", 0.3),))
+    wanted = spec(tmp_path, "l1ra", settings=(("margin", 0.3),))
     schedule.start(wanted)
     assert seen["env"]["OMP_NUM_THREADS"] == "1" and seen["env"]["GOMP_SPINCOUNT"] == "0"
     assert Spec.parse(seen["command"][-1]) == wanted

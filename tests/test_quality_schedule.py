@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import climb, runs
 from benchmarks.quality.runs import TUNING_SEED
-from benchmarks.quality.schedule import Plan, Queue, read
+from benchmarks.quality.schedule import Plan, PlannedTask, Queue, read
 
 
 def walk(loss, rates=climb.RATES):
@@ -56,7 +56,7 @@ def test_equal_losses_end_the_climb_at_the_lower_rate():
 
 # --- plans and the queue
 
-BOTTOMS = {"frozen": 1.0, "lora": 1e-3, "l1ra": 8e-3}
+BOTTOMS = {"frozen": 1.0, "head": 6.4e-2, "lora": 1e-3, "l1ra": 8e-3}
 
 
 class Pretended:
@@ -87,7 +87,7 @@ class Pretended:
 
 
 def plan(tmp_path, methods=("frozen", "lora", "l1ra"), seeds=2, **more):
-    tasks = {"words": (10, 4, (2, 4, 8)), "posts": (10, 4, (2, 4, 8))}
+    tasks = {name: PlannedTask(10, 4, (2, 4, 8), has_head=name == "words") for name in ("words", "posts")}
     return Plan(tasks, methods, seeds, str(tmp_path), **more)
 
 
@@ -102,45 +102,95 @@ def test_climbs_come_first_and_seeds_are_the_outermost_loop(tmp_path):
     a_plan = plan(tmp_path)
     _, launched = work(a_plan, jobs=1)
     tries = [spec for spec in launched if spec.seed == TUNING_SEED]
-    assert {spec.multiplier for spec in tries} == {4}
+    assert {(spec.method, spec.multiplier) for spec in tries} == {("head", 0), ("lora", 4), ("l1ra", 4)}
     assert launched[: len(tries)] == tries
-    # Two tasks; from 4e-3 and 2e-3 down to 5e-4 or up to 1.6e-2.
-    assert len(tries) == 2 * (4 + 4) and len(set(tries)) == len(tries)
+    # Two tasks; from 4e-3 and 2e-3 down to 5e-4 or up to 1.6e-2. And one head: up to the end of the grid.
+    assert len(tries) == 2 * (4 + 4) + 6 and len(set(tries)) == len(tries)
     finals = launched[len(tries) :]
     assert [spec.seed for spec in finals] == sorted(spec.seed for spec in finals)
-    # A seed: the frozen model, LoRA at three budgets, L1RA at these and at 70 % of the two large ones, on two tasks.
-    assert len(finals) == 2 * 2 * (1 + 3 + 5) and len(set(finals)) == len(finals)
+    # A seed: the frozen model, LoRA at three budgets, L1RA at these and at 70 % of the two large ones, on two tasks;
+    # the head alone on one.
+    assert len(finals) == 2 * (2 * (1 + 3 + 5) + 1) and len(set(finals)) == len(finals)
     assert {s.multiplier for s in finals if s.method == "l1ra"} == {2, 4, 8, 2.8, 5.6}
     assert {(spec.method, spec.rate) for spec in finals} == {*(BOTTOMS | {"frozen": 0.0}).items()}
     assert not a_plan.unsettled() and not a_plan.ready()
 
 
-def test_climbs_of_tasks_and_methods_go_side_by_side(tmp_path):
-    ready = [(s.task, s.method, s.rate) for s in plan(tmp_path, ("lora", "l1ra")).ready()]
-    pairs = [(task, method) for task in ("words", "posts") for method in ("lora", "l1ra")]
+def test_climbs_of_tasks_and_methods_go_side_by_side_once_the_head_has_its_rate(tmp_path):
+    a_plan = plan(tmp_path, ("lora", "l1ra"), seeds=0)
+    ready = [(s.task, s.method, s.rate) for s in a_plan.ready()]
+    pairs = [("words", "head"), ("posts", "lora"), ("posts", "l1ra")]
     assert ready == [(*pair, rate) for pair in pairs for rate in (2e-3, 4e-3)]
+    assert a_plan.chosen("words", "lora") is None and a_plan.tries("words", "lora") == []
+    climb_of_the_head(a_plan)
+    ready = [(s.task, s.method, s.rate, s.head_rate) for s in a_plan.ready()]
+    pairs = [("words", "lora", 6.4e-2), ("words", "l1ra", 6.4e-2), ("posts", "lora", None), ("posts", "l1ra", None)]
+    assert ready == [(task, method, rate, head) for task, method, head in pairs for rate in (2e-3, 4e-3)]
+
+
+def climb_of_the_head(a_plan):
+    while tries := a_plan.tries("words", "head"):
+        for spec in tries:
+            Pretended([])(spec)
+
+
+def test_the_head_has_the_same_rate_beside_all_adapters(tmp_path):
+    _, launched = work(plan(tmp_path))
+    adapted = [spec for spec in launched if spec.method in ("lora", "l1ra")]
+    assert {(spec.task, spec.head_rate) for spec in adapted} == {("words", 6.4e-2), ("posts", None)}
+    assert all(spec.head_rate is None for spec in launched if spec.method in ("frozen", "head"))
+    heads = [spec for spec in launched if spec.method == "head"]
+    assert {spec.task for spec in heads} == {"words"}
+    assert {(s.seed, s.rate, s.multiplier) for s in heads if s.seed != TUNING_SEED} == {(0, 6.4e-2, 0), (1, 6.4e-2, 0)}
+
+
+def test_runs_beside_a_head_at_another_rate_are_other_runs(tmp_path):
+    _, launched = work(plan(tmp_path, ("lora",), seeds=1, rate=1e-3))
+    _, again = work(plan(tmp_path, ("lora",), seeds=1, rate=1e-3, rates=(2e-3,)))
+    (head, *others) = again
+    assert (head.method, head.rate, len(others)) == ("head", 2e-3, 3)
+    assert {(s.task, s.method, s.rate, s.head_rate) for s in others} == {("words", "lora", 1e-3, 2e-3)}
+    assert not {s.file for s in launched} & {s.file for s in again}
+
+
+def test_the_head_of_an_experiment_has_neither_its_label_nor_its_settings(tmp_path):
+    a_plan = plan(tmp_path, ("l1ra",), seeds=1, label="m03", settings=(("margin", 0.3),))
+    assert a_plan.unsettled() == ["words/head", "words/m03", "posts/m03"]
+    _, launched = work(a_plan)
+    found = {(s.method, s.name, s.settings) for s in launched}
+    assert found == {("head", "head", ()), ("l1ra", "m03", (("margin", 0.3),))}
 
 
 def test_a_climb_is_resumed_and_no_rate_is_tried_twice(tmp_path):
     whole = [spec.rate for spec in work(plan(tmp_path / "whole", ("lora",)))[1] if spec.seed == TUNING_SEED]
     part = plan(tmp_path / "part", ("lora",))
     Pretended([])(part.ready()[0])
-    assert part.unsettled() == ["words/lora", "posts/lora"]
+    assert part.unsettled() == ["words/head", "words/lora", "posts/lora"]
     _, launched = work(part)
     assert sorted([2e-3, *(s.rate for s in launched if s.seed == TUNING_SEED)]) == sorted(whole)
     assert work(part)[1] == []
 
 
-def test_a_given_rate_needs_no_climb(tmp_path):
-    _, launched = work(plan(tmp_path, ("lora",), seeds=1, rate=3e-3, share=False))
-    assert {(s.seed, s.rate) for s in launched} == {(0, 3e-3)} and len(launched) == 6
+def test_a_given_rate_needs_no_climb_but_the_heads(tmp_path):
+    a_plan = plan(tmp_path, ("lora",), seeds=1, rate=3e-3, share=False)
+    assert a_plan.chosen("posts", "lora") == 3e-3 and a_plan.chosen("words", "lora") is None
+    _, launched = work(a_plan)
+    adapted = [s for s in launched if s.method == "lora"]
+    assert {(s.task, s.seed, s.rate, s.head_rate) for s in adapted} == {
+        ("words", 0, 3e-3, 6.4e-2),
+        ("posts", 0, 3e-3, None),
+    }
+    assert len(adapted) == 6
+    assert {s.rate for s in launched if s.method == "head" and s.seed == 0} == {6.4e-2}
 
 
 def test_a_method_that_always_diverges_shows_it_at_the_lowest_rate(tmp_path):
     a_plan = plan(tmp_path, ("lora",), rates=(1e-3, 2e-3))
-    for rate in a_plan.rates:
-        runs.write(a_plan._try("words", "lora", rate).file, {"validation_loss": None, "diverged": True})
-    assert a_plan.chosen("words", "lora") == 1e-3 and a_plan.chosen("posts", "lora") is None
+    for task, method in (("words", "head"), ("posts", "lora")):
+        for rate in a_plan.rates:
+            runs.write(a_plan._try(task, method, rate).file, {"validation_loss": None, "diverged": True})
+    assert a_plan.chosen("words", "head") == a_plan.head_rate("words", "lora") == 1e-3
+    assert a_plan.chosen("posts", "lora") == 1e-3 and a_plan.chosen("words", "lora") is None
 
 
 def test_runs_that_would_end_too_late_are_left(tmp_path):
@@ -156,4 +206,12 @@ def test_earlier_runs_tell_how_long_the_next_ones_take(tmp_path):
     assert queue.expected(spec) == 50
     common = {"task": "words", "base_method": "lora", "device": "cpu"}
     queue.look_back([{**common, "total_seconds": 7.0}, {**common, "device": "cuda", "total_seconds": 9.0}], "cpu")
+    short = [{**common, "base_method": bare, "total_seconds": 70.0} for bare in ("frozen", "head")]
+    queue.look_back(short, "cpu")
     assert queue.expected(spec) == 7
+
+
+def test_runs_without_adapters_do_not_tell_how_long_others_take(tmp_path):
+    queue, launched = work(plan(tmp_path, ("frozen",)))
+    assert {spec.method for spec in launched} == {"frozen", "head"}
+    assert queue.expected(plan(tmp_path).spec("words", "lora", 2, 0, 1e-3, 1e-3)) == 1.0

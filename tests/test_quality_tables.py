@@ -40,6 +40,7 @@ def planted(method, multiplier, seed, metric, rate=1e-3, **more):
         "metric": "accuracy", "model": "tiny", "batch": 4, "max_tokens": 10, "ranks": ranks, "ranks_moved": 1,
         "examples": {"train": 80, "validation": 20, "test": 30}, "adapter_parameters": 100, "step_seconds": 0.1,
         "peak_mib": 10.0, "hardware": "a machine", "threads": 1, "versions": {"torch": "2", "commit": "abc"},
+        "head_rate": None,
     } | more  # fmt: skip
 
 
@@ -71,6 +72,44 @@ def test_only_runs_at_the_chosen_rate_are_reported():
     results = Results(records, methods.METHODS)
     assert results.tuned("bert", "lora").rate == 1e-3
     assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
+
+
+def head_records(rates=((1e-2, 0.7), (3e-2, 0.8)), final=3e-2):
+    """Tries of the head alone, ``(rate, metric)``, and its run."""
+    bare = {"ranks": {}, "ranks_moved": None, "adapter_parameters": 0, "alpha": None}
+    tries = [planted("head", 0, TUNING_SEED, metric, rate, **bare) for rate, metric in rates]
+    return [*tries, planted("head", 0, 0, 0.81, final, **bare)]
+
+
+def test_only_runs_beside_the_head_at_its_rate_are_reported():
+    records = head_records()
+    records += [planted("lora", 2, seed, 0.5, head_rate=1e-2) for seed in range(3)]
+    records += [planted("lora", 2, 0, 0.9, head_rate=3e-2)]
+    records += [planted("lora", 2, TUNING_SEED, 0.6, 2e-3, head_rate=1e-2)]
+    records += [planted("lora", 2, TUNING_SEED, 0.5, 1e-3, head_rate=3e-2)]
+    results = Results(records, methods.METHODS)
+    assert results.head_rate("bert") == 3e-2 == results.tuned("bert", "head").rate
+    assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
+    assert results.tuned("bert", "lora").tried == {1e-3: 0.5}
+    assert Results([planted("lora", 2, 0, 0.5)], methods.METHODS).head_rate("bert") is None
+
+
+def test_the_head_alone_is_a_row_without_a_budget_and_its_rate_is_told():
+    records = [*head_records(), planted("frozen", 0, 0, 0.6, 0.0, alpha=None)]
+    records += [planted("lora", 4, seed, 0.9, head_rate=3e-2) for seed in (0, TUNING_SEED)]
+    report = tables.markdown(Results(records, methods.METHODS), [])
+    rows = [line for line in report.splitlines() if line.startswith("| none |")]
+    assert rows == [
+        "| none | frozen | 60.00 | 0.4000 | 1 |  |  |  |  |",
+        "| none | head | 81.00 | 0.1900 | 1 | 0 |  |  | 10 |",
+    ]
+    assert "The task head has a learning rate of its own" in report and "the same for all methods" in report
+    assert "by validation loss; that of the head is 0.03 beside all adapters:" in report
+    assert "| head | 0.03 |  | 0.3000 | **0.2000** | highest of the grid" in report
+    assert "Learning rates were tried at 4 × alone" in report  # the head has no budget
+
+    plain = tables.markdown(Results([planted("lora", 4, 0, 0.9)], methods.METHODS), [])
+    assert "learning rate of its own" not in plain and "of the head" not in plain
 
 
 def test_seeds_that_not_all_methods_have_are_left_out_and_told():

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["RATES", "START", "best", "loss_of", "to_try"]
 
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 START = 2e-3
 
 

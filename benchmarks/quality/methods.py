@@ -16,10 +16,12 @@ from benchmarks.quality import models
 from l1ra.base_layers import base_features
 from l1ra.targets import saved_modules, select_targets
 
-__all__ = ["FROZEN", "METHODS", "Adapted", "adapt", "budget_of"]
+__all__ = ["BARE", "FROZEN", "HEAD", "METHODS", "Adapted", "adapt", "budget_of"]
 
-FROZEN = "frozen"
-METHODS = (FROZEN, "lora", "rslora", "adalora", "reference", "l1ra", "l1ra-params")
+FROZEN, HEAD = "frozen", "head"
+BARE = (FROZEN, HEAD)  # without adapters
+PEFTS, L1RAS = ("lora", "rslora", "adalora"), ("reference", "l1ra", "l1ra-params")
+METHODS = (*BARE, *PEFTS, *L1RAS)
 # AdaLoRA: how many more ranks than the budget it begins with, and its phases as shares of the training. The paper's
 # range from 5 to 12 % before the first cut, from 20 to 60 % after the last one.
 ADALORA_START = 1.5
@@ -36,22 +38,30 @@ class Adapted:
 
     Attributes:
         trained: what the optimizer gets: adapters and head.
+        head: the parameters of the task head, all of them in ``trained``; empty for a language model.
         budget: ranks, or parameters where the method counts these.
         initial_ranks: name -> rank.
         ranks: name -> rank now.
         sizes: name -> ``(in_features, out_features)``.
+        forward: takes a batch with labels as the model does; its ``loss`` is what is trained on. None: the model.
         after_step: to be called after each optimizer step, counted from 1, with the gradients still there.
         controller: of L1RA.
     """
 
     model: nn.Module
-    trained: list[nn.Parameter]
     budget: int
     initial_ranks: dict[str, int]
     ranks: Callable[[], dict[str, int]]
     sizes: dict[str, tuple[int, int]]
+    forward: Callable[..., Any] | None = None
     after_step: Callable[[int], None] = field(default=_nothing)
     controller: l1ra.RankController | None = None
+    trained: list[nn.Parameter] = field(default_factory=list)
+    head: list[nn.Parameter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.forward is None:
+            self.forward = self.model
 
     def parameters_of(self, ranks: dict[str, int]) -> int:
         """Elements of A and B at these ranks; gates and singular values, one a rank, are not counted."""
@@ -72,24 +82,29 @@ def adapt(
 
     Args:
         method: one of ``METHODS`` but frozen.
-        multiplier: the budget in multiples of the number of adapted layers.
+        multiplier: the budget in multiples of the number of adapted layers; 0 for the head alone.
         alpha: of the scaling ``alpha / rank`` (rslora: ``sqrt(alpha / rank)``), the same at every budget, so that one
             learning rate suits all of them, as in LoRA's paper. With as many ranks in every layer the scaling is 1.
         steps: optimizer steps of the whole training.
         settings: of ``L1RAConfig``, for the methods of L1RA.
 
     Raises:
-        ValueError: no such method, settings for a method without any, or a budget that it can't spend evenly.
-        RuntimeError: it did not spend what it should.
+        ValueError: no such method, settings for a method without any, a budget that it can't spend evenly, or the head
+            alone of a model that has none.
+        RuntimeError: it did not spend what it should, or the head that is trained is not the one that was drawn.
     """
     head = models.fresh_head(model, seed)
     heads = saved_modules(model, None)
     sizes = {name: base_features(layer) for name, layer in select_targets(model, "all-linear", heads).items()}
     budget = budget_of(method, multiplier, sizes)
     torch.manual_seed(seed)
-    if method in ("lora", "rslora", "adalora"):
-        if settings:
-            raise ValueError(f"{method} takes no settings of L1RA.")
+    if settings and method in (HEAD, *PEFTS):
+        raise ValueError(f"{method} takes no settings of L1RA.")
+    if method == HEAD:
+        if not head:
+            raise ValueError("a language model has no fresh head that could be trained alone.")
+        adapted = Adapted(model.requires_grad_(False), budget, {}, dict, {})
+    elif method in PEFTS:
         if multiplier != int(multiplier):
             raise ValueError(
                 f"{method} gives every layer the same rank: the multiplier must be whole, not {multiplier}."
@@ -97,13 +112,14 @@ def adapt(
         adapted = (_adalora if method == "adalora" else _lora)(
             method, model, int(multiplier), alpha, budget, sizes, steps
         )
-        for parameter in head:
-            parameter.requires_grad_(True)
-    elif method in ("reference", "l1ra", "l1ra-params"):
+    elif method in L1RAS:
         adapted = _l1ra(method, model, alpha, budget, sizes, seed, steps, settings or {})
     else:
         raise ValueError(f"no method is called {method!r}: they are {', '.join(METHODS)}.")
-    adapted.trained = [p for p in adapted.model.parameters() if p.requires_grad]
+    for parameter in head:
+        parameter.requires_grad_(True)
+    adapted.trained, adapted.head = [p for p in adapted.model.parameters() if p.requires_grad], head
+    _check_head(adapted, saved_modules(model, None))
     _check_spent(method, adapted)
     return adapted
 
@@ -113,6 +129,13 @@ def budget_of(method: str, multiplier: float, sizes: dict[str, tuple[int, int]])
     if method == "l1ra-params":
         return int(multiplier * sum(sum(size) for size in sizes.values()) + 1e-6)
     return int(multiplier * len(sizes) + 1e-6)
+
+
+def _check_head(adapted: Adapted, heads: dict[str, nn.Module]) -> None:
+    # A wrapper that trains a copy of the head would take it out of the optimizer's group of its own.
+    drawn, there = set(map(id, adapted.head)), {id(p) for head in heads.values() for p in head.parameters()}
+    if drawn != there or not drawn <= set(map(id, adapted.trained)):
+        raise RuntimeError("the head that is trained is not the one that was drawn.")
 
 
 def _check_spent(method: str, adapted: Adapted) -> None:
@@ -139,7 +162,7 @@ def _l1ra(
         given["budget_unit"] = "params"
     preset = "reference" if method == "reference" else "default"
     controller = l1ra.patch(model, budget, preset=preset, **{**given, **settings})
-    return Adapted(model, [], budget, controller.initial_ranks, lambda: controller.ranks, sizes, controller=controller)
+    return Adapted(model, budget, controller.initial_ranks, lambda: controller.ranks, sizes, controller=controller)
 
 
 def _lora(
@@ -157,7 +180,7 @@ def _lora(
         layers = _peft_layers(model, sizes)
         return {name: layer.lora_A["default"].weight.shape[0] for name, layer in layers.items()}
 
-    return Adapted(model, [], budget, ranks(), ranks, sizes)
+    return Adapted(model, budget, ranks(), ranks, sizes)
 
 
 def _adalora(
@@ -180,7 +203,6 @@ def _adalora(
             tfinal=int(ADALORA_AFTER * steps),
             deltaT=max(1, int(ADALORA_INTERVAL * steps)),
         )
-        # Without a task type PEFT leaves AdaLoRA's orthogonality term out of the loss; docs/allocation.md has a trial.
         model = peft.get_peft_model(model, config)
     last = steps - config.tfinal
 
@@ -197,7 +219,8 @@ def _adalora(
         if step == last and not 0 < sum(ranks().values()) <= budget:
             raise RuntimeError(f"AdaLoRA has {sum(ranks().values())} ranks after its last cut instead of {budget}.")
 
-    return Adapted(model, [], budget, ranks(), ranks, sizes, after_step)
+    # Its forward adds the orthogonality term to the loss; a PeftModel without a task type goes past it.
+    return Adapted(model, budget, ranks(), ranks, sizes, model.base_model, after_step)
 
 
 def _peft_layers(model: nn.Module, names: dict[str, Any]) -> dict[str, nn.Module]:

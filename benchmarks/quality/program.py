@@ -2,8 +2,9 @@
 
 Every run has the same layers, head, data order, steps and schedule, and one alpha at all budgets; each method's
 learning rate is found by the same climb on a grid, judged by the loss on a validation part, and what is reported comes
-from a test part. Runs that are recorded are not done again: a call that is broken off, or has used up its minutes, goes
-on where it was.
+from a test part. The head's learning rate is found first, with the head alone, and is the same for all methods.
+
+Runs that are recorded are not done again: a call that is broken off, or has used up its minutes, goes on where it was.
 
     python -m benchmarks.quality                                        # hours on two cores
     python -m benchmarks.quality --tasks polarity --methods lora l1ra --seeds 3
@@ -26,7 +27,7 @@ from benchmarks.quality.climb import RATES, START
 from benchmarks.quality.figures import Results
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import draw
-from benchmarks.quality.schedule import Plan, Queue, read, start
+from benchmarks.quality.schedule import Plan, PlannedTask, Queue, read, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
 from benchmarks.settings import setting
@@ -107,7 +108,7 @@ def make_plan(arguments: argparse.Namespace, out: Path) -> Plan:
     for name in arguments.tasks:
         task = TASKS[name]
         budgets = tuple(arguments.budgets or task.budgets)
-        tasks[name] = (arguments.steps or task.steps, task.middle, budgets)
+        tasks[name] = PlannedTask(arguments.steps or task.steps, task.middle, budgets, task.has_head)
     experiment = arguments.label is not None
     return Plan(
         tasks,
@@ -135,7 +136,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those that take an hour or two)",
     )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}; head is always done where there is one",
+    )
     add(
         "--budgets",
         nargs="+",
@@ -155,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         help="settings of L1RAConfig for an experiment with l1ra; needs --label",
     )
     add("--label", help="name of the experiment in records and tables")
-    add("--rate", type=float, help="a learning rate instead of the climb")
+    add("--rate", type=float, help="a learning rate instead of the climb; the head still has its own")
     add(
         "--rates",
         nargs="+",

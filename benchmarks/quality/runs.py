@@ -29,7 +29,7 @@ class Spec:
 
     Attributes:
         task, method: names.
-        multiplier: the budget in multiples of the number of adapted layers; 0 for the frozen model.
+        multiplier: the budget in multiples of the number of adapted layers; 0 for what has no adapters.
         seed: of the head, the adapters, the order of the data and dropout. ``TUNING_SEED``: a try of a learning rate,
             for which nothing is tested.
         rate: the learning rate; 0 for the frozen model.
@@ -38,6 +38,8 @@ class Spec:
         device: ``"cpu"`` or ``"cuda"``.
         label: name in the record, if it is not the method's.
         settings: of ``L1RAConfig``, as pairs.
+        head_rate: the learning rate of the head beside adapters; None for language models, which have no fresh one,
+            and for the head alone, whose ``rate`` it is.
     """
 
     task: str
@@ -50,6 +52,7 @@ class Spec:
     device: str = "cpu"
     label: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    head_rate: float | None = None
 
     @property
     def name(self) -> str:
@@ -59,6 +62,8 @@ class Spec:
     @property
     def file(self) -> Path:
         stem = f"{self.multiplier:g}x-seed{self.seed}-lr{self.rate:g}"
+        if self.head_rate is not None:
+            stem += f"-head{self.head_rate:g}"
         return Path(self.out) / self.task / self.name / f"{stem}.json"
 
     @classmethod
@@ -79,7 +84,7 @@ def run(spec: Spec) -> dict[str, Any]:
     import torch
 
     from benchmarks.quality import models, training
-    from benchmarks.quality.methods import FROZEN, adapt
+    from benchmarks.quality.methods import FROZEN, HEAD, adapt
     from benchmarks.quality.tasks import TASKS
 
     begin = time.perf_counter()
@@ -109,9 +114,9 @@ def run(spec: Spec) -> dict[str, Any]:
     else:
         terms = {"alpha": task.middle, "seed": spec.seed, "steps": spec.steps, "settings": dict(spec.settings)}
         adapted = adapt(spec.method, model, spec.multiplier, **terms)
-        trained = training.train(adapted, examples, batches, spec.rate, spec.seed)
+        trained = training.train(adapted, examples, batches, spec.rate, spec.seed, spec.head_rate)
         record |= {
-            "alpha": float(dict(spec.settings).get("alpha", task.middle)),
+            "alpha": None if spec.method == HEAD else float(dict(spec.settings).get("alpha", task.middle)),
             "seconds": round(trained.seconds, 3),
             "step_seconds": round(trained.step_seconds, 5),
             "peak_mib": round((trained.peak_bytes or peak_bytes()) / 2**20, 1),
@@ -137,12 +142,7 @@ def run(spec: Spec) -> dict[str, Any]:
 
 def spent(adapted: Any) -> dict[str, Any]:
     """Ranks and parameters before and after a training."""
-    from benchmarks.quality.models import saved_modules
-
     after, controller = adapted.ranks(), adapted.controller
-    base = getattr(adapted.model, "base_model", None) if controller is None else None
-    plain = adapted.model if base is None or not hasattr(base, "model") else base.model
-    heads = saved_modules(plain, None).values()
     found = {
         "budget": adapted.budget,
         "budget_unit": "ranks" if controller is None else controller.config.budget_unit,
@@ -152,7 +152,7 @@ def spent(adapted: Any) -> dict[str, Any]:
         "layer_sizes": adapted.sizes,
         "initial_adapter_parameters": adapted.parameters_of(adapted.initial_ranks),
         "adapter_parameters": adapted.parameters_of(after),
-        "head_parameters": sum(p.numel() for head in heads for p in head.parameters()),
+        "head_parameters": sum(p.numel() for p in adapted.head),
         "ranks_moved": None,
         "reallocations": None,
     }

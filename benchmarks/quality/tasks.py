@@ -92,6 +92,11 @@ class Task:
         """The budget at which learning rates are tried, and alpha, whatever the budget: there the scaling is 1."""
         return self.budgets[len(self.budgets) // 2]
 
+    @property
+    def has_head(self) -> bool:
+        """Whether a head is drawn anew: a language model keeps the one it was pretrained with."""
+        return self.metric == "accuracy"
+
     def examples(self) -> Examples:
         """Tokenised once, then read from the cache.
 
