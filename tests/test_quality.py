@@ -25,7 +25,7 @@ from examples.data import DataError
 VOCABULARY, CLASSES, STEPS = 40, 3, 12
 ALPHA = 4.0
 HEAD_RATE = 3e-2
-TRAINED = [method for method in methods.METHODS if method not in methods.BARE]
+TRAINED = [method for method in methods.METHODS if method != methods.FROZEN]
 SHORT = {"interval": 2, "min_interval": 1, "warmup": 0.0, "cooldown": 0.1}
 
 
@@ -73,7 +73,7 @@ def _tiny_tasks(monkeypatch, folders):
 
 
 def spec(tmp_path, method="lora", multiplier=2, seed=0, rate=1e-2, task="bert", **more):
-    head_rate = HEAD_RATE if task == "bert" and method not in methods.BARE else None
+    head_rate = HEAD_RATE if task == "bert" and method != methods.FROZEN else None
     return Spec(task, method, multiplier, seed, rate, STEPS, str(tmp_path), **{"head_rate": head_rate, **more})
 
 
@@ -189,7 +189,7 @@ def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, mon
 
 def test_heads_are_the_same_for_every_method_and_are_trained(folders):
     heads = {}
-    for method in (methods.HEAD, *TRAINED):
+    for method in TRAINED:
         model = models.load(folders["bert"], CLASSES)
         adapted = adapt(method, model, seed=5)
         assert model.classifier.weight.requires_grad and model.classifier.bias.requires_grad
@@ -199,8 +199,7 @@ def test_heads_are_the_same_for_every_method_and_are_trained(folders):
 
 
 def adapt(method, model, seed=0, steps=STEPS):
-    multiplier = 0 if method == methods.HEAD else 2
-    return methods.adapt(method, model, multiplier, alpha=ALPHA, seed=seed, steps=steps)
+    return methods.adapt(method, model, 2, alpha=ALPHA, seed=seed, steps=steps)
 
 
 def rates_of(adapted, task, head_rate, monkeypatch):
@@ -238,22 +237,14 @@ def test_the_head_learns_at_its_own_rate_and_the_adapters_at_theirs(method, fold
     assert len(adapters) + len(head) == len(adapted.trained)
 
 
-def test_one_rate_is_for_all_where_there_are_no_adapters_or_no_fresh_head(folders, monkeypatch):
-    model = models.load(folders["bert"], CLASSES)
-    rates, (head,) = rates_of(adapt("head", model), "bert", None, monkeypatch)
-    assert rates == pytest.approx(SHARES * 1e-3)
-    assert list(map(id, head)) == list(map(id, model.classifier.parameters()))
+def test_one_rate_is_for_all_where_there_is_no_fresh_head(folders, monkeypatch):
     adapted = adapt("lora", models.load(folders["llama"], 0))
     rates, (adapters,) = rates_of(adapted, "llama", None, monkeypatch)
     assert rates == pytest.approx(SHARES * 1e-3) and len(adapters) == len(adapted.trained)
 
 
-def test_a_head_beside_adapters_without_a_rate_of_its_own_is_an_error(tmp_path):
-    for wrong in (
-        spec(tmp_path, "lora", head_rate=None),
-        spec(tmp_path, "head", 0, head_rate=HEAD_RATE),
-        spec(tmp_path, "lora", task="llama", head_rate=HEAD_RATE),
-    ):
+def test_a_head_without_a_rate_of_its_own_is_an_error_and_a_rate_without_a_head(tmp_path):
+    for wrong in (spec(tmp_path, "lora", head_rate=None), spec(tmp_path, "lora", task="llama", head_rate=HEAD_RATE)):
         with pytest.raises(ValueError, match="a learning rate of its own, and nothing else"):
             runs.run(wrong)
 
@@ -272,27 +263,10 @@ def test_a_head_that_a_wrapper_replaces_by_a_copy_is_an_error(folders, monkeypat
         adapt("lora", models.load(folders["bert"], CLASSES))
 
 
-def test_the_head_alone_is_trained_without_adapters(tmp_path, folders):
-    model = models.load(folders["bert"], CLASSES)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = examples(CLASSES)
-    batches = training.batch_numbers(found.train.lengths, 4, STEPS, 0)
-    training.train(adapt("head", model), found, batches, 1e-2, 0)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {"classifier.weight", "classifier.bias"}
-
-    record = runs.run(spec(tmp_path, "head", 0))
-    assert record["head_parameters"] == 16 * CLASSES + CLASSES and record["adapter_parameters"] == 0
-    assert record["ranks"] == {} and record["budget"] == 0 and record["alpha"] is None and record["head_rate"] is None
-    assert 0 <= record["test_metric"] <= 1 and record["step_seconds"] > 0
-    with pytest.raises(ValueError, match="no fresh head"):
-        adapt("head", models.load(folders["llama"], 0))
-
-
-@pytest.mark.parametrize("method", ["head", "lora", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_settings_of_l1ra_are_for_l1ra(method, tmp_path):
     with pytest.raises(ValueError, match=f"{method} takes no settings of L1RA"):
-        runs.run(spec(tmp_path, method, 0 if method == "head" else 2, settings=(("margin", 0.2),)))
+        runs.run(spec(tmp_path, method, settings=(("margin", 0.2),)))
 
 
 @pytest.mark.parametrize("multiplier", [2, 4, 8])
@@ -414,17 +388,20 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
 
     assert program.main(arguments, launch) == 0
     tuning = [s for s in launched if s.seed == TUNING_SEED]
-    assert len(tuning) == 2 * 3 and len(launched) == 2 * 3 + 2 * 4
+    # At the chosen rate of the head, LoRA's first rate was tried with the head's rates already.
+    assert len(tuning) == 2 + 2 * 2 - 1 and len(launched) == len(tuning) + 2 * 3
     records = schedule.read(tmp_path)
     assert all((r["test_loss"] is None) == (r["seed"] == TUNING_SEED) for r in records)
-    for method in ("head", "lora", "l1ra"):
-        tried = [r for r in records if (r["method"], r["seed"]) == (method, TUNING_SEED)]
+    heads = [r for r in records if r["seed"] == TUNING_SEED and (r["method"], r["rate"]) == ("lora", 1e-2)]
+    head_rate = climb.best({r["head_rate"]: r["validation_loss"] for r in heads})
+    assert {r["head_rate"] for r in heads} == {1e-2, 3e-2}
+    assert {s.head_rate for s in launched if s.method != "frozen" and s.seed < 2} == {head_rate}
+    for method in ("lora", "l1ra"):
+        tried = [r for r in records if (r["method"], r["seed"], r["head_rate"]) == (method, TUNING_SEED, head_rate)]
         best = climb.best({r["rate"]: r["validation_loss"] for r in tried})
         assert {s.rate for s in launched if s.method == method and s.seed < 2} == {best}
-    (head_rate,) = {s.rate for s in launched if s.method == "head" and s.seed < 2}
-    assert {r["head_rate"] for r in records if r["method"] in ("lora", "l1ra")} == {head_rate}
     report = (tmp_path / "quality.md").read_text()
-    assert "| none | head |" in report and f"that of the head is {head_rate:g} beside all adapters" in report
+    assert f"| the head, beside lora | {head_rate:g} |" in report
     assert (
         "l1ra − lora" in report
         and "of the grid" in report
@@ -450,18 +427,18 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
     assert "q25 − l1ra" in (tmp_path / "quality.md").read_text()
 
 
-def test_language_models_have_no_run_of_a_head_alone(tmp_path):
+def test_language_models_have_no_head_to_look_for_a_rate_for(tmp_path):
     launched = []
 
     def launch(spec):
         launched.append(spec)
         return InProcess(spec)
 
-    arguments = ["--tasks", "llama", "--methods", "head", "lora", "--seeds", "1", "--budgets", "2", "--rate", "1e-2"]
+    arguments = ["--tasks", "llama", "--methods", "lora", "--seeds", "1", "--budgets", "2", "--rate", "1e-2"]
     assert program.main([*arguments, "--out", str(tmp_path)], launch) == 0
     assert [(s.method, s.rate, s.head_rate) for s in launched] == [("lora", 1e-2, None)]
     (record,) = schedule.read(tmp_path)
-    assert record["head_rate"] is None and "of the head" not in (tmp_path / "quality.md").read_text()
+    assert record["head_rate"] is None and "the head" not in (tmp_path / "quality.md").read_text()
 
 
 def test_no_minutes_start_nothing(tmp_path, capsys):
@@ -482,7 +459,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
     assert program.main([*arguments, "--out", str(tmp_path)], launch) == 1
     captured = capsys.readouterr()
     assert "no method is called 'nonsense'" in captured.out and "1 runs FAILED" in captured.err
-    assert [r["seed"] for r in schedule.read(tmp_path) if r["method"] == "lora"] == [1]
+    assert [r["seed"] for r in schedule.read(tmp_path) if r["seed"] != TUNING_SEED] == [1]
 
 
 def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monkeypatch):

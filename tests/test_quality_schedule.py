@@ -56,7 +56,8 @@ def test_equal_losses_end_the_climb_at_the_lower_rate():
 
 # --- plans and the queue
 
-BOTTOMS = {"frozen": 1.0, "head": 6.4e-2, "lora": 1e-3, "l1ra": 8e-3}
+BOTTOMS = {"frozen": 1.0, "lora": 1e-3, "l1ra": 8e-3}
+HEAD = 1.6e-2  # the best rate of a head
 
 
 class Pretended:
@@ -72,7 +73,8 @@ class Pretended:
         tuning = spec.seed == TUNING_SEED
         record = {
             "task": spec.task, "method": spec.name, "base_method": spec.method, "seed": spec.seed, "rate": spec.rate,
-            "validation_loss": valley(BOTTOMS[spec.method])(spec.rate or 1.0), "diverged": False,
+            "validation_loss": valley(BOTTOMS[spec.method])(spec.rate or 1.0) + valley(HEAD)(spec.head_rate or HEAD),
+            "diverged": False,
             "multiplier": spec.multiplier, "validation_metric": 0.5, "test_metric": None if tuning else 0.5,
             "metric": "accuracy", "device": spec.device, "total_seconds": 1.0,
         }  # fmt: skip
@@ -102,15 +104,15 @@ def test_climbs_come_first_and_seeds_are_the_outermost_loop(tmp_path):
     a_plan = plan(tmp_path)
     _, launched = work(a_plan, jobs=1)
     tries = [spec for spec in launched if spec.seed == TUNING_SEED]
-    assert {(spec.method, spec.multiplier) for spec in tries} == {("head", 0), ("lora", 4), ("l1ra", 4)}
+    assert {(spec.method, spec.multiplier) for spec in tries} == {("lora", 4), ("l1ra", 4)}
     assert launched[: len(tries)] == tries
-    # Two tasks; from 4e-3 and 2e-3 down to 5e-4 or up to 1.6e-2. And one head: up to the end of the grid.
-    assert len(tries) == 2 * (4 + 4) + 6 and len(set(tries)) == len(tries)
+    # Two tasks; from 4e-3 and 2e-3 down to 5e-4 or up to 1.6e-2. And one head, from 2e-3 to 3.2e-2 beside LoRA at 2e-3,
+    # which is a try of LoRA's then.
+    assert len(tries) == 2 * (4 + 4) + 5 - 1 and len(set(tries)) == len(tries)
     finals = launched[len(tries) :]
     assert [spec.seed for spec in finals] == sorted(spec.seed for spec in finals)
-    # A seed: the frozen model, LoRA at three budgets, L1RA at these and at 70 % of the two large ones, on two tasks;
-    # the head alone on one.
-    assert len(finals) == 2 * (2 * (1 + 3 + 5) + 1) and len(set(finals)) == len(finals)
+    # A seed: the frozen model, LoRA at three budgets, L1RA at these and at 70 % of the two large ones, on two tasks.
+    assert len(finals) == 2 * 2 * (1 + 3 + 5) and len(set(finals)) == len(finals)
     assert {s.multiplier for s in finals if s.method == "l1ra"} == {2, 4, 8, 2.8, 5.6}
     assert {(spec.method, spec.rate) for spec in finals} == {*(BOTTOMS | {"frozen": 0.0}).items()}
     assert not a_plan.unsettled() and not a_plan.ready()
@@ -118,54 +120,58 @@ def test_climbs_come_first_and_seeds_are_the_outermost_loop(tmp_path):
 
 def test_climbs_of_tasks_and_methods_go_side_by_side_once_the_head_has_its_rate(tmp_path):
     a_plan = plan(tmp_path, ("lora", "l1ra"), seeds=0)
-    ready = [(s.task, s.method, s.rate) for s in a_plan.ready()]
-    pairs = [("words", "head"), ("posts", "lora"), ("posts", "l1ra")]
-    assert ready == [(*pair, rate) for pair in pairs for rate in (2e-3, 4e-3)]
+    ready = [(s.task, s.method, s.rate, s.head_rate) for s in a_plan.ready()]
+    posts = [("posts", method, rate, None) for method in ("lora", "l1ra") for rate in (2e-3, 4e-3)]
+    assert ready == [("words", "lora", 2e-3, rate) for rate in (2e-3, 4e-3)] + posts
     assert a_plan.chosen("words", "lora") is None and a_plan.tries("words", "lora") == []
+    assert a_plan.unsettled() == ["words/lora", "words/l1ra", "posts/lora", "posts/l1ra"]
     climb_of_the_head(a_plan)
     ready = [(s.task, s.method, s.rate, s.head_rate) for s in a_plan.ready()]
-    pairs = [("words", "lora", 6.4e-2), ("words", "l1ra", 6.4e-2), ("posts", "lora", None), ("posts", "l1ra", None)]
-    assert ready == [(task, method, rate, head) for task, method, head in pairs for rate in (2e-3, 4e-3)]
+    pairs = [("lora", 4e-3), ("lora", 1e-3), ("l1ra", 2e-3), ("l1ra", 4e-3)]
+    assert set(ready) == {*(("words", method, rate, HEAD) for method, rate in pairs), *posts} - {
+        ("words", "lora", 1e-3, HEAD)  # comes when 2e-3 and 4e-3 have been compared
+    }
 
 
 def climb_of_the_head(a_plan):
-    while tries := a_plan.tries("words", "head"):
+    while tries := a_plan.head_tries("words"):
         for spec in tries:
             Pretended([])(spec)
 
 
 def test_the_head_has_the_same_rate_beside_all_adapters(tmp_path):
     _, launched = work(plan(tmp_path))
-    adapted = [spec for spec in launched if spec.method in ("lora", "l1ra")]
-    assert {(spec.task, spec.head_rate) for spec in adapted} == {("words", 6.4e-2), ("posts", None)}
-    assert all(spec.head_rate is None for spec in launched if spec.method in ("frozen", "head"))
-    heads = [spec for spec in launched if spec.method == "head"]
-    assert {spec.task for spec in heads} == {"words"}
-    assert {(s.seed, s.rate, s.multiplier) for s in heads if s.seed != TUNING_SEED} == {(0, 6.4e-2, 0), (1, 6.4e-2, 0)}
+    reported = [spec for spec in launched if spec.seed != TUNING_SEED]
+    adapted = [spec for spec in reported if spec.method != "frozen"]
+    assert {(spec.task, spec.head_rate) for spec in adapted} == {("words", HEAD), ("posts", None)}
+    assert all(spec.head_rate is None for spec in reported if spec.method == "frozen")
 
 
 def test_runs_beside_a_head_at_another_rate_are_other_runs(tmp_path):
     _, launched = work(plan(tmp_path, ("lora",), seeds=1, rate=1e-3))
     _, again = work(plan(tmp_path, ("lora",), seeds=1, rate=1e-3, rates=(2e-3,)))
-    (head, *others) = again
-    assert (head.method, head.rate, len(others)) == ("head", 2e-3, 3)
-    assert {(s.task, s.method, s.rate, s.head_rate) for s in others} == {("words", "lora", 1e-3, 2e-3)}
-    assert not {s.file for s in launched} & {s.file for s in again}
+    assert {(s.task, s.method, s.rate, s.head_rate) for s in again} == {("words", "lora", 1e-3, 2e-3)}
+    assert len(again) == 3 and not {s.file for s in launched} & {s.file for s in again}
 
 
-def test_the_head_of_an_experiment_has_neither_its_label_nor_its_settings(tmp_path):
+def test_the_climb_of_the_head_knows_nothing_of_an_experiment(tmp_path):
     a_plan = plan(tmp_path, ("l1ra",), seeds=1, label="m03", settings=(("margin", 0.3),))
-    assert a_plan.unsettled() == ["words/head", "words/m03", "posts/m03"]
+    assert a_plan.unsettled() == ["words/m03", "posts/m03"]
     _, launched = work(a_plan)
     found = {(s.method, s.name, s.settings) for s in launched}
-    assert found == {("head", "head", ()), ("l1ra", "m03", (("margin", 0.3),))}
+    assert found == {("lora", "lora", ()), ("l1ra", "m03", (("margin", 0.3),))}
+
+
+def test_the_model_as_it_is_needs_no_rate_of_a_head(tmp_path):
+    _, launched = work(plan(tmp_path, ("frozen",)))
+    assert {spec.method for spec in launched} == {"frozen"}
 
 
 def test_a_climb_is_resumed_and_no_rate_is_tried_twice(tmp_path):
     whole = [spec.rate for spec in work(plan(tmp_path / "whole", ("lora",)))[1] if spec.seed == TUNING_SEED]
     part = plan(tmp_path / "part", ("lora",))
     Pretended([])(part.ready()[0])
-    assert part.unsettled() == ["words/head", "words/lora", "posts/lora"]
+    assert part.unsettled() == ["words/lora", "posts/lora"]
     _, launched = work(part)
     assert sorted([2e-3, *(s.rate for s in launched if s.seed == TUNING_SEED)]) == sorted(whole)
     assert work(part)[1] == []
@@ -175,21 +181,19 @@ def test_a_given_rate_needs_no_climb_but_the_heads(tmp_path):
     a_plan = plan(tmp_path, ("lora",), seeds=1, rate=3e-3, share=False)
     assert a_plan.chosen("posts", "lora") == 3e-3 and a_plan.chosen("words", "lora") is None
     _, launched = work(a_plan)
-    adapted = [s for s in launched if s.method == "lora"]
-    assert {(s.task, s.seed, s.rate, s.head_rate) for s in adapted} == {
-        ("words", 0, 3e-3, 6.4e-2),
-        ("posts", 0, 3e-3, None),
-    }
-    assert len(adapted) == 6
-    assert {s.rate for s in launched if s.method == "head" and s.seed == 0} == {6.4e-2}
+    reported = [s for s in launched if s.seed != TUNING_SEED]
+    assert {(s.task, s.rate, s.head_rate) for s in reported} == {("words", 3e-3, HEAD), ("posts", 3e-3, None)}
+    assert len(reported) == 6
+    assert {(s.task, s.rate) for s in launched if s.seed == TUNING_SEED} == {("words", 2e-3)}
 
 
 def test_a_method_that_always_diverges_shows_it_at_the_lowest_rate(tmp_path):
     a_plan = plan(tmp_path, ("lora",), rates=(1e-3, 2e-3))
-    for task, method in (("words", "head"), ("posts", "lora")):
-        for rate in a_plan.rates:
-            runs.write(a_plan._try(task, method, rate).file, {"validation_loss": None, "diverged": True})
-    assert a_plan.chosen("words", "head") == a_plan.head_rate("words", "lora") == 1e-3
+    for spec in (a_plan._head_try("words", rate) for rate in a_plan.rates):
+        runs.write(spec.file, {"validation_loss": None, "diverged": True})
+    for spec in a_plan._tries("posts", "lora").values():
+        runs.write(spec.file, {"validation_loss": None, "diverged": True})
+    assert a_plan.head_rate("words") == 1e-3
     assert a_plan.chosen("posts", "lora") == 1e-3 and a_plan.chosen("words", "lora") is None
 
 
@@ -206,12 +210,10 @@ def test_earlier_runs_tell_how_long_the_next_ones_take(tmp_path):
     assert queue.expected(spec) == 50
     common = {"task": "words", "base_method": "lora", "device": "cpu"}
     queue.look_back([{**common, "total_seconds": 7.0}, {**common, "device": "cuda", "total_seconds": 9.0}], "cpu")
-    short = [{**common, "base_method": bare, "total_seconds": 70.0} for bare in ("frozen", "head")]
-    queue.look_back(short, "cpu")
+    queue.look_back([{**common, "base_method": "frozen", "total_seconds": 70.0}], "cpu")
     assert queue.expected(spec) == 7
 
 
-def test_runs_without_adapters_do_not_tell_how_long_others_take(tmp_path):
-    queue, launched = work(plan(tmp_path, ("frozen",)))
-    assert {spec.method for spec in launched} == {"frozen", "head"}
+def test_the_model_as_it_is_does_not_tell_how_long_others_take(tmp_path):
+    queue, _ = work(plan(tmp_path, ("frozen",)))
     assert queue.expected(plan(tmp_path).spec("words", "lora", 2, 0, 1e-3, 1e-3)) == 1.0

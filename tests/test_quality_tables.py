@@ -74,42 +74,33 @@ def test_only_runs_at_the_chosen_rate_are_reported():
     assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
 
 
-def head_records(rates=((1e-2, 0.7), (3e-2, 0.8)), final=3e-2):
-    """Tries of the head alone, ``(rate, metric)``, and its run."""
-    bare = {"ranks": {}, "ranks_moved": None, "adapter_parameters": 0, "alpha": None}
-    tries = [planted("head", 0, TUNING_SEED, metric, rate, **bare) for rate, metric in rates]
-    return [*tries, planted("head", 0, 0, 0.81, final, **bare)]
+def head_tries(*losses):
+    """Tries of the head's rate beside LoRA at 2e-3: ``(rate, metric)``."""
+    return [planted("lora", 4, TUNING_SEED, metric, 2e-3, head_rate=rate) for rate, metric in losses]
 
 
 def test_only_runs_beside_the_head_at_its_rate_are_reported():
-    records = head_records()
+    records = head_tries((1e-2, 0.4), (3e-2, 0.5), (1e-1, 0.3))
     records += [planted("lora", 2, seed, 0.5, head_rate=1e-2) for seed in range(3)]
     records += [planted("lora", 2, 0, 0.9, head_rate=3e-2)]
-    records += [planted("lora", 2, TUNING_SEED, 0.6, 2e-3, head_rate=1e-2)]
-    records += [planted("lora", 2, TUNING_SEED, 0.5, 1e-3, head_rate=3e-2)]
+    records += [planted("lora", 4, TUNING_SEED, 0.6, 1e-3, head_rate=3e-2)]
     results = Results(records, methods.METHODS)
-    assert results.head_rate("bert") == 3e-2 == results.tuned("bert", "head").rate
+    assert results.head("bert").rate == 3e-2
+    assert results.head("bert").tried == pytest.approx({1e-2: 0.6, 3e-2: 0.5, 1e-1: 0.7})
     assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
-    assert results.tuned("bert", "lora").tried == {1e-3: 0.5}
-    assert Results([planted("lora", 2, 0, 0.5)], methods.METHODS).head_rate("bert") is None
+    assert results.tuned("bert", "lora").tried == pytest.approx({1e-3: 0.4, 2e-3: 0.5})
+    assert Results([planted("lora", 2, 0, 0.5)], methods.METHODS).head("bert") is None
 
 
-def test_the_head_alone_is_a_row_without_a_budget_and_its_rate_is_told():
-    records = [*head_records(), planted("frozen", 0, 0, 0.6, 0.0, alpha=None)]
-    records += [planted("lora", 4, seed, 0.9, head_rate=3e-2) for seed in (0, TUNING_SEED)]
+def test_the_rate_of_the_head_is_told():
+    records = [*head_tries((1e-2, 0.7), (3e-2, 0.8)), planted("lora", 4, 0, 0.9, head_rate=3e-2)]
     report = tables.markdown(Results(records, methods.METHODS), [])
-    rows = [line for line in report.splitlines() if line.startswith("| none |")]
-    assert rows == [
-        "| none | frozen | 60.00 | 0.4000 | 1 |  |  |  |  |",
-        "| none | head | 81.00 | 0.1900 | 1 | 0 |  |  | 10 |",
-    ]
-    assert "The task head has a learning rate of its own" in report and "the same for all methods" in report
-    assert "by validation loss; that of the head is 0.03 beside all adapters:" in report
-    assert "| head | 0.03 |  | 0.3000 | **0.2000** | highest of the grid" in report
-    assert "Learning rates were tried at 4 × alone" in report  # the head has no budget
-
+    assert "The task head has a learning rate of its own" in report and "same for all methods" in " ".join(
+        report.split()
+    )
+    assert "| the head, beside lora | 0.03 |  | 0.3000 | **0.2000** | highest of the grid" in report
     plain = tables.markdown(Results([planted("lora", 4, 0, 0.9)], methods.METHODS), [])
-    assert "learning rate of its own" not in plain and "of the head" not in plain
+    assert "learning rate of its own" not in plain and "the head" not in plain
 
 
 def test_seeds_that_not_all_methods_have_are_left_out_and_told():

@@ -6,10 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RATES", "START", "best", "loss_of", "to_try"]
+__all__ = ["RATES", "START", "best", "loss_of", "start", "to_try"]
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 START = 2e-3
+
+
+def start(rates: Iterable[float] = RATES) -> float:
+    """The rate of the grid at which a climb begins: the one nearest to ``START``."""
+    return min(sorted(set(rates)), key=lambda rate: abs(math.log(rate / START)))
 
 
 def to_try(losses: Mapping[float, float], rates: Iterable[float] = RATES) -> list[float]:
@@ -24,7 +29,7 @@ def to_try(losses: Mapping[float, float], rates: Iterable[float] = RATES) -> lis
         rates: the grid.
     """
     grid = sorted(set(rates))
-    here = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / START)))
+    here = grid.index(start(grid))
     first = [rate for rate in grid[here : here + 2] if rate not in losses]
     if first:
         return first

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import climb
-from benchmarks.quality.methods import HEAD, METHODS
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import TUNING_SEED
 
 __all__ = ["CONFIDENCE", "Difference", "Interval", "Results", "Tuned", "interval", "paired"]
@@ -117,7 +117,7 @@ class Results:
         known = list(order)
         found = {r["method"] for r in self.records}
         self.methods = [m for m in known if m in found] + sorted(found - set(known))
-        self._head_rates = {task: _head_rate(self.records, task) for task in {r["task"] for r in self.records}}
+        self._head_rates = {task: self._head_rate(task) for task in {r["task"] for r in self.records}}
         self._rates = {key: self._rate(*key) for key in {(r["task"], r["method"]) for r in self.records}}
 
     def tasks(self) -> list[str]:
@@ -135,9 +135,10 @@ class Results:
             return None
         return Tuned(rate, self._tried(task, method))
 
-    def head_rate(self, task: str) -> float | None:
-        """The learning rate of the head beside all adapters; None if there are no such runs to report."""
-        return self._head_rates.get(task)
+    def head(self, task: str) -> Tuned | None:
+        """The head's rate, beside whatever adapters; None if there are no such runs to report."""
+        rate = self._head_rates.get(task)
+        return None if rate is None else Tuned(rate, self._head_tried(task))
 
     def runs(self, task: str, method: str, multiplier: float) -> list[Record]:
         """The runs to report, at the rates of the method and the head, by seed: of the seeds that all methods have at
@@ -170,7 +171,9 @@ class Results:
         return sorted(found, key=lambda r: r["seed"])
 
     def _tried(self, task: str, method: str) -> dict[float, float]:
-        return _losses(filter(self._counts, self.records), task, method)
+        wanted = (task, method, TUNING_SEED)
+        found = [r for r in self.records if (r["task"], r["method"], r["seed"]) == wanted and self._counts(r)]
+        return {r["rate"]: climb.loss_of(r) for r in found}
 
     def _final(self, task: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED and self._counts(r)]
@@ -178,25 +181,24 @@ class Results:
     def _counts(self, record: Record) -> bool:
         return record["head_rate"] in (None, self._head_rates[record["task"]])
 
+    def _head_tried(self, task: str) -> dict[float, float]:
+        tried: dict[float, dict[float, float]] = {}  # LoRA's rate -> the head's -> loss
+        for record in self.records:
+            if (record["task"], record["method"], record["seed"]) == (task, "lora", TUNING_SEED):
+                tried.setdefault(record["rate"], {})[record["head_rate"]] = climb.loss_of(record)
+        return max(tried.values(), key=len, default={})
+
+    def _head_rate(self, task: str) -> float | None:
+        finals = [r["head_rate"] for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED]
+        return _reported([rate for rate in finals if rate is not None], self._head_tried(task))
+
     def _rate(self, task: str, method: str) -> float | None:
         rates = [r["rate"] for r in self._final(task) if r["method"] == method]
         return _reported(rates, self._tried(task, method))
 
 
-def _head_rate(records: list[Record], task: str) -> float | None:
-    finals = [r for r in records if r["task"] == task and r["seed"] != TUNING_SEED]
-    return _reported([r["head_rate"] for r in finals if r["head_rate"] is not None], _losses(records, task, HEAD))
-
-
-def _losses(records: Iterable[Record], task: str, method: str) -> dict[float, float]:
-    wanted = (task, method, TUNING_SEED)
-    return {r["rate"]: climb.loss_of(r) for r in records if (r["task"], r["method"], r["seed"]) == wanted}
-
-
 def _reported(rates: list[float], tried: dict[float, float]) -> float | None:
     # Runs with other rates may lie there from earlier calls: the rate that the climb has chosen, else the one with the
     # most runs.
-    if not rates:
-        return None
     best = climb.best(tried)
-    return best if best in rates else max(sorted(set(rates)), key=rates.count)
+    return best if best in rates else max(sorted(set(rates)), key=rates.count, default=None)

@@ -16,12 +16,11 @@ from benchmarks.quality import models
 from l1ra.base_layers import base_features
 from l1ra.targets import saved_modules, select_targets
 
-__all__ = ["BARE", "FROZEN", "HEAD", "METHODS", "Adapted", "adapt", "budget_of"]
+__all__ = ["FROZEN", "METHODS", "Adapted", "adapt", "budget_of"]
 
-FROZEN, HEAD = "frozen", "head"
-BARE = (FROZEN, HEAD)  # without adapters
+FROZEN = "frozen"
 PEFTS, L1RAS = ("lora", "rslora", "adalora"), ("reference", "l1ra", "l1ra-params")
-METHODS = (*BARE, *PEFTS, *L1RAS)
+METHODS = (FROZEN, *PEFTS, *L1RAS)
 # AdaLoRA: how many more ranks than the budget it begins with, and its phases as shares of the training. The paper's
 # range from 5 to 12 % before the first cut, from 20 to 60 % after the last one.
 ADALORA_START = 1.5
@@ -82,15 +81,14 @@ def adapt(
 
     Args:
         method: one of ``METHODS`` but frozen.
-        multiplier: the budget in multiples of the number of adapted layers; 0 for the head alone.
+        multiplier: the budget in multiples of the number of adapted layers.
         alpha: of the scaling ``alpha / rank`` (rslora: ``sqrt(alpha / rank)``), the same at every budget, so that one
             learning rate suits all of them, as in LoRA's paper. With as many ranks in every layer the scaling is 1.
         steps: optimizer steps of the whole training.
         settings: of ``L1RAConfig``, for the methods of L1RA.
 
     Raises:
-        ValueError: no such method, settings for a method without any, a budget that it can't spend evenly, or the head
-            alone of a model that has none.
+        ValueError: no such method, settings for a method without any, or a budget that it can't spend evenly.
         RuntimeError: it did not spend what it should, or the head that is trained is not the one that was drawn.
     """
     head = models.fresh_head(model, seed)
@@ -98,13 +96,9 @@ def adapt(
     sizes = {name: base_features(layer) for name, layer in select_targets(model, "all-linear", heads).items()}
     budget = budget_of(method, multiplier, sizes)
     torch.manual_seed(seed)
-    if settings and method in (HEAD, *PEFTS):
-        raise ValueError(f"{method} takes no settings of L1RA.")
-    if method == HEAD:
-        if not head:
-            raise ValueError("a language model has no fresh head that could be trained alone.")
-        adapted = Adapted(model.requires_grad_(False), budget, {}, dict, {})
-    elif method in PEFTS:
+    if method in PEFTS:
+        if settings:
+            raise ValueError(f"{method} takes no settings of L1RA.")
         if multiplier != int(multiplier):
             raise ValueError(
                 f"{method} gives every layer the same rank: the multiplier must be whole, not {multiplier}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.quality.figures import Results, interval
-from benchmarks.quality.methods import FROZEN, HEAD, METHODS
+from benchmarks.quality.methods import FROZEN, METHODS
 
 __all__ = ["draw"]
 
@@ -18,7 +18,6 @@ STYLES = {
     "l1ra": ("#0072B2", "D"),
     "l1ra-params": ("#D55E00", "P"),
 }
-LEVELS = {FROZEN: ":", HEAD: "--"}  # without a budget: lines across
 OTHERS = ("#000000", "X"), ("#999999", "*"), ("#F0E442", "h")
 BESIDE = 0.02  # of the distance between budgets: bars that lie on one another can't be read
 
@@ -64,10 +63,9 @@ def _draw_task(results: Results, task: str, file: Path) -> Path:
                 linewidth=1.5,
                 label=method,
             )
-    for method, line in LEVELS.items():
-        values = results.values(task, method, 0, "test_metric")
-        if values:
-            axes.axhline(interval(values.values()).mean * factor, color="#666666", linestyle=line, label=method)
+    frozen = results.values(task, FROZEN, 0, "test_metric")
+    if frozen:
+        axes.axhline(interval(frozen.values()).mean * factor, color="#666666", linestyle=":", label=FROZEN)
     budgets = results.multipliers(task)
     if budgets:
         axes.set_xscale("log", base=2)

@@ -2,7 +2,7 @@
 
 Every run has the same layers, head, data order, steps and schedule, and one alpha at all budgets; each method's
 learning rate is found by the same climb on a grid, judged by the loss on a validation part, and what is reported comes
-from a test part. The head's learning rate is found first, with the head alone, and is the same for all methods.
+from a test part. The head's learning rate is found first, beside LoRA, and is the same for all methods.
 
 Runs that are recorded are not done again: a call that is broken off, or has used up its minutes, goes on where it was.
 
@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
         choices=METHODS,
         default=list(METHODS),
         metavar="METHOD",
-        help=f"{', '.join(METHODS)}; head is always done where there is one",
+        help=", ".join(METHODS),
     )
     add(
         "--budgets",

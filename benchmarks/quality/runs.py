@@ -38,8 +38,7 @@ class Spec:
         device: ``"cpu"`` or ``"cuda"``.
         label: name in the record, if it is not the method's.
         settings: of ``L1RAConfig``, as pairs.
-        head_rate: the learning rate of the head beside adapters; None for language models, which have no fresh one,
-            and for the head alone, whose ``rate`` it is.
+        head_rate: the learning rate of the head; None where no fresh head is trained.
     """
 
     task: str
@@ -84,7 +83,7 @@ def run(spec: Spec) -> dict[str, Any]:
     import torch
 
     from benchmarks.quality import models, training
-    from benchmarks.quality.methods import FROZEN, HEAD, adapt
+    from benchmarks.quality.methods import FROZEN, adapt
     from benchmarks.quality.tasks import TASKS
 
     begin = time.perf_counter()
@@ -116,7 +115,7 @@ def run(spec: Spec) -> dict[str, Any]:
         adapted = adapt(spec.method, model, spec.multiplier, **terms)
         trained = training.train(adapted, examples, batches, spec.rate, spec.seed, spec.head_rate)
         record |= {
-            "alpha": None if spec.method == HEAD else float(dict(spec.settings).get("alpha", task.middle)),
+            "alpha": float(dict(spec.settings).get("alpha", task.middle)),
             "seconds": round(trained.seconds, 3),
             "step_seconds": round(trained.step_seconds, 5),
             "peak_mib": round((trained.peak_bytes or peak_bytes()) / 2**20, 1),

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.quality import climb
-from benchmarks.quality.methods import BARE, FROZEN, HEAD
+from benchmarks.quality.methods import FROZEN
 from benchmarks.quality.runs import TUNING_SEED, Spec
 
 __all__ = ["Plan", "PlannedTask", "Queue", "read", "start"]
@@ -37,15 +37,15 @@ class PlannedTask(NamedTuple):
 class Plan:
     """What is asked for.
 
-    A task's head has the learning rate that is best for the head alone, whatever adapters are trained beside it, so
-    that one is climbed to first: with one rate for both, the adapters that bear the head's would be ahead.
+    A task's head has one learning rate, whatever adapters are trained beside it: with one rate for both, the adapters
+    that bear the head's would be ahead. It is climbed to first, beside LoRA at the rate at which all climbs begin.
 
     Attributes:
         tasks: by name.
-        methods: names. Of tasks with a head the head alone is always one of them, of others never.
-        label, settings: of an experiment, whose only method besides the head is l1ra.
+        methods: names.
+        label, settings: of an experiment, whose only method is l1ra.
         rate: of the adapters, instead of a climb.
-        rates: the grid of the climb.
+        rates: the grid of the climbs.
         share: whether L1RA is tried at a share of the budgets, too.
     """
 
@@ -61,20 +61,10 @@ class Plan:
     share: bool = True
 
     def spec(self, task: str, method: str, multiplier: float, seed: int, rate: float, head_rate: float | None) -> Spec:
-        label, settings = (None, ()) if method == HEAD else (self.label, self.settings)
         steps = self.tasks[task].steps
         return Spec(
-            task, method, multiplier, seed, rate, steps, self.out, self.device, label, settings, head_rate=head_rate
+            task, method, multiplier, seed, rate, steps, self.out, self.device, self.label, self.settings, head_rate
         )
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Tasks and the methods that are trained or judged on them."""
-        others = [method for method in self.methods if method != HEAD]
-        return [
-            (task, method)
-            for task, planned in self.tasks.items()
-            for method in ([HEAD, *others] if planned.has_head else others)
-        ]
 
     def ready(self) -> list[Spec]:
         """The runs without a record that can begin now; with each new record there may be others.
@@ -82,67 +72,75 @@ class Plan:
         Tries of learning rates first, then the runs that are reported of all methods whose rate is known. Seeds are the
         outermost loop of these, so that whatever is cut off is cut off for all methods alike.
         """
-        pairs = self.pairs()
-        found = [spec for pair in pairs for spec in self.tries(*pair)]
+        pairs = [(task, method) for task in self.tasks for method in self.methods]
+        found = [spec for task in self.tasks for spec in self.head_tries(task)]
+        found += [spec for pair in pairs for spec in self.tries(*pair)]
         rates = {pair: rate for pair in pairs if (rate := self.chosen(*pair)) is not None}
-        heads = {pair: self.head_rate(*pair) for pair in rates}
+        heads = {pair: None if pair[1] == FROZEN else self.head_rate(pair[0]) for pair in rates}
         for seed in range(self.seeds):
             for (task, method), rate in rates.items():
                 head_rate = heads[task, method]
                 found += [self.spec(task, method, m, seed, rate, head_rate) for m in self._multipliers(task, method)]
-        return [spec for spec in found if not spec.file.exists()]
+        return [spec for spec in dict.fromkeys(found) if not spec.file.exists()]
+
+    def head_tries(self, task: str) -> list[Spec]:
+        """The tries that come next in the climb to the head's rate."""
+        if not self.tasks[task].has_head or set(self.methods) <= {FROZEN}:
+            return []
+        losses = self._losses({rate: self._head_try(task, rate) for rate in self.rates})
+        return [self._head_try(task, rate) for rate in climb.to_try(losses, self.rates)]
+
+    def head_rate(self, task: str) -> float | None:
+        """The learning rate of the head; None while it is being looked for, and where there is no fresh head."""
+        if not self.tasks[task].has_head or self.head_tries(task):
+            return None
+        return self._best({rate: self._head_try(task, rate) for rate in self.rates})
 
     def tries(self, task: str, method: str) -> list[Spec]:
         """The tries that come next in the climb: at the middle budget, with a seed of their own."""
-        if method == FROZEN or self._given(method) or self._waits(task, method):
+        if method == FROZEN or self.rate is not None or self._waits(task):
             return []
-        return [self._try(task, method, rate) for rate in climb.to_try(self._losses(task, method), self.rates)]
+        tries = self._tries(task, method)
+        return [tries[rate] for rate in climb.to_try(self._losses(tries), self.rates)]
 
     def chosen(self, task: str, method: str) -> float | None:
         """The learning rate of the runs that are reported; None while it is being looked for."""
         if method == FROZEN:
             return 0.0
-        if self._waits(task, method):
+        if self._waits(task) or self.tries(task, method):
             return None
-        if self._given(method):
-            return self.rate
-        # If every rate diverges, the lowest one shows it.
-        return None if self.tries(task, method) else climb.best(self._losses(task, method)) or min(self.rates)
-
-    def head_rate(self, task: str, method: str) -> float | None:
-        """The learning rate of the head beside the method's adapters; None while it is being looked for, and where
-        either is missing."""
-        return None if method in BARE or not self.tasks[task].has_head else self.chosen(task, HEAD)
+        return self._best(self._tries(task, method)) if self.rate is None else self.rate
 
     def unsettled(self) -> list[str]:
         """In words, what has no learning rate yet."""
-        return [
-            f"{task}/{method if method == HEAD else self.label or method}"
-            for task, method in self.pairs()
-            if self.chosen(task, method) is None
-        ]
+        pairs = ((task, method) for task in self.tasks for method in self.methods)
+        return [f"{task}/{self.label or method}" for task, method in pairs if self.chosen(task, method) is None]
 
-    def _given(self, method: str) -> bool:
-        return self.rate is not None and method != HEAD
+    def _waits(self, task: str) -> bool:
+        return bool(self.head_tries(task))
 
-    def _waits(self, task: str, method: str) -> bool:
-        return method not in BARE and self.tasks[task].has_head and self.head_rate(task, method) is None
+    def _head_try(self, task: str, rate: float) -> Spec:
+        planned, begin = self.tasks[task], climb.start(self.rates)
+        terms = (planned.middle, TUNING_SEED, begin, planned.steps, self.out, self.device)
+        return Spec(task, "lora", *terms, head_rate=rate)
 
-    def _try(self, task: str, method: str, rate: float) -> Spec:
-        multiplier = 0 if method == HEAD else self.tasks[task].middle
-        return self.spec(task, method, multiplier, TUNING_SEED, rate, self.head_rate(task, method))
+    def _tries(self, task: str, method: str) -> dict[float, Spec]:
+        middle, head_rate = self.tasks[task].middle, self.head_rate(task)
+        return {rate: self.spec(task, method, middle, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
-    def _losses(self, task: str, method: str) -> dict[float, float]:
-        first = self._try(task, method, self.rates[0])
-        files = {rate: replace(first, rate=rate).file for rate in self.rates}
+    def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
         return {
-            rate: climb.loss_of(json.loads(file.read_text(encoding="utf-8")))
-            for rate, file in files.items()
-            if file.exists()
+            rate: climb.loss_of(json.loads(spec.file.read_text(encoding="utf-8")))
+            for rate, spec in tries.items()
+            if spec.file.exists()
         }
 
+    def _best(self, tries: dict[float, Spec]) -> float:
+        # If every rate diverges, the lowest one shows it.
+        return climb.best(self._losses(tries)) or min(self.rates)
+
     def _multipliers(self, task: str, method: str) -> list[float]:
-        if method in BARE:
+        if method == FROZEN:
             return [0]
         multipliers = self.tasks[task].multipliers
         more = [round(SHARE * m, 6) for m in multipliers if m in SHARED and method == "l1ra" and self.share]
@@ -215,7 +213,7 @@ class Queue:
         return self.deadline is None or time.monotonic() + self.expected(spec) < self.deadline
 
     def expected(self, spec: Spec) -> float:
-        """Seconds that a run will take: as long as the longest with adapters of its task, else a guess."""
+        """Seconds that a run will take: as long as the longest of its task, else a guess."""
         if spec.task in self._timed:
             return self._timed[spec.task]
         return self.guess.get(spec.task, 0.0) / (1.0 if spec.device == "cpu" else SPEED_OF_GPU)
@@ -223,7 +221,7 @@ class Queue:
     def look_back(self, records: Iterable[dict[str, Any]], device: str) -> None:
         """Take the times of earlier runs instead of guesses."""
         for record in records:
-            if record["base_method"] not in BARE and record["device"] == device:
+            if record["base_method"] != FROZEN and record["device"] == device:
                 self._took(record["task"], record["total_seconds"])
 
     def _took(self, task: str, seconds: float) -> None:
@@ -236,7 +234,7 @@ class Queue:
             self.failed.append(name)
             print(f"{count} {name} FAILED\n{output}", flush=True)
             return
-        if spec.method not in BARE:
+        if spec.method != FROZEN:
             self._took(spec.task, seconds)
         record = json.loads(spec.file.read_text(encoding="utf-8"))
         value = record["test_metric"] if record["test_metric"] is not None else record["validation_metric"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality import rank_map
 from benchmarks.quality.figures import Difference, Interval, Results, interval, paired
-from benchmarks.quality.methods import FROZEN, HEAD, METHODS
+from benchmarks.quality.methods import FROZEN, METHODS
 from benchmarks.quality.runs import TUNING_SEED
 from benchmarks.quality.schedule import SHARE
 from benchmarks.quality.tasks import TASKS
@@ -60,7 +60,7 @@ def _surroundings(results: Results, commands: list[str]) -> list[str]:
 
 def _terms(results: Results) -> list[str]:
     """Of scaling and learning rates."""
-    tunings = [r for r in results.records if r["seed"] == TUNING_SEED and r["method"] != HEAD]
+    tunings = [r for r in results.records if r["seed"] == TUNING_SEED]
     alphas = sorted({r["alpha"] for r in results.records if r["alpha"] is not None})
     lines = []
     if alphas:
@@ -78,8 +78,8 @@ def _terms(results: Results) -> list[str]:
         )
     if any(r["head_rate"] is not None for r in results.records):
         lines.append(
-            "The task head has a learning rate of its own, which is found once for each task with the head alone (in "
-            f"the tables the method {HEAD}) and is the same for all methods."
+            "The task head has a learning rate of its own, found once for each task beside LoRA and the same for all "
+            "methods: with one rate for both, what bears the head's rate would be ahead."
         )
     return lines
 
@@ -241,7 +241,8 @@ def _shares(results: Results, task: str, points: bool) -> list[str]:
 
 
 def _rates(results: Results, task: str) -> list[str]:
-    found = {m: results.tuned(task, m) for m in results.methods if m != FROZEN}
+    found = {"the head, beside lora": results.head(task)}
+    found |= {m: results.tuned(task, m) for m in results.methods if m != FROZEN}
     found = {method: tuned for method, tuned in found.items() if tuned is not None}
     grid = sorted({rate for tuned in found.values() for rate in tuned.tried})
     rows = []
@@ -253,11 +254,8 @@ def _rates(results: Results, task: str) -> list[str]:
             losses.append(f"**{text}**" if rate == tuned.rate and text else text)
         rows.append([method, f"{tuned.rate:g}", *losses, tuned.remark])
     head = ["method", "learning rate", *(f"loss at {rate:g}" for rate in grid), ""]
-    title = "Learning rates, climbed to by validation loss"
-    head_rate = results.head_rate(task)
-    if head_rate is not None:
-        title += f"; that of the head is {head_rate:g} beside all adapters"
-    return [f"{title}:", "", *table(head, rows, left=1), ""]
+    title = "Learning rates, climbed to by validation loss:"
+    return [title, "", *table(head, rows, left=1), ""]
 
 
 def _rank_maps(results: Results, task: str) -> list[str]:

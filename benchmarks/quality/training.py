@@ -93,16 +93,14 @@ def groups(adapted: Adapted, rate: float, head_rate: float | None) -> list[dict[
     """For the optimizer: what is trained at ``rate``, and after it the head at ``head_rate``, if that is not None.
 
     Raises:
-        ValueError: no ``head_rate`` for a head beside adapters, or one without both.
+        ValueError: no ``head_rate`` for a head, or one without a head.
     """
-    head = set(map(id, adapted.head))
-    others = [p for p in adapted.trained if id(p) not in head]
-    if (head_rate is not None) != bool(head and others):
-        raise ValueError(
-            f"head_rate is {head_rate}: a head beside adapters needs a learning rate of its own, and nothing else does."
-        )
+    if (head_rate is not None) != bool(adapted.head):
+        raise ValueError(f"head_rate is {head_rate}: a fresh head needs a learning rate of its own, and nothing else.")
     if head_rate is None:
         return [{"params": adapted.trained, "lr": rate}]
+    head = set(map(id, adapted.head))
+    others = [p for p in adapted.trained if id(p) not in head]
     return [{"params": others, "lr": rate}, {"params": adapted.head, "lr": head_rate}]
 
 
