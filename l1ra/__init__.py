@@ -4,8 +4,19 @@ from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear
 from l1ra.patch import patch, unpatch
+from l1ra.peft_format import export_peft, from_peft
 from l1ra.report import plot_ranks, report
 
 __version__ = "0.1.0"
 
-__all__ = ["L1RAConfig", "L1RALinear", "RankController", "patch", "plot_ranks", "report", "unpatch"]
+__all__ = [
+    "L1RAConfig",
+    "L1RALinear",
+    "RankController",
+    "export_peft",
+    "from_peft",
+    "patch",
+    "plot_ranks",
+    "report",
+    "unpatch",
+]
