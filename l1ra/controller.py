@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from l1ra.allocation import Plan, allocate, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
+from l1ra.controller_state import check_state
 from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
 from l1ra.integrations.trainer import join_trainer
@@ -369,6 +370,9 @@ class RankController:
             "total_steps": self.total_steps,
             "moved": self.moved,
             "history": [dict(entry) for entry in self.history],
+            "scalings": {name: layer.scaling for name, layer in self.adapters.items()},
+            "closing": self._closing,
+            "probes": {name: p for name, layer in self.adapters.items() if (p := layer.probe_state()) is not None},
             "gates": self._bank.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -377,27 +381,19 @@ class RankController:
         """Go on from a ``state_dict()``, after the model's own state dict was loaded.
 
         Raises:
-            ValueError: it belongs to other adapters, ranks, another budget or rule; nothing is changed then.
+            ValueError: it belongs to other adapters, ranks or scalings, another budget or rule, or a part is missing;
+                nothing is changed then.
         """
-        missing = set(self.state_dict()) - set(state)
-        if missing:
-            raise ValueError(f"this is no state of a RankController: {', '.join(sorted(missing))} missing.")
-        if list(state["ranks"]) != list(self.adapters):
-            raise ValueError(
-                "the state is of a model with other adapters: patch this one with the same target_modules."
-            )
-        for name in ("budget", "rule"):
-            mine = self.budget if name == "budget" else self.config.rule
-            if state[name] != mine:
-                raise ValueError(
-                    f"the state has {name} {state[name]!r}, this controller {mine!r}: construct it the same."
-                )
-        if state["ranks"] != self.ranks:
-            raise ValueError("the state has other ranks than the model: load the model's state dict first.")
+        check_state(self, state)
         if self._bank.stale():
             self._bank.read()
         self._bank.load_state_dict(state["gates"])
         self._generator.set_state(state["generator"])
+        self._closing = state["closing"]
+        for name, layer in self.adapters.items():
+            layer.take_probe()
+            if name in state["probes"]:
+                layer.resume_probe(state["probes"][name])
         self.initial_ranks = dict(state["initial_ranks"])
         self.steps, self.moved = state["steps"], state["moved"]
         self.total_steps = self.total_steps or state["total_steps"]

@@ -351,6 +351,20 @@ class L1RALinear(nn.Module):
         probe, self._probe = self._probe, None
         return None if probe is None else probe[0].grad
 
+    def probe_state(self) -> dict[str, Tensor] | None:
+        """Of a probe under way: ``"mix"`` and what the ``"sketch"`` sums up to so far, None if there is none."""
+        if self._probe is None:
+            return None
+        zeros, mix = self._probe
+        return {"mix": mix.clone(), "sketch": torch.zeros_like(zeros) if zeros.grad is None else zeros.grad.clone()}
+
+    def resume_probe(self, state: dict[str, Tensor]) -> None:
+        """Go on with the probe of a :meth:`probe_state`."""
+        mix, sketch = (state[name].to(self.lora_A) for name in ("mix", "sketch"))
+        zeros = torch.zeros_like(sketch, requires_grad=True)
+        zeros.grad = sketch.clone()
+        self._probe = (zeros, mix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
         params = {name: getattr(self, name) for name in ("lora_A", "gate", "lora_B")}

@@ -37,6 +37,24 @@ def test_a_run_resumed_from_its_state_goes_on_bit_for_bit():
     assert all(same_bits(a, b) for a, b in zip(second[0].parameters(), whole[0].parameters(), strict=True))
 
 
+def seeded_patched(**settings):
+    torch.manual_seed(0)
+    return patched(**settings)
+
+
+# Around a reallocation, of which the last half interval looks for the directions of new rows, and in the middle of it.
+@pytest.mark.parametrize("at", [*range(19, 32)])
+def test_a_run_can_be_broken_off_after_any_step(at):
+    whole, first = (run_to(steps, *seeded_patched()) for steps in (60, at))
+    saved = copy.deepcopy([part.state_dict() for part in first[:3]])
+    second = run_to(7, *seeded_patched(seed=9))  # what a controller has begun by itself is forgotten
+    for part, state in zip(second[:3], saved, strict=True):
+        part.load_state_dict(state)
+    run_to(60, *second)
+    assert second[1].history == whole[1].history and second[1].moved == whole[1].moved > 0
+    assert all(same_bits(a, b) for a, b in zip(second[0].parameters(), whole[0].parameters(), strict=True))
+
+
 def test_a_state_does_not_change_when_the_run_goes_on():
     made = run_to(20, *patched())
     state = made[1].state_dict()
@@ -79,6 +97,11 @@ def snapshot(controller):
         (lambda s: s.update(budget=99), "budget 99, this controller 16"),
         (lambda s: s.update(rule="l1"), "rule 'l1', this controller 'adaptive-l1'"),
         (lambda s: s["ranks"].update({"blocks.0": 99}), "load the model's state dict first"),
+        (
+            lambda s: s["scalings"].update({"blocks.0": 3.0}),
+            "scaling 3 at blocks.0, this model 1: patch it with the same",
+        ),
+        (lambda s: s["probes"].update({"blocks.0": {"mix": torch.zeros(2, 3)}}), "probe that does not fit blocks.0"),
         (lambda s: s["gates"].pop("age"), "age"),
         (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
     ],
