@@ -1,5 +1,6 @@
 """L1RA: low-rank adapters whose ranks find their layers while the model trains."""
 
+from l1ra.checkpoint import load
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear
@@ -15,6 +16,7 @@ __all__ = [
     "RankController",
     "export_peft",
     "from_peft",
+    "load",
     "patch",
     "plot_ranks",
     "report",

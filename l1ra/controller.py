@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from typing import Any
@@ -358,6 +359,18 @@ class RankController:
         )
 
     # --- state
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the adapters, whatever else of the model is trained, and this controller: see :func:`l1ra.load`.
+
+        The optimizer's state is not in it: save ``optimizer.state_dict()`` beside it to go on training bit for bit.
+
+        Raises:
+            OSError: it can't be written; an older checkpoint in the folder is still whole.
+        """
+        from l1ra.checkpoint import save
+
+        save(self, folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the adapters' own tensors, which the model's state dict holds."""
