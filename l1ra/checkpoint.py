@@ -18,7 +18,7 @@ from l1ra.controller import RankController, controller_of
 from l1ra.linear import find_adapters
 from l1ra.patch import patch, unpatch
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_controller", "save"]
 
 FORMAT = 1
 INDEX = "l1ra.json"
@@ -97,7 +97,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
     before = {name: value.clone() for name, value in model.state_dict().items() if _belongs(name, index)}
     try:
         model.load_state_dict(tensors["adapters"], strict=False)
-        controller.load_state_dict({**index["controller"], **_state_of(tensors["controller"], controller)})
+        controller.load_state_dict(_state(index, tensors))
     except BaseException:
         model.load_state_dict(before, strict=False)
         if not adapted:
@@ -132,17 +132,26 @@ def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
     return {n: t.cpu().contiguous() for n, t in {**gates, **probes, "generator": state["generator"]}.items()}
 
 
-def _state_of(tensors: dict[str, Tensor], controller: RankController) -> dict[str, Any]:
+def read_controller(folder: str | os.PathLike) -> dict[str, Any]:
+    """The controller's ``state_dict()`` of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    return _state(*_read(Path(folder)))
+
+
+def _state(index: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     probes: dict[str, dict[str, Tensor]] = {}
     gates = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors["controller"].items():
         kind, _, rest = name.partition(".")
         if kind == "gates":
             gates[rest] = tensor
         elif kind == "probes":
             part, _, adapter = rest.partition(".")
             probes.setdefault(adapter, {})[part] = tensor
-    return {"gates": gates, "probes": probes, "generator": tensors["generator"]}
+    return {**index["controller"], "gates": gates, "probes": probes, "generator": tensors["controller"]["generator"]}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from l1ra.config import L1RAConfig
 from l1ra.controller_state import check_state
 from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
-from l1ra.integrations.trainer import join_trainer
+from l1ra.integrations.trainer import join_trainer, resumed_folder
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.optimizer_state import plan_state
@@ -117,6 +118,7 @@ class RankController:
         self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
         self._auto_off: list[Optimizer] = []
         self._backwards = BackwardCounter(self._layers[0].gate)
+        self._resuming = model.register_load_state_dict_post_hook(_ResumeWithTrainer())
         setattr(model, ATTRIBUTE, self)
 
     def __reduce__(self) -> tuple:
@@ -184,10 +186,23 @@ class RankController:
         if self._listener is not None:
             self._listener.close()
         self._backwards.close()
+        self._resuming.remove()
         for layer in self._layers:
             layer.take_probe()
         if controller_of(self.model) is self:
             delattr(self.model, ATTRIBUTE)
+
+    def _resume(self, folder: Path) -> None:
+        from l1ra.checkpoint import read_controller
+
+        try:
+            state = read_controller(folder)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder.parent} holds no state of L1RA: it was broken off while it was saved, or written by a "
+                "training without L1RA. Resume from an older checkpoint."
+            ) from None
+        self.load_state_dict(state)
 
     # --- around an optimizer's step
 
@@ -252,7 +267,7 @@ class RankController:
 
     def _meet(self, optimizer: Optimizer) -> None:
         self._met.add(optimizer)
-        trainer_steps = join_trainer(self.statistics)
+        trainer_steps = join_trainer(self.statistics, self.save)
         if self._schedule is None:
             self._start(trainer_steps)
 
@@ -411,3 +426,12 @@ class RankController:
         self.steps, self.moved = state["steps"], state["moved"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.history = [dict(entry) for entry in state["history"]]
+
+
+class _ResumeWithTrainer:
+    """A hook of the model's ``load_state_dict``. It holds no controller: so that a copy of the model has none."""
+
+    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
+        controller, folder = controller_of(model), resumed_folder()
+        if controller is not None and folder is not None:
+            controller._resume(folder)

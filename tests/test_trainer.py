@@ -208,3 +208,41 @@ def test_a_second_trainer_on_the_same_model_logs_the_statistics_too(tmp_path):
         )
         trainer.train()
         assert [e["step"] for e in trainer.state.log_history if "loss" in e and "l1ra/ranks" in e] == [5]
+
+
+@pytest.mark.parametrize("at", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_a_trainer_resumes_from_its_checkpoint_bit_for_bit(at, make, tmp_path):
+    """At every kind of step: reallocation after 6, the last half interval of which begins after 4."""
+    settings = {"patch": {"interval": 6, "margin": 1.0}, "max_steps": 20, "data": labelled() if make is bert else None}
+    whole, trainer = resumable(tmp_path / "whole", make, **settings)
+    resumable(tmp_path / "broken", make, save_steps=at, **settings)
+    resumed, again = resumable(tmp_path / "broken", make, resume=f"checkpoint-{at}", **settings)
+    assert resumed.steps == whole.steps == 20 and resumed.history == whole.history and whole.moved > 0
+    expected = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
+
+
+def labelled():
+    return [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 3} for row in sentences()]
+
+
+def resumable(path, make, save_steps=10, resume=None, data=None, max_steps=20, patch=None):
+    torch.manual_seed(0)
+    model = livelier(make())
+    controller = l1ra.patch(model, 28, **{"warmup": 0.0, **(patch or {})})
+    args = TrainingArguments(
+        **arguments(path, save_strategy="steps", save_steps=save_steps, max_steps=max_steps, seed=5)
+    )
+    trainer = Trainer(model, args, train_dataset=data or sentences())
+    trainer.train(resume_from_checkpoint=str(path / resume) if resume else None)
+    return controller, trainer
+
+
+def test_a_checkpoint_that_was_broken_off_while_saving_is_told(tmp_path):
+    import shutil
+
+    resumable(tmp_path, llama, patch={"interval": 3})
+    shutil.rmtree(tmp_path / "checkpoint-10" / "l1ra")
+    with pytest.raises(FileNotFoundError, match="holds no state of L1RA: it was broken off"):
+        resumable(tmp_path, llama, patch={"interval": 3}, resume="checkpoint-10")

@@ -1,34 +1,47 @@
 """transformers.Trainer and its subclasses (TRL's among them), used unmodified.
 
 A Trainer can't be told of the controller, since the user passes it nothing; but it is on the call stack when its
-optimizer steps. There it is found, at an optimizer's first step: it knows the number of steps, and gets a callback
-that puts the rank statistics into its logs.
+optimizer steps. There it is found, at an optimizer's first step: it knows the number of steps, and gets callbacks that
+put the rank statistics into its logs and the controller into its checkpoints. When it resumes from one, it is found
+once more, on the call stack of the model's ``load_state_dict``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["join_trainer"]
+__all__ = ["join_trainer", "resumed_folder"]
+
+FOLDER = "l1ra"  # inside a checkpoint
 
 
-def join_trainer(statistics: Callable[[], dict[str, float]]) -> int | None:
-    """Put ``statistics()`` into the logs of the Trainer that is stepping an optimizer right now.
+def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Path], None]) -> int | None:
+    """Put ``statistics()`` into the logs of the Trainer that is stepping an optimizer right now, and have it call
+    ``save`` with a folder inside each checkpoint that it writes.
 
     Returns:
         The Trainer's total number of steps; None if no Trainer is at work.
     """
-    trainer = _stepping_trainer()
+    trainer = _trainer("train")
     if trainer is None:
         return None
     # First, so that the integrations that report logs see what it adds.
-    trainer.callback_handler.callbacks.insert(0, _log_callback(statistics))
-    return trainer.state.max_steps
+    trainer[0].callback_handler.callbacks.insert(0, _callback(statistics, save))
+    return trainer[0].state.max_steps
 
 
-def _stepping_trainer() -> Any | None:
+def resumed_folder() -> Path | None:
+    """Where ``save`` has written, if a Trainer is resuming from a checkpoint right now."""
+    trainer = _trainer("_load_from_checkpoint")
+    return None if trainer is None else Path(trainer[1]["resume_from_checkpoint"]) / FOLDER
+
+
+def _trainer(method: str) -> tuple[Any, dict[str, Any]] | None:
+    """The Trainer that is in ``method``, and the locals of that call."""
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
@@ -36,19 +49,19 @@ def _stepping_trainer() -> Any | None:
     while frame is not None:
         # Only there are the locals read: before Python 3.13 a frame whose locals were read holds on to all of them,
         # also to a model that its function deletes later.
-        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") == module.__name__:
+        if frame.f_code.co_name == method and frame.f_globals.get("__name__") == module.__name__:
             owner = frame.f_locals.get("self")
             if isinstance(owner, module.Trainer):
-                return owner
+                return owner, frame.f_locals
         frame = frame.f_back
     return None
 
 
-def _log_callback(statistics: Callable[[], dict[str, float]]) -> Any:
+def _callback(statistics: Callable[[], dict[str, float]], save: Callable[[Path], None]) -> Any:
     from transformers import TrainerCallback
 
-    class RankStatistics(TrainerCallback):
-        """Adds the controller's statistics to what the Trainer logs of the training."""
+    class Ranks(TrainerCallback):
+        """Adds the controller's statistics to what the Trainer logs of the training, and its state to checkpoints."""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
@@ -57,4 +70,9 @@ def _log_callback(statistics: Callable[[], dict[str, float]]) -> Any:
                 if state.log_history:
                     state.log_history[-1].update(numbers)
 
-    return RankStatistics()
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if args.should_save and os.path.isdir(folder):
+                save(folder / FOLDER)
+
+    return Ranks()
