@@ -24,6 +24,8 @@ FORMAT = 1
 INDEX = "l1ra.json"
 PARTS = ("lora_A", "gate", "lora_B")
 TENSOR_FILES = ("adapters", "controller")
+# Of older checkpoints, or left by a process that was killed while it wrote.
+OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(\.\d+\.partial)?")
 
 
 def save(controller: RankController, folder: str | os.PathLike) -> None:
@@ -56,12 +58,9 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
         _write(folder / name, data)
         index["files"][kind] = {"name": name, "sha256": digest}
     _write(folder / INDEX, json.dumps({**index, "sha256": _digest(index)}, indent=1).encode())
-    kept = {file["name"] for file in index["files"].values()}
+    kept = {INDEX, *(file["name"] for file in index["files"].values())}
     for file in folder.iterdir():
-        if (
-            re.fullmatch(rf"({'|'.join(TENSOR_FILES)})-[0-9a-f]{{16}}\.safetensors", file.name)
-            and file.name not in kept
-        ):
+        if OURS.fullmatch(file.name) and file.name not in kept:
             file.unlink()
 
 

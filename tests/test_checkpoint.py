@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +217,31 @@ def test_saving_again_replaces_the_old_checkpoint_and_nothing_else(tmp_path):
     run_to(31, *run)[1].save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "notes.txt").read_text() == "mine"
     assert l1ra.load(fresh(), tmp_path).steps == 31
+
+
+SAVE_FOR_EVER = """
+import sys, torch, l1ra
+sys.path.insert(0, sys.argv[2])
+from helpers import patched
+torch.manual_seed(0)
+_, controller, *_ = patched()
+while True:
+    controller.steps += 1
+    controller.save(sys.argv[1])
+    print(controller.steps, flush=True)
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint_and_what_it_left_is_cleared(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(root / "tests")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        said = [int(process.stdout.readline()) for _ in range(20)]
+        process.kill()
+        said += map(int, process.stdout.read().split())
+    controller = l1ra.load(fresh(), tmp_path)
+    assert said[-1] <= controller.steps <= said[-1] + 1
+    (tmp_path / "adapters-0123456789abcdef.safetensors.77.partial").write_bytes(b"left")
+    controller.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
