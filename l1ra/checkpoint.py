@@ -45,7 +45,7 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
     tensors = {"adapters": _adapters(controller), "controller": _tensors_of(state)}
     index: dict[str, Any] = {
         "format": FORMAT,
-        "config": {**dataclasses.asdict(controller.config), "adapter_dtype": controller.config.adapter_dtype},
+        "config": dataclasses.asdict(controller.config),
         "adapters": {n: [a.in_features, a.out_features] for n, a in controller.adapters.items()},
         "trained": sorted(_trained(controller.model)),
         "controller": {name: value for name, value in state.items() if name not in ("gates", "generator", "probes")},

@@ -11,8 +11,10 @@ __all__ = ["check_state"]
 
 
 def check_state(controller: RankController, state: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: ``state`` is none of a controller like this one; the message says what to do.
+    """Compare a ``state_dict()`` with the controller that shall take it; the model's own state has been loaded.
+
+    Raises:
+        ValueError: it is none of a controller like this one; the message says what to do.
     """
     missing = set(controller.state_dict()) - set(state)
     if missing:

@@ -68,7 +68,8 @@ def turn_adapters(
     for (layer, rows), gram in zip(layers, grams, strict=True):
         rotation, params = None, (layer.lora_A, layer.lora_B)
         if gram is not None and all(turns(optimizer, p) for optimizer in optimizers for p in params):
-            gram_a, gram_b = gram.cpu()
+            gram = gram.cpu()
+            gram_a, gram_b = gram
             if torch.isfinite(gram).all() and gram_a.trace() > 0 and gram_b.trace() > 0:
                 rotation = principal_rotation(gram_a, gram_b)
         rotations.append(rotation)
