@@ -5,7 +5,8 @@ from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear
 from l1ra.patch import patch, unpatch
-from l1ra.peft_format import export_peft, from_peft
+from l1ra.peft_export import export_peft
+from l1ra.peft_import import from_peft
 from l1ra.report import plot_ranks, report
 
 __version__ = "0.1.0"

@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from l1ra.allocation import spread
 from l1ra.base_layers import base_features
+from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
-from l1ra.controller import RankController, check_budget, controller_of, rank_cap, rank_cost
+from l1ra.controller import RankController, controller_of
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.room import Room, has_use_for_room
 from l1ra.sharing import share_inputs

@@ -1,13 +1,11 @@
-"""Plain LoRA in PEFT's files: written from the adapters of a model, and read to start from."""
+"""Adapters that start from a plain LoRA in PEFT's files."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.allocation import LayerPlan
-from l1ra.base_layers import base_features, is_conv1d
+from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController, controller_of
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.patch import patch, unpatch
-from l1ra.targets import fits, saved_modules
+from l1ra.peft_export import CONFIG, PREFIX, WEIGHTS, refuse_shared
+from l1ra.targets import fits
 
-__all__ = ["export_peft", "from_peft"]
+__all__ = ["from_peft"]
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of every tensor's name
-# The ending of a transformers model's class -> PEFT's task, and the heads that PEFT then trains unasked.
-TASKS = {
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-}
 # Settings of a LoRA that from_peft obeys, and such as say nothing about the function of a trained adapter. What else is
 # set changes that function.
 OBEYED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"}
@@ -45,184 +34,6 @@ SILENT |= {"lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "e
 SILENT |= {"lora_ga_config", "qalora_group_size", "runtime_config"}
 # First values of A and B that leave the base weight as it is; all others subtract from it what they start with.
 INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-def export_peft(
-    model: nn.Module, directory: str | Path, *, uniform: bool = False, dtype: torch.dtype | None = None
-) -> Path:
-    """Write the adapters as a plain LoRA that ``PeftModel.from_pretrained(base_model, directory)`` loads.
-
-    It computes the same, in PEFT's shapes: A ``(r, in_features)`` and B ``(out_features, r)``, with the scaling and
-    the gates folded into B, so that PEFT's own ``alpha / r`` is 1 everywhere. Ranks whose gate is 0 are left out; an
-    adapter without any other keeps one, with B = 0. Modules that are trained in full go along as ``modules_to_save``,
-    and so does the head of a transformers task model. The model stays as it is; merged adapters may stay merged.
-
-    The ranks differ from layer to layer: ``rank_pattern`` and ``alpha_pattern`` name each layer by a regular
-    expression for its whole name, which PEFT reads from 0.15 on.
-
-    Args:
-        model: with adapters; compiled or wrapped in DistributedDataParallel if need be.
-        directory: of the files, made if it is not there. An adapter in it is replaced, when the new one is whole.
-        uniform: fill all adapters with zeros up to the largest rank and write no patterns: for readers that know one
-            rank and one alpha only, as vLLM and the converter to GGUF.
-        dtype: of A and B in the file. None: that of the adapter. In 16 bits, folding rounds B once.
-
-    Returns:
-        ``directory``.
-
-    Raises:
-        ValueError: the model has no adapter, or PEFT can't express what is trained; nothing is written.
-    """
-    from safetensors.torch import save_file
-
-    model = _unwrapped(model)
-    adapters = dict(find_adapters(model))
-    if not adapters:
-        raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
-    _refuse_shared(model, adapters)
-    saved = _trained_in_full(model)
-    layers = {_plain(name): _folded(layer, dtype) for name, layer in adapters.items()}
-    ranks = {name: a.shape[0] for name, (a, _) in layers.items()}
-    largest = max(ranks.values())
-    tensors = {}
-    for name, (a, b) in layers.items():
-        if uniform:
-            a, b = (nn.functional.pad(rows, (0, 0, 0, largest - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _stored(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _stored(b.T)
-    for name, module in saved.items():
-        tensors |= {f"{PREFIX}{_plain(name)}.{key}": _stored(value) for key, value in module.state_dict().items()}
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-    config = {
-        "peft_type": "LORA",
-        **_task(model, saved),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "lora_dropout": 0.0,
-        "target_modules": _target_modules(model, ranks),
-        "modules_to_save": [_plain(name) for name in saved] or None,
-        "rank_pattern": {} if uniform else pattern,
-        "alpha_pattern": {} if uniform else pattern,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in adapters.values()),
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = {name: directory / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
-    try:
-        save_file(tensors, aside[WEIGHTS], metadata={"format": "pt"})
-        aside[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
-        for name, path in aside.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
-    return directory
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _plain(name: str) -> str:
-    """A module's name in the model as it was before parts of it were compiled."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    # A memory of its own: savers refuse tensors that share one.
-    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def _folded(layer: L1RALinear, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """A ``(r, in_features)`` and ``s * g * B`` ``(r, out_features)`` of the ranks whose gate is not 0."""
-    a, gate, b = (param[: layer.rank] for param in (layer.lora_A, layer.gate, layer.lora_B))
-    live = gate != 0
-    if not live.any():
-        live[0] = True
-    exact = torch.promote_types(b.dtype, torch.float32)
-    b = b[live].to(exact) * (layer.scaling * gate[live].to(exact)).unsqueeze(1)
-    return a[live].to(dtype or layer.lora_A.dtype), b.to(dtype or layer.lora_B.dtype)
-
-
-def _refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    for name, layer in layers.items():
-        if uses[id(layer)] > 1:
-            raise ValueError(f"{name} is shared between parents, of which PEFT would adapt the first only.")
-
-
-def _trained_in_full(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose own parameters are trained, and a task model's head, by name; none lies in another."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = {name for name, head in saved_modules(model, None).items() if next(find_adapters(head), None) is None}
-    for name, module in modules.items():
-        if isinstance(module, L1RALinear) or not any(
-            p is not None and p.requires_grad for p in module._parameters.values()
-        ):
-            continue
-        if any(isinstance(modules.get(name[:end]), L1RALinear) for end in _dots(name)):
-            raise ValueError(
-                f"{name} is trained beside its adapter, which a plain LoRA can't say: freeze it, or adapt other layers."
-            )
-        found.add(name)
-    found = {name for name in found if not any(name[:end] in found for end in _dots(name))}
-    for name in found:
-        if next(find_adapters(modules[name]), None) is not None:
-            raise ValueError(
-                f"{name or 'the model itself'} has parameters of its own that are trained, and adapters within: PEFT "
-                "can train a module in full or adapt it, not both. Freeze these parameters."
-            )
-    # PEFT takes a name for an ending, and then expects the tensors of whatever else it fits.
-    further = {other: name for other in modules for name in found if other.endswith(name) and other not in found}
-    for name in found:
-        excluded = re.compile(rf"(^|.*\.){name}($|\..*)")  # PEFT's, in which a dot is any character
-        further |= {other: name for other, _ in find_adapters(model) if excluded.match(other)}
-    for other, name in further.items():
-        within = any(isinstance(modules.get(other[:end]), L1RALinear) for end in _dots(other))
-        if within or next(find_adapters(modules[other]), None) is not None:
-            raise ValueError(
-                f"{name} is trained in full, and PEFT would take the adapted {other} for it: adapt other layers, or "
-                "rename one of the two."
-            )
-    return {name: modules[name] for name in sorted(found | further.keys())}
-
-
-def _dots(name: str) -> list[int]:
-    return [match.start() for match in re.finditer(r"\.", name)]
-
-
-def _target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
-    """``names``, or a regular expression for them if one of them is also the ending of another module's name."""
-    for other in map(_plain, dict(model.named_modules())):
-        if other not in names and any(other[end + 1 :] in names for end in _dots(other)):
-            return "|".join(map(re.escape, names))
-    return list(names)
-
-
-def _task(model: nn.Module, saved: Collection[str]) -> dict[str, Any]:
-    """PEFT's ``task_type`` where it changes nothing, otherwise ``auto_mapping``, by which PEFT finds the class."""
-    kind = type(model)
-    for ending, (task, heads) in TASKS.items():
-        if kind.__name__.endswith(ending) and (heads or hasattr(model, "prepare_inputs_for_generation")):
-            claimed = {name for name, _ in model.named_modules() if heads and name.endswith(heads)}
-            if claimed <= set(saved):
-                return {"task_type": task, "auto_mapping": None}
-    known = kind.__module__.split(".")[0] == "transformers"
-    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if known else None
-    return {"task_type": None, "auto_mapping": mapping}
 
 
 @dataclass(frozen=True)
@@ -341,7 +152,7 @@ def _read(model: nn.Module, directory: Path) -> _PlainLora:
             raise ValueError(
                 f"the LoRA adapts {name}, which {what}: pass the LoRA's own base model, with linear layers."
             )
-    _refuse_shared(model, {name: modules[name] for name in halves})
+    refuse_shared(model, {name: modules[name] for name in halves})
     endings = tuple(config.get("modules_to_save") or ())
     saved = [name for name in modules if endings and name.endswith(endings)]
     state = model.state_dict()
