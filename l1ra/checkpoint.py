@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l1ra.adapted import controller_of, trained_tensors
+from l1ra.aside import PARTIAL, replaced
 from l1ra.base_layers import base_features
 from l1ra.config import L1RAConfig
-from l1ra.controller import RankController, controller_of
+from l1ra.controller import RankController
 from l1ra.linear import find_adapters
 from l1ra.patch import patch, unpatch
 
@@ -25,7 +27,7 @@ INDEX = "l1ra.json"
 PARTS = ("lora_A", "gate", "lora_B")
 TENSOR_FILES = ("adapters", "controller")
 # Of older checkpoints, or left by a process that was killed while it wrote.
-OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(\.\d+\.partial)?")
+OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(" + PARTIAL + ")?")
 
 
 def save(controller: RankController, folder: str | os.PathLike) -> None:
@@ -47,7 +49,7 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
         "format": FORMAT,
         "config": dataclasses.asdict(controller.config),
         "adapters": {n: [a.in_features, a.out_features] for n, a in controller.adapters.items()},
-        "trained": sorted(_trained(controller.model)),
+        "trained": sorted(trained_tensors(controller.model)),
         "controller": {name: value for name, value in state.items() if name not in ("gates", "generator", "probes")},
         "files": {},
     }
@@ -55,9 +57,11 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
         data = to_bytes(tensors[kind])
         digest = hashlib.sha256(data).hexdigest()
         name = f"{kind}-{digest[:16]}.safetensors"
-        _write(folder / name, data)
+        with replaced(folder / name) as (aside,):
+            aside.write_bytes(data)
         index["files"][kind] = {"name": name, "sha256": digest}
-    _write(folder / INDEX, json.dumps({**index, "sha256": _digest(index)}, indent=1).encode())
+    with replaced(folder / INDEX) as (aside,):
+        aside.write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
     kept = {INDEX, *(file["name"] for file in index["files"].values())}
     for file in folder.iterdir():
         if OURS.fullmatch(file.name) and file.name not in kept:
@@ -116,13 +120,7 @@ def _adapters(controller: RankController) -> dict[str, Tensor]:
         for part in PARTS
     }
     # A tied head may share its memory with what else is trained; in the file each has its own.
-    return {name: value.cpu().clone() for name, value in {**rows, **_trained(controller.model)}.items()}
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained besides the adapters."""
-    adapters = tuple(f"{name}." for name, _ in find_adapters(model))
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(adapters)}
+    return {name: value.cpu().clone() for name, value in {**rows, **trained_tensors(controller.model)}.items()}
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -211,16 +209,3 @@ def _check_model(model: nn.Module, index: dict[str, Any], tensors: dict[str, Ten
 def _belongs(name: str, index: dict[str, Any]) -> bool:
     owner, _, part = name.rpartition(".")
     return name in index["trained"] or (owner in index["adapters"] and part in PARTS)
-
-
-def _write(file: Path, data: bytes) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from l1ra.adapted import CONTROLLER, controller_of
 from l1ra.allocation import Plan, allocate, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
@@ -27,15 +28,9 @@ from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
-__all__ = ["RankController", "controller_of"]
+__all__ = ["RankController"]
 
-ATTRIBUTE = "_l1ra_controller"
 PROBE_RANKS = 4
-
-
-def controller_of(model: nn.Module) -> RankController | None:
-    """The controller that drives the adapters of ``model``, if there is one."""
-    return getattr(model, ATTRIBUTE, None)
 
 
 class RankController:
@@ -119,7 +114,7 @@ class RankController:
         self._auto_off: list[Optimizer] = []
         self._backwards = BackwardCounter(self._layers[0].gate)
         self._resuming = model.register_load_state_dict_post_hook(_ResumeWithTrainer())
-        setattr(model, ATTRIBUTE, self)
+        setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
         # A copy or a pickle of the model is a model of its own, which nobody drives.
@@ -190,7 +185,7 @@ class RankController:
         for layer in self._layers:
             layer.take_probe()
         if controller_of(self.model) is self:
-            delattr(self.model, ATTRIBUTE)
+            delattr(self.model, CONTROLLER)
 
     def _resume(self, folder: Path) -> None:
         from l1ra.checkpoint import read_controller

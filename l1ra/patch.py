@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from l1ra.adapted import check_plain, controller_of
 from l1ra.allocation import spread
 from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
-from l1ra.controller import RankController, controller_of
+from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.room import Room, has_use_for_room
 from l1ra.sharing import share_inputs
@@ -59,8 +60,7 @@ def patch(
         ValueError, TypeError: the message says what to write instead; the model is untouched.
         RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the model is untouched.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
+    check_plain(model)
     if preset is not None and config is not None:
         raise ValueError("pass preset or config, not both: L1RAConfig.from_preset(preset) makes a config.")
     config = L1RAConfig.from_preset(preset or "default") if config is None else config
@@ -70,7 +70,6 @@ def patch(
         )
     config = config.replace(**overrides)
     check_budget(budget)
-    _refuse_adapted(model)
     saved = saved_modules(model, modules_to_save)
     targets = select_targets(model, target_modules, saved)
     sizes = [base_features(module) for module in targets.values()]
@@ -177,18 +176,6 @@ def _restore(swaps: list, required: list) -> None:
         parent._modules[name] = original
     for param, flag in required:
         param.requires_grad_(flag)
-
-
-def _refuse_adapted(model: nn.Module) -> None:
-    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
-        raise ValueError("the model is patched already: call l1ra.unpatch(model) first, or patch a fresh one.")
-    for name, module in model.named_modules():
-        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
-            where = f"{name} is a" if name else "the model is a"
-            raise ValueError(
-                f"{where} PEFT {type(module).__name__}: pass the plain model "
-                "(merged = peft_model.merge_and_unload(), then l1ra.patch(merged, ...))."
-            )
 
 
 def _checkpoints(model: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l1ra.adapted import trained_modules
+from l1ra.aside import replaced
 from l1ra.base_layers import is_conv1d
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.targets import saved_modules
@@ -46,7 +47,8 @@ def export_peft(
 
     Args:
         model: with adapters; compiled or wrapped in DistributedDataParallel if need be.
-        directory: of the files, made if it is not there. An adapter in it is replaced, when the new one is whole.
+        directory: of the files, made if it is not there. An adapter in it is replaced, when the new one is whole; a
+            process that is killed meanwhile leaves the old one, or none that could be read.
         uniform: fill all adapters with zeros up to the largest rank and write no patterns: for readers that know one
             rank and one alpha only, as vLLM and the converter to GGUF.
         dtype: of A and B in the file. None: that of the adapter. In 16 bits, folding rounds B once.
@@ -97,15 +99,9 @@ def export_peft(
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    aside = {name: directory / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
-    try:
-        save_file(tensors, aside[WEIGHTS], metadata={"format": "pt"})
-        aside[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
-        for name, path in aside.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
+    with replaced(directory / WEIGHTS, directory / CONFIG) as (weights, settings):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings.write_text(json.dumps(config, indent=2) + "\n")
     return directory
 
 
@@ -157,11 +153,7 @@ def _trained_in_full(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose own parameters are trained, and a task model's head, by name; none lies in another."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {name for name, head in saved_modules(model, None).items() if next(find_adapters(head), None) is None}
-    for name, module in modules.items():
-        if isinstance(module, L1RALinear) or not any(
-            p is not None and p.requires_grad for p in module._parameters.values()
-        ):
-            continue
+    for name in trained_modules(model):
         if any(isinstance(modules.get(name[:end]), L1RALinear) for end in _dots(name)):
             raise ValueError(
                 f"{name} is trained beside its adapter, which a plain LoRA can't say: freeze it, or adapt other layers."

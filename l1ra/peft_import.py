@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l1ra.adapted import check_plain, controller_of
 from l1ra.allocation import LayerPlan
 from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
-from l1ra.controller import RankController, controller_of
+from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.patch import patch, unpatch
 from l1ra.peft_export import CONFIG, PREFIX, WEIGHTS, refuse_shared
@@ -79,10 +80,7 @@ def from_peft(
             the settings; the model is untouched.
         RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the model is untouched.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
-    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
-        raise ValueError("the model is patched already: call l1ra.unpatch(model) first, or take a fresh one.")
+    check_plain(model)
     if config is not None and not isinstance(config, L1RAConfig):
         raise TypeError(f"config must be an L1RAConfig, not {type(config).__name__}.")
     config = (config or L1RAConfig()).replace(**overrides)

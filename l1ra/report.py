@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from l1ra.controller import RankController, controller_of
+from l1ra.adapted import controller_of
+from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
 

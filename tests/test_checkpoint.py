@@ -45,7 +45,7 @@ def test_a_run_goes_on_from_a_folder_bit_for_bit(at, into, tmp_path):
     first[1].save(tmp_path)
     model = fresh() if into == "a fresh model" else run_to(9, *made(seed=9))[0]
     controller = l1ra.load(model, tmp_path)
-    assert controller is l1ra.controller.controller_of(model) and controller.steps == at
+    assert controller is l1ra.adapted.controller_of(model) and controller.steps == at
     assert_same(model, first[0])
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     optimizer.load_state_dict(first[2].state_dict())

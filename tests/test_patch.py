@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.controller import controller_of
+from l1ra.adapted import controller_of
 from l1ra.linear import find_adapters
 
 

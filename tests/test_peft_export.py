@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +256,43 @@ def test_an_interrupted_export_leaves_the_old_adapter_as_it_was(at, tmp_path, mo
     monkeypatch.undo()
     l1ra.export_peft(model, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() != old[WEIGHTS]
+
+
+@pytest.mark.parametrize("onto", ["nothing", "an older adapter"])
+def test_an_export_that_is_killed_leaves_the_old_adapter_or_none(onto, tmp_path, monkeypatch):
+    base = lively(MLP())
+    directory = tmp_path / "adapter"
+    if onto == "an older adapter":
+        old = uneven(copy.deepcopy(base), alpha=2.0)
+        l1ra.export_peft(old, directory)
+    left, replace, unlink = [], os.replace, Path.unlink
+
+    def noted(works):
+        def noting(*args, **kwargs):
+            left.append(shutil.copytree(directory, tmp_path / f"left {len(left)}"))  # what a kill would leave here
+            return works(*args, **kwargs)
+
+        return noting
+
+    monkeypatch.setattr(os, "replace", noted(replace))
+    monkeypatch.setattr(Path, "unlink", noted(unlink))
+    model = uneven(copy.deepcopy(base))
+    l1ra.export_peft(model, directory)
+    monkeypatch.undo()
+    found = []
+    for state in left:
+        if (state / CONFIG).exists():
+            read = logits(loaded(copy.deepcopy(base), state))
+            found.append("new" if torch.allclose(read, logits(model), atol=1e-5) else "old")
+            if found[-1] == "old":
+                close(read, logits(old))
+        else:
+            with pytest.raises(FileNotFoundError, match=f"has no {CONFIG}"):
+                l1ra.from_peft(copy.deepcopy(base), state)
+            with pytest.raises(ValueError, match="Can't find"):
+                peft.PeftModel.from_pretrained(copy.deepcopy(base), state)
+            found.append("none")
+    assert list(dict.fromkeys(found)) == (["none", "new"] if onto == "nothing" else ["old", "none", "new"])
 
 
 def test_what_a_plain_lora_can_not_say_is_refused(tmp_path):

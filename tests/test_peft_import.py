@@ -218,7 +218,7 @@ def test_what_is_no_lora_or_no_plain_model_is_refused(tmp_path):
     assert_untouched(model, before)
     with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         l1ra.from_peft([], tmp_path)
-    with pytest.raises(ValueError, match="base model"):
+    with pytest.raises(ValueError, match="is a PEFT PeftModel: pass the plain model"):
         l1ra.from_peft(plain, tmp_path)
     l1ra.patch(model, 14)
     before = snapshot(model)

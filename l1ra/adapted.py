@@ -1,0 +1,56 @@
+"""What a model holds: adapters and the controller that drives them, and what is trained besides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from l1ra.linear import L1RALinear, find_adapters
+
+if TYPE_CHECKING:
+    from l1ra.controller import RankController
+
+__all__ = ["CONTROLLER", "check_plain", "controller_of", "trained_modules", "trained_tensors"]
+
+CONTROLLER = "_l1ra_controller"  # the attribute of a model
+
+
+def controller_of(model: nn.Module) -> RankController | None:
+    """The controller that drives the adapters of ``model``, if there is one."""
+    return getattr(model, CONTROLLER, None)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse what has adapters already, L1RA's or PEFT's.
+
+    Raises:
+        TypeError, ValueError: it is no module, or not a plain one; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
+    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
+        raise ValueError("the model is patched already: call l1ra.unpatch(model) first, or take a fresh one.")
+    for name, module in model.named_modules():
+        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
+            where = f"{name} is a" if name else "the model is a"
+            raise ValueError(
+                f"{where} PEFT {type(module).__name__}: pass the plain model, "
+                "peft_model.merge_and_unload() with what PEFT's adapter has learned or peft_model.unload() without it."
+            )
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, adapters apart, with parameters of their own that are trained, by each of their names."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, L1RALinear)
+        and any(p is not None and p.requires_grad for p in module._parameters.values())
+    }
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters outside of the adapters that are trained, each by its first name."""
+    adapters = tuple(f"{name}." for name, _ in find_adapters(model))
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(adapters)}
