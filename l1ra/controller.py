@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from torch.optim import Optimizer
 from l1ra.adapted import CONTROLLER, controller_of
 from l1ra.allocation import Plan, allocate, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
+from l1ra.checkpoint import save
 from l1ra.config import L1RAConfig
-from l1ra.controller_state import check_state
+from l1ra.controller_state import load_state, state_of
 from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
-from l1ra.integrations.trainer import join_trainer, resumed_folder
+from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.optimizer_state import plan_state
@@ -106,14 +106,14 @@ class RankController:
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._resting = ""
+        self._resting = False
         self.initial_ranks = self.ranks
         self._record(pruned=0, moved=0)
 
         self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
         self._auto_off: list[Optimizer] = []
         self._backwards = BackwardCounter(self._layers[0].gate)
-        self._resuming = model.register_load_state_dict_post_hook(_ResumeWithTrainer())
+        self._resuming = model.register_load_state_dict_post_hook(ResumeWithTrainer())
         setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
@@ -176,6 +176,29 @@ class RankController:
             )
         self._after(optimizer)
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the adapters, whatever else of the model is trained, and this controller: see :func:`l1ra.load`.
+
+        The optimizer's state is not in it: save ``optimizer.state_dict()`` beside it to go on training bit for bit.
+
+        Raises:
+            OSError: it can't be written; an older checkpoint in the folder is still whole.
+        """
+        save(self, folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the adapters' own tensors, which the model's state dict holds."""
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict()``, after the model's own state dict was loaded.
+
+        Raises:
+            ValueError: it belongs to other adapters, ranks or scalings, another budget or rule, or a part is missing;
+                nothing is changed then.
+        """
+        load_state(self, state)
+
     def close(self) -> None:
         """Stop driving: the adapters stay as they are."""
         if self._listener is not None:
@@ -186,18 +209,6 @@ class RankController:
             layer.take_probe()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
-
-    def _resume(self, folder: Path) -> None:
-        from l1ra.checkpoint import read_controller
-
-        try:
-            state = read_controller(folder)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{folder.parent} holds no state of L1RA: it was broken off while it was saved, or written by a "
-                "training without L1RA. Resume from an older checkpoint."
-            ) from None
-        self.load_state_dict(state)
 
     # --- around an optimizer's step
 
@@ -269,28 +280,16 @@ class RankController:
     def _start(self, trainer_steps: int | None) -> None:
         if self.total_steps is None:
             self.total_steps = trainer_steps
-        if self.total_steps is None:
-            warnings.warn(
-                "L1RA does not know how long the training is: ranks move every "
-                f"{Schedule.from_config(self.config, None).interval} steps until it ends. Pass total_steps=<number of "
-                "optimizer steps> to l1ra.patch or RankController for a warm-up and a cooldown.",
-                stacklevel=2,
-            )
         self._schedule = Schedule.from_config(self.config, self.total_steps)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            self._resting = "ranks stay fixed in distributed training"
+        self._resting = _in_distributed_training()
+        if self._resting:
             warnings.warn(
                 "L1RA can't move ranks in distributed training yet: all adapters keep the ranks they have, as in "
                 "plain LoRA.",
                 stacklevel=2,
             )
-        elif self._schedule.empty or (self.config.rule == "adaptive-l1" and not self._schedule.judges):
-            warnings.warn(
-                f"no rank will move: {self.total_steps} steps are too few at intervals of {self._schedule.interval}, "
-                f"warmup {self.config.warmup} and cooldown {self.config.cooldown}. Train longer, or lower these.",
-                stacklevel=2,
-            )
+        else:
+            self._schedule.warn(self.config, self.total_steps)
 
     # --- reallocation
 
@@ -357,76 +356,10 @@ class RankController:
         return list(self._listener.optimizers) if self._listener is not None else self._auto_off
 
     def _record(self, pruned: int, moved: int) -> None:
-        self.history.append(
-            {
-                "step": self.steps,
-                "ranks": self.ranks,
-                "pruned": pruned,
-                "moved": moved,
-                "spare": self.spare,
-                "gates": self._bank.summary(),
-            }
-        )
-
-    # --- state
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the adapters, whatever else of the model is trained, and this controller: see :func:`l1ra.load`.
-
-        The optimizer's state is not in it: save ``optimizer.state_dict()`` beside it to go on training bit for bit.
-
-        Raises:
-            OSError: it can't be written; an older checkpoint in the folder is still whole.
-        """
-        from l1ra.checkpoint import save
-
-        save(self, folder)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the adapters' own tensors, which the model's state dict holds."""
-        return {
-            "ranks": self.ranks,
-            "initial_ranks": dict(self.initial_ranks),
-            "budget": self.budget,
-            "rule": self.config.rule,
-            "steps": self.steps,
-            "total_steps": self.total_steps,
-            "moved": self.moved,
-            "history": [dict(entry) for entry in self.history],
-            "scalings": {name: layer.scaling for name, layer in self.adapters.items()},
-            "closing": self._closing,
-            "probes": {name: p for name, layer in self.adapters.items() if (p := layer.probe_state()) is not None},
-            "gates": self._bank.state_dict(),
-            "generator": self._generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict()``, after the model's own state dict was loaded.
-
-        Raises:
-            ValueError: it belongs to other adapters, ranks or scalings, another budget or rule, or a part is missing;
-                nothing is changed then.
-        """
-        check_state(self, state)
-        if self._bank.stale():
-            self._bank.read()
-        self._bank.load_state_dict(state["gates"])
-        self._generator.set_state(state["generator"])
-        self._closing = state["closing"]
-        for name, layer in self.adapters.items():
-            layer.take_probe()
-            if name in state["probes"]:
-                layer.resume_probe(state["probes"][name])
-        self.initial_ranks = dict(state["initial_ranks"])
-        self.steps, self.moved = state["steps"], state["moved"]
-        self.total_steps = self.total_steps or state["total_steps"]
-        self.history = [dict(entry) for entry in state["history"]]
+        now = {"step": self.steps, "ranks": self.ranks, "spare": self.spare, "gates": self._bank.summary()}
+        self.history.append({**now, "pruned": pruned, "moved": moved})
 
 
-class _ResumeWithTrainer:
-    """A hook of the model's ``load_state_dict``. It holds no controller: so that a copy of the model has none."""
-
-    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
-        controller, folder = controller_of(model), resumed_folder()
-        if controller is not None and folder is not None:
-            controller._resume(folder)
+def _in_distributed_training() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1

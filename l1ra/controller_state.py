@@ -1,4 +1,4 @@
-"""Whether a saved state belongs to a controller: all of it is checked before anything is changed."""
+"""The state of a controller, to save and to go on from: all of it is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["check_state"]
+__all__ = ["load_state", "state_of"]
 
 
-def check_state(controller: RankController, state: dict[str, Any]) -> None:
-    """Compare a ``state_dict()`` with the controller that shall take it; the model's own state has been loaded.
+def state_of(controller: RankController) -> dict[str, Any]:
+    """See ``RankController.state_dict``."""
+    return {
+        "ranks": controller.ranks,
+        "initial_ranks": dict(controller.initial_ranks),
+        "budget": controller.budget,
+        "rule": controller.config.rule,
+        "steps": controller.steps,
+        "total_steps": controller.total_steps,
+        "moved": controller.moved,
+        "history": [dict(entry) for entry in controller.history],
+        "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
+        "closing": controller._closing,
+        "probes": {name: p for name, layer in controller.adapters.items() if (p := layer.probe_state()) is not None},
+        "gates": controller._bank.state_dict(),
+        "generator": controller._generator.get_state(),
+    }
 
-    Raises:
-        ValueError: it is none of a controller like this one; the message says what to do.
-    """
-    missing = set(controller.state_dict()) - set(state)
+
+def load_state(controller: RankController, state: dict[str, Any]) -> None:
+    """See ``RankController.load_state_dict``."""
+    _check(controller, state)
+    if controller._bank.stale():
+        controller._bank.read()
+    controller._bank.load_state_dict(state["gates"])
+    controller._generator.set_state(state["generator"])
+    controller._closing = state["closing"]
+    for name, layer in controller.adapters.items():
+        layer.take_probe()
+        if name in state["probes"]:
+            layer.resume_probe(state["probes"][name])
+    controller.initial_ranks = dict(state["initial_ranks"])
+    controller.steps, controller.moved = state["steps"], state["moved"]
+    controller.total_steps = controller.total_steps or state["total_steps"]
+    controller.history = [dict(entry) for entry in state["history"]]
+
+
+def _check(controller: RankController, state: dict[str, Any]) -> None:
+    """That it is of a controller like this one; the model's own state has been loaded."""
+    missing = set(state_of(controller)) - set(state)
     if missing:
         raise ValueError(f"this is no state of a RankController: {', '.join(sorted(missing))} missing.")
     if list(state["ranks"]) != list(controller.adapters):

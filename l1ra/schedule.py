@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from l1ra.config import L1RAConfig
@@ -40,6 +41,22 @@ class Schedule:
         # Not after the very last step: ranks that are dealt then would never be trained.
         last = min(total_steps - 1, share(1 - config.cooldown)) // steps * steps
         return cls(steps, max(1, share(config.warmup)), last)
+
+    def warn(self, config: L1RAConfig, total_steps: int | None) -> None:
+        """Say what a user may not expect of the schedule that was made from ``config`` and ``total_steps``."""
+        if total_steps is None:
+            warnings.warn(
+                f"L1RA does not know how long the training is: ranks move every {self.interval} steps until it ends. "
+                "Pass total_steps=<number of optimizer steps> to l1ra.patch or RankController for a warm-up and a "
+                "cooldown.",
+                stacklevel=3,
+            )
+        elif self.empty or (config.rule == "adaptive-l1" and not self.judges):
+            warnings.warn(
+                f"no rank will move: {total_steps} steps are too few at intervals of {self.interval}, "
+                f"warmup {config.warmup} and cooldown {config.cooldown}. Train longer, or lower these.",
+                stacklevel=3,
+            )
 
     @property
     def empty(self) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_each_file_imports_only_what_its_package_may(path):
     assert names(path) <= allowed
     for name, lazily in imports(path):
         assert lazily or name not in OPTIONAL, f"{name} is imported before it is needed"
+
+
+def test_no_file_imports_one_that_imports_it():
+    def imported(path):
+        tree = ast.parse(path.read_text())
+        types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        for_types = {id(n) for block in types for n in ast.walk(block)}
+        return {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and id(n) not in for_types}
+
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    TopologicalSorter({name: imported(path) & names.keys() for name, path in names.items()}).prepare()
 
 
 def test_there_is_something_to_look_at():

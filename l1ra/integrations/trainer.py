@@ -14,7 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["join_trainer", "resumed_folder"]
+from torch import nn
+
+from l1ra.adapted import controller_of
+from l1ra.checkpoint import read
+
+__all__ = ["ResumeWithTrainer", "join_trainer"]
 
 FOLDER = "l1ra"  # inside a checkpoint
 
@@ -34,10 +39,24 @@ def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Pat
     return trainer[0].state.max_steps
 
 
-def resumed_folder() -> Path | None:
-    """Where ``save`` has written, if a Trainer is resuming from a checkpoint right now."""
-    trainer = _trainer("_load_from_checkpoint")
-    return None if trainer is None else Path(trainer[1]["resume_from_checkpoint"]) / FOLDER
+class ResumeWithTrainer:
+    """A hook of the model's ``load_state_dict``: if a Trainer is resuming from a checkpoint right now, the model's
+    controller goes on from where it was saved. It holds no controller: so that a copy of the model has none.
+    """
+
+    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
+        controller, trainer = controller_of(model), _trainer("_load_from_checkpoint")
+        if controller is None or trainer is None:
+            return
+        checkpoint = Path(trainer[1]["resume_from_checkpoint"])
+        try:
+            found = read(checkpoint / FOLDER)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{checkpoint} holds no state of L1RA: it was broken off while it was saved, or written by a training "
+                "without L1RA. Resume from an older checkpoint."
+            ) from None
+        controller.load_state_dict(found.controller)
 
 
 def _trainer(method: str) -> tuple[Any, dict[str, Any]] | None:
