@@ -14,3 +14,13 @@ if not torch.cuda.is_available():
 def _same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Of the tiny pretrained models on which fine-tuning methods are compared, by name."""
+    from quality_helpers import save_models
+
+    found = {name: tmp_path_factory.mktemp(name) for name in ("bert", "llama")}
+    save_models(found)
+    return found

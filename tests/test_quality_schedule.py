@@ -1,6 +1,8 @@
 """Which runs are done when, with made-up losses: the climb to a learning rate, the order of runs, time that is up."""
 
+import collections
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -175,6 +177,20 @@ def test_a_climb_is_resumed_and_no_rate_is_tried_twice(tmp_path):
     _, launched = work(part)
     assert sorted([2e-3, *(s.rate for s in launched if s.seed == TUNING_SEED)]) == sorted(whole)
     assert work(part)[1] == []
+
+
+def test_a_record_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda file, **options: (read.append(file), read_text(file, **options))[1])
+    a_plan = plan(tmp_path, ("lora",), seeds=0)
+    work(a_plan)
+    assert a_plan.chosen("posts", "lora") == BOTTOMS["lora"]
+    # The queue reads a record too, to tell how a run has ended.
+    assert set(collections.Counter(read).values()) == {2}
+    best = a_plan._tries("posts", "lora")[BOTTOMS["lora"]].file
+    runs.write(best, {"validation_loss": None, "diverged": True})
+    os.utime(best, (0, 0))  # a clock may be too coarse for two writes
+    assert a_plan.chosen("posts", "lora") != BOTTOMS["lora"] and read.count(best) == 3
 
 
 def test_a_given_rate_needs_no_climb_but_the_heads(tmp_path):

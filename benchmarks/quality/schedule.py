@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -129,11 +130,7 @@ class Plan:
         return {rate: self.spec(task, method, middle, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
-        return {
-            rate: climb.loss_of(json.loads(spec.file.read_text(encoding="utf-8")))
-            for rate, spec in tries.items()
-            if spec.file.exists()
-        }
+        return {rate: loss for rate, spec in tries.items() if (loss := _loss(spec.file)) is not None}
 
     def _best(self, tries: dict[float, Spec]) -> float:
         # If every rate diverges, the lowest one shows it.
@@ -145,6 +142,20 @@ class Plan:
         multipliers = self.tasks[task].multipliers
         more = [round(SHARE * m, 6) for m in multipliers if m in SHARED and method == "l1ra" and self.share]
         return [*multipliers, *more]
+
+
+def _loss(file: Path) -> float | None:
+    """The loss in a record; None as long as there is none."""
+    try:
+        return _loss_written_at(file, file.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+@functools.cache
+def _loss_written_at(file: Path, time_ns: int) -> float:
+    # Every decision asks for the losses of all tries: a record is read when it is new.
+    return climb.loss_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
