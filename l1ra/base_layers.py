@@ -16,13 +16,19 @@ def is_conv1d(module: nn.Module) -> bool:
 def base_features(module: nn.Module) -> tuple[int, int] | None:
     """``(in_features, out_features)`` of a layer that can be adapted, None for any other."""
     # Attention modules read this class's weight without calling it: an adapter on it would do nothing.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or _linear_by_inheritance_only(module):
         return None
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_conv1d(module):
         return module.weight.shape[0], module.weight.shape[1]
     return None
+
+
+def _linear_by_inheritance_only(module: nn.Module) -> bool:
+    """Whether a model of transformers makes something else of ``nn.Linear``, such as a router that returns scores."""
+    forward = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), nn.Module)
+    return forward.__module__.startswith("transformers.models.") and forward.__name__ != "FalconLinear"
 
 
 def dense_weight(base: nn.Module) -> Tensor:
