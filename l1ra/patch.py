@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.room import Room, has_use_for_room
 from l1ra.sharing import share_inputs
-from l1ra.targets import part_of, saved_modules, select_targets
+from l1ra.targets import left_out, part_of, saved_modules, select_targets
 
 __all__ = ["patch", "unpatch"]
 
@@ -45,8 +46,9 @@ def patch(
         model: any module; a transformers model as a rule.
         budget: what all adapters' ranks together may cost: the sum of the ranks, or with ``budget_unit="params"``
             the number of adapter parameters. Spread evenly at first.
-        target_modules: as in PEFT: ``"all-linear"`` (every Linear and Conv1D but the output head), a regular
-            expression for the whole name, or a list of names or their last components.
+        target_modules: as in PEFT: ``"all-linear"`` (every Linear and Conv1D but the output head and what shares its
+            weight with another module), a regular expression for the whole name, or a list of names or their last
+            components.
         modules_to_save: names of modules to train in full, e.g. a new head. None: the head of a transformers model for
             classification or question answering; ``[]``: none.
         preset: ``"default"`` or ``"reference"``, in place of ``config``.
@@ -72,6 +74,7 @@ def patch(
     check_budget(budget)
     saved = saved_modules(model, modules_to_save)
     targets = select_targets(model, target_modules, saved)
+    left = left_out(model, saved) if target_modules == "all-linear" else ""
     sizes = [base_features(module) for module in targets.values()]
     caps = [rank_cap(*size, config) for size in sizes]
     low = next((i for i, cap in enumerate(caps) if cap < config.min_rank), None)
@@ -131,6 +134,8 @@ def patch(
         raise
     hook = _let_gradients_through(model)
     object.__setattr__(model, UNDO, _Undo(swaps, required, hook))
+    if left:
+        warnings.warn(left, stacklevel=2)
     return controller
 
 

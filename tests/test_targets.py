@@ -1,10 +1,11 @@
 """Which layers are adapted, and what is said when a name fits nothing."""
 
 import re
+import warnings
 
 import pytest
 import torch
-from helpers import MLP, assert_untouched, bert, gpt2, llama, snapshot
+from helpers import MLP, SIZES, assert_untouched, bert, gpt2, llama, snapshot
 from torch import nn
 
 import l1ra
@@ -33,6 +34,15 @@ def test_all_linear_takes_conv1d():
 def test_all_linear_leaves_the_classification_head_to_full_training():
     names = adapted(bert())
     assert "classifier" not in names and "bert.pooler.dense" in names
+
+
+def test_all_linear_leaves_both_layers_of_a_fresh_head_to_full_training():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    model = DistilBertForSequenceClassification(DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24))
+    assert not [name for name in adapted(model) if "classifier" in name]
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"distilbert", "pre_classifier", "classifier"}
 
 
 def test_names_are_whole_components():
@@ -92,6 +102,70 @@ def test_a_layer_that_can_not_be_adapted_is_named():
     refused(llama(), ["embed_tokens"], r"model.embed_tokens \(Embedding\).*Only nn.Linear and transformers' Conv1D")
     refused(llama(), ["q_proj", "norm"], r"model.norm \(LlamaRMSNorm\)")
     refused(llama(), r"model\.layers\.0.*", r"model.layers.0 \(LlamaDecoderLayer\)")
+
+
+def test_what_can_not_be_adapted_can_be_trained_in_full():
+    refused(llama(), ["embed_tokens"], r"modules_to_save=\['embed_tokens'\] trains them in full")
+    refused(llama(), ["mlp"], r"\(LlamaMLP\), .* Conv1D can\.$")  # a container has no weights of its own
+
+
+def mixture(kind="Mixtral", **settings):
+    import transformers
+
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 4, **settings}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+
+
+def test_stacked_experts_are_left_out_in_words():
+    model = mixture()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    share = experts / sum(p.numel() for p in model.parameters())
+    with pytest.warns(UserWarning) as said:
+        names = adapted(model)
+    assert ends(names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    where = "model.layers.0.mlp.experts"
+    assert [str(warning.message) for warning in said] == [
+        f"{where}.gate_up_proj, {where}.down_proj and 2 more: {share:.0%} of the model's parameters are not adapted. "
+        "Weights of more than two dimensions, such as stacked experts, can't be; modules_to_save=['experts'] trains "
+        "them in full. Name the layers in target_modules if this is what you want."
+    ]
+    assert said[0].filename == __file__
+
+
+def test_nothing_is_said_of_experts_that_were_meant_to_be_left_out_or_trained():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(mixture(), target_modules=["q_proj"])
+        adapted(mixture(), modules_to_save=["experts"])
+        adapted(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4), nn.Bilinear(2, 3, 4)))
+
+
+def test_named_experts_are_refused_with_the_reason():
+    told = r"experts\.gate_up_proj is no layer but a parameter of a MixtralExperts, of shape \(4, 48, 16\)"
+    refused(mixture(), ["q_proj", "gate_up_proj"], f"{told}.*modules_to_save=\\['experts'\\] trains them in full")
+    refused(mixture(), r".*\.gate_up_proj", told)
+    refused(mixture(), ["experts"], r"mlp\.experts \(MixtralExperts\).*modules_to_save=\['experts'\]")
+
+
+@pytest.mark.filterwarnings("ignore:.*stacked experts")
+def test_a_router_that_only_inherits_from_linear_is_left_out():
+    model = mixture("Llama4Text", num_experts_per_tok=1, intermediate_size_mlp=24, head_dim=8)
+    assert isinstance(model.model.layers[0].feed_forward.router, nn.Linear)
+    assert not [name for name in adapted(model) if "router" in name]
+    l1ra.unpatch(model)
+    refused(model, ["router"], r"router \(Llama4Router\)")
+
+
+def test_a_weight_that_another_module_has_too_is_not_adapted():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "up": nn.Linear(4, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    message = r"head shares its weight with embed, .* modules_to_save=\['embed'\]"
+    refused(model, ["head"], message)
+    refused(model, "up|head", message)
+    refused(model, ["head"], message, modules_to_save=["embed"])
+    assert adapted(model) == ["up"]
+    refused(llama(tie_word_embeddings=True), ["lm_head"], r"lm_head shares its weight with model\.embed_tokens")
 
 
 @pytest.mark.parametrize("target", [None, 3, [], [1], {}, ["q_proj", None]])
