@@ -11,9 +11,13 @@ from l1ra.linear import L1RALinear, find_adapters
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["CONTROLLER", "check_plain", "controller_of", "trained_modules", "trained_tensors"]
+__all__ = ["CONTROLLER", "SEVERAL", "check_plain", "controller_of", "trained_modules", "trained_tensors"]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model
+SEVERAL = (
+    "For several side by side, train one after the other, write each with l1ra.export_peft, and load them with "
+    "PeftModel.load_adapter."
+)
 
 
 def controller_of(model: nn.Module) -> RankController | None:
@@ -30,7 +34,9 @@ def check_plain(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
     if controller_of(model) is not None or next(find_adapters(model), None) is not None:
-        raise ValueError("the model is patched already: call l1ra.unpatch(model) first, or take a fresh one.")
+        raise ValueError(
+            f"the model is patched already: call l1ra.unpatch(model) first, or take a fresh one. {SEVERAL}"
+        )
     for name, module in model.named_modules():
         if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
             where = f"{name} is a" if name else "the model is a"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from l1ra.adapted import check_plain, controller_of
+from l1ra.adapted import SEVERAL, check_plain, controller_of
 from l1ra.allocation import spread
 from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
@@ -70,6 +70,8 @@ def patch(
         raise TypeError(
             f"config must be an L1RAConfig, not {type(config).__name__}; a preset's name goes into preset=."
         )
+    if "adapter_name" in overrides:
+        raise TypeError(f"adapter_name: a model has one set of adapters, without a name. {SEVERAL}")
     config = config.replace(**overrides)
     check_budget(budget)
     saved = saved_modules(model, modules_to_save)
