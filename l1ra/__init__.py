@@ -3,6 +3,7 @@
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear
+from l1ra.merge import merge, unmerge
 from l1ra.patch import patch, unpatch
 from l1ra.peft_export import export_peft
 from l1ra.peft_import import from_peft
@@ -18,8 +19,10 @@ __all__ = [
     "export_peft",
     "from_peft",
     "load",
+    "merge",
     "patch",
     "plot_ranks",
     "report",
+    "unmerge",
     "unpatch",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,8 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l1ra.allocation import LayerPlan
-from l1ra.base_layers import base_features, dense_weight, foreign, is_conv1d
+from l1ra.base_layers import (
+    FLOATS,
+    base_features,
+    check_gradient,
+    dense_weight,
+    foreign,
+    is_conv1d,
+    keep_unpacked,
+    let_repack,
+    main_tensor,
+)
 from l1ra.config import INITS
+from l1ra.merged_weight import Kept, Rounding, add_to_weight, give_back
 from l1ra.room import Room
 from l1ra.row_moves import RowMoves, row_sources
 from l1ra.sharing import SharedInput
@@ -29,7 +41,7 @@ class L1RALinear(nn.Module):
     whatever the rank becomes.
 
     Attributes:
-        base_layer: the frozen layer, an ``nn.Linear`` (or subclass) or transformers' ``Conv1D``.
+        base_layer: the frozen layer, an ``nn.Linear`` (or subclass), transformers' ``Conv1D`` or a quantised one.
         lora_A: Parameter ``(rows, in_features)``; ``rows`` is the rank, or ``reserve``, then 0 beyond the rank.
         gate: Parameter ``(rows,)``, 1 at first; float32, or float64 where A is.
         lora_B: Parameter ``(rows, out_features)``, 0 at first.
@@ -95,12 +107,14 @@ class L1RALinear(nn.Module):
         """An adapter around an existing layer, which is frozen and kept as the very object.
 
         Raises:
-            TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D``.
-            ValueError: a rank, alpha or dropout out of its range, or no such init.
+            TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D`` nor a quantised linear layer.
+            ValueError: a rank, alpha or dropout out of its range, no such init, or a 4-bit weight through which no
+                gradient passes.
         """
         if base_features(base) is None:
             raise TypeError(
-                f"{type(base).__name__} can't be adapted: pass an nn.Linear or transformers' Conv1D, the layer itself."
+                f"{type(base).__name__} can't be adapted: pass an nn.Linear, transformers' Conv1D or a quantised "
+                "linear layer, the layer itself."
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -137,10 +151,11 @@ class L1RALinear(nn.Module):
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.init = init
+        self._repacks = keep_unpacked(base)
         self.base_layer = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.train(base.training)
-        device = base.weight.device
+        device = main_tensor(base).device
         gate_dtype = torch.promote_types(adapter_dtype, torch.float32)
         rows = self.initial_rows(rank, generator)
         total = rank if reserve is None else reserve
@@ -151,7 +166,7 @@ class L1RALinear(nn.Module):
             self.lora_A[:rank] = rows.to(device, adapter_dtype)
             self.gate[:rank] = 1.0
         self._rank = None if reserve is None else rank
-        self._merged_from: Tensor | None = None
+        self._merged_from: Kept | None = None
         self._probe: tuple[Tensor, Tensor] | None = None
         self.gate_loaded = False
         self.strict = False
@@ -194,7 +209,8 @@ class L1RALinear(nn.Module):
         """``(..., in_features)`` -> ``(..., out_features)``, in the dtype that the base layer returns.
 
         Raises:
-            RuntimeError: ``strict`` is set and no fused kernel can run; the message says why.
+            RuntimeError: ``strict`` is set and no fused kernel can run; or a quantised base gives no gradient in
+                training. The message says why.
         """
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
@@ -202,6 +218,8 @@ class L1RALinear(nn.Module):
         path, output = self.path_on(x, more), None
         if not path.dense:
             output = self.base_layer(x, *args, **kwargs)
+            if self.training:
+                check_gradient(self.base_layer, x, output)
             if output.dtype != x.dtype:
                 path = dispatch.path_for(output.device, output.dtype, path.reason)
         if self.strict and not path.fused:
@@ -218,8 +236,8 @@ class L1RALinear(nn.Module):
         Args:
             more: a reason to leave the product with the weight to the base layer.
         """
-        like = self.base_layer.weight if x is None else x
-        dtype = like.dtype if like.is_floating_point() else self.lora_A.dtype
+        like = main_tensor(self.base_layer) if x is None else x
+        dtype = like.dtype if like.dtype in FLOATS else self.lora_A.dtype
         path = dispatch.path_for(like.device, dtype, more or foreign(self.base_layer, like.device, dtype))
         return path if self.room is None or path.name != "chain" else dispatch.AUG
 
@@ -254,31 +272,28 @@ class L1RALinear(nn.Module):
         delta = (self.lora_B * (self.scaling * self.gate).unsqueeze(1)).T.to(self.lora_A.dtype) @ self.lora_A
         return delta.T if is_conv1d(self.base_layer) else delta
 
-    @torch.no_grad()
+    def merge_quietly(self) -> Rounding | None:
+        """As :meth:`merge`, but what rounding did to a quantised weight is returned."""
+        if self.merged:
+            raise RuntimeError("the adapter is merged already: call unmerge() first.")
+        self._merged_from, rounding = add_to_weight(self.base_layer, self.delta_weight())
+        return rounding
+
     def merge(self) -> None:
         """Add the adapter into the base weight; the adapter's forward is skipped until :meth:`unmerge`.
 
         The original weight is kept beside the merged one. Merging into a 16-bit weight rounds the sum: changes smaller
-        than half a unit in the last place of an entry are lost.
+        than half a unit in the last place of an entry are lost. A 4-bit or 8-bit weight of bitsandbytes is quantised
+        anew, and a ``UserWarning`` states the error.
 
         Raises:
             RuntimeError: already merged.
-            TypeError: the base weight is not a plain floating-point tensor of the layer's shape (quantised).
+            TypeError: nothing can be added to the base weight: quantised in another way, or no weight of a plain layer.
         """
-        if self.merged:
-            raise RuntimeError("the adapter is merged already: call unmerge() first.")
-        weight = self.base_layer.weight
-        delta = self.delta_weight()
-        if not weight.is_floating_point() or weight.shape != delta.shape:
-            raise TypeError(
-                f"can't merge into a {type(self.base_layer).__name__} with a {weight.dtype} weight of shape "
-                f"{tuple(weight.shape)}: load the base in a floating-point dtype to merge."
-            )
-        self._merged_from = weight.detach().clone()
-        wide = torch.promote_types(delta.dtype, weight.dtype)
-        weight.copy_(weight.to(wide) + delta.to(wide))
+        rounding = self.merge_quietly()
+        if rounding is not None:
+            warnings.warn(str(rounding), stacklevel=2)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Give the base weight back, bit for bit.
 
@@ -287,8 +302,19 @@ class L1RALinear(nn.Module):
         """
         if self._merged_from is None:
             raise RuntimeError("the adapter is not merged: call merge() first.")
-        self.base_layer.weight.copy_(self._merged_from)
+        give_back(self.base_layer, self._merged_from)
         self._merged_from = None
+
+    def release(self, *, merged: bool = False) -> nn.Module:
+        """The base layer as it was before it was adapted, for use without the adapter; with ``merged`` its weight stays
+        merged if it is."""
+        if self.merged and not merged:
+            self.unmerge()
+        if self.room is not None:
+            self.room.give_back(self.base_layer)
+        if self._repacks:
+            let_repack(self.base_layer)
+        return self.base_layer
 
     def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
         """Keep the rows ``plan.keep`` in order and append ``plan.grow`` new ones: :meth:`plan_resize`, done at once."""

@@ -17,6 +17,7 @@ from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
+from l1ra.merge import merge as merge_adapters
 from l1ra.room import Room, has_use_for_room
 from l1ra.sharing import share_inputs
 from l1ra.targets import left_out, part_of, saved_modules, select_targets
@@ -24,6 +25,7 @@ from l1ra.targets import left_out, part_of, saved_modules, select_targets
 __all__ = ["patch", "unpatch"]
 
 UNDO = "_l1ra_undo"
+QUANTISED = "is_quantized"  # of transformers' models
 
 
 def patch(
@@ -46,9 +48,9 @@ def patch(
         model: any module; a transformers model as a rule.
         budget: what all adapters' ranks together may cost: the sum of the ranks, or with ``budget_unit="params"``
             the number of adapter parameters. Spread evenly at first.
-        target_modules: as in PEFT: ``"all-linear"`` (every Linear and Conv1D but the output head and what shares its
-            weight with another module), a regular expression for the whole name, or a list of names or their last
-            components.
+        target_modules: as in PEFT: ``"all-linear"`` (every linear layer, quantised ones too, but the output head and
+            what shares its weight with another module), a regular expression for the whole name, or a list of names or
+            their last components.
         modules_to_save: names of modules to train in full, e.g. a new head. None: the head of a transformers model for
             classification or question answering; ``[]``: none.
         preset: ``"default"`` or ``"reference"``, in place of ``config``.
@@ -94,9 +96,10 @@ def patch(
     required = [(p, p.requires_grad) for p in model.parameters()]
     generator = torch.Generator().manual_seed(config.seed)
     swaps: list[tuple[nn.Module, str, nn.Module, L1RALinear]] = []
+    adapters: dict[int, L1RALinear] = {}
     try:
-        adapters = {
-            id(module): L1RALinear.from_linear(
+        for module, size, rank in zip(targets.values(), sizes, ranks, strict=True):
+            adapters[id(module)] = L1RALinear.from_linear(
                 module,
                 rank=rank,
                 alpha=config.alpha,
@@ -107,8 +110,6 @@ def patch(
                 reserve=None if config.reserve is None else min(config.reserve, *size),
                 generator=generator,
             )
-            for module, size, rank in zip(targets.values(), sizes, ranks, strict=True)
-        }
         # A layer that is shared between parents is replaced in all of them.
         for layer in adapters.values():
             path = layer.path_on()
@@ -132,41 +133,53 @@ def patch(
         share_inputs(model, adapters.values())
         controller = RankController(model, budget, config=config, auto=auto)
     except BaseException:
+        for layer in adapters.values():
+            layer.release()
         _restore(swaps, required)
         raise
     hook = _let_gradients_through(model)
-    object.__setattr__(model, UNDO, _Undo(swaps, required, hook))
+    undo = _Undo(swaps, required, hook, getattr(model, QUANTISED, False))
+    if undo.quantised:
+        # transformers.Trainer refuses quantised models whose adapters it does not know.
+        setattr(model, QUANTISED, False)
+    object.__setattr__(model, UNDO, undo)
     if left:
         warnings.warn(left, stacklevel=2)
     return controller
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Give the original modules back, the very objects, with the ``requires_grad`` they had; the adapters are dropped.
 
-    A merged adapter is unmerged first; to keep its effect, copy the merged weights before. Modules in
-    ``modules_to_save`` keep what they have learned.
+    Modules in ``modules_to_save`` keep what they have learned.
+
+    Args:
+        merge: keep the adapters' effect in the weights, as :func:`l1ra.merge` puts it there, if it has not been called
+            already. Otherwise the weights are those before :func:`patch`, bit for bit.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: the model was not patched.
+        ValueError, RuntimeError, TypeError: with ``merge``, as :func:`l1ra.merge`; the model stays patched.
     """
     undo = getattr(model, UNDO, None)
     if undo is None:
         raise ValueError("the model was not patched by l1ra.patch, or has been unpatched already.")
-    for _, adapter in find_adapters(model):
-        if adapter.merged:
-            adapter.unmerge()
-        if adapter.room is not None:
-            adapter.room.give_back(adapter.base_layer)
+    adapters = [layer for _, layer in find_adapters(model)]
+    if merge and not all(layer.merged for layer in adapters):
+        merge_adapters(model)
+    for layer in adapters:
+        layer.release(merged=merge)
     controller = controller_of(model)
     if controller is not None:
         controller.close()
     _restore(undo.swaps, undo.required)
     if undo.hook is not None:
         undo.hook.remove()
+    if undo.quantised:
+        setattr(model, QUANTISED, True)
     object.__delattr__(model, UNDO)
     return model
 
@@ -174,8 +187,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 class _Undo:
     """What :func:`unpatch` needs."""
 
-    def __init__(self, swaps: list, required: list, hook: RemovableHandle | None) -> None:
-        self.swaps, self.required, self.hook = swaps, required, hook
+    def __init__(self, swaps: list, required: list, hook: RemovableHandle | None, quantised: bool) -> None:
+        self.swaps, self.required, self.hook, self.quantised = swaps, required, hook, quantised
 
 
 def _restore(swaps: list, required: list) -> None:

@@ -65,9 +65,9 @@ def select_targets(
     """The layers to adapt, by name, in the order of ``named_modules()``.
 
     Args:
-        target_modules: ``"all-linear"``: every Linear and Conv1D but the output head and what shares its weight with
-            another module; any other string: a regular expression for the whole name; a list: names, or their last
-            components.
+        target_modules: ``"all-linear"``: every linear layer, quantised ones too, but the output head and what shares its
+            weight with another module; any other string: a regular expression for the whole name; a list: names, or
+            their last components.
         saved: modules trained in full; nothing inside them is adapted.
 
     Raises:
@@ -92,7 +92,7 @@ def select_targets(
             if base_features(module) is not None and id(module) not in out
         }
         if not chosen:
-            raise ValueError('target_modules="all-linear": the model has no nn.Linear or Conv1D besides its head.')
+            raise ValueError('target_modules="all-linear": the model has no linear layer besides its head.')
     else:
         chosen = _named(model, modules, target_modules)
         if clash := [name for name, module in chosen.items() if id(module) in blocked]:
@@ -191,8 +191,8 @@ def _named(
         more = " ..." if len(told) > 8 else ""
         own = [name for name, module in unfit.items() if any(True for _ in module.parameters(recurse=False))]
         raise ValueError(
-            f"target_modules names layers that can't be adapted: {', '.join(told[:8])}{more}. Only nn.Linear and "
-            f"transformers' Conv1D can{_in_full(own)}."
+            f"target_modules names layers that can't be adapted: {', '.join(told[:8])}{more}. Only nn.Linear, "
+            f"transformers' Conv1D and quantised linear layers can{_in_full(own)}."
         )
     return chosen
 
