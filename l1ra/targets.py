@@ -65,9 +65,9 @@ def select_targets(
     """The layers to adapt, by name, in the order of ``named_modules()``.
 
     Args:
-        target_modules: ``"all-linear"``: every linear layer, quantised ones too, but the output head and what shares its
-            weight with another module; any other string: a regular expression for the whole name; a list: names, or
-            their last components.
+        target_modules: ``"all-linear"``: every linear layer, quantised ones too, but the output head and what shares
+            its weight with another module; any other string: a regular expression for the whole name; a list: names,
+            or their last components.
         saved: modules trained in full; nothing inside them is adapted.
 
     Raises:
@@ -205,7 +205,7 @@ def _refuse_parameter(model: nn.Module, named: Callable[[str], bool]) -> None:
         if named(name) and base_features(model.get_submodule(owner)) is None:
             raise ValueError(
                 f"target_modules: {name} is no layer but a parameter of a {kind}, of shape {tuple(weight.shape)}. Only "
-                f"nn.Linear and transformers' Conv1D can be adapted{_in_full([owner])}."
+                f"linear layers can be adapted{_in_full([owner])}."
             )
 
 
