@@ -32,12 +32,15 @@ class L1RAConfig:
         alpha: numerator of the scaling; None (default) means the adapter's initial rank, a scaling of 1.
         rank_stabilized: scaling ``alpha / sqrt(initial rank)`` (rsLoRA, arXiv:2312.03732) instead of
             ``alpha / initial rank``. Default False.
+        scale_with_rank: when an adapter's rank changes, so does its scaling, by the root of ``old rank / new rank``
+            (the law of rsLoRA): it does not learn faster for having got ranks. B is scaled so that the output stays.
+            False: the scaling of the start for good, as in the paper. Default True.
         dropout: probability with which an input element of the adapter branch is dropped. Default 0.
         init: first values of A; B starts at 0. ``"kaiming"`` (default): uniform within ``1 / sqrt(in_features)``, as
             PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
         new_rows: A of a rank that an adapter receives. ``"gradient"`` (default): along the leading directions of
-            the layer's weight gradient, summed over the last half interval before the reallocation. ``"random"``: as
-            ``init``.
+            the layer's weight gradient, summed over the last half interval before the reallocation, as long as makes it
+            answer to them as to random rows. ``"random"``: as ``init``.
         rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
             ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
         l1_lambda: strength of the L1 penalty. Rule ``"l1"``: the step is ``gate_lr * l1_lambda`` (default 1e-3).
@@ -85,6 +88,7 @@ class L1RAConfig:
 
     alpha: float | None = None
     rank_stabilized: bool = False
+    scale_with_rank: bool = True
     dropout: float = 0.0
     init: str = "kaiming"
     new_rows: str = "gradient"
@@ -119,7 +123,7 @@ class L1RAConfig:
             ("budget_unit", BUDGET_UNITS),
         ):
             _check_choice(name, getattr(self, name), choices)
-        for name in ("rank_stabilized", "principal_axes", "exclude_pruned", "augment", "strict"):
+        for name in ("rank_stabilized", "scale_with_rank", "principal_axes", "exclude_pruned", "augment", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         for name, low in (
@@ -196,6 +200,7 @@ class L1RAConfig:
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "reference": {
+        "scale_with_rank": False,
         "init": "gaussian",
         "new_rows": "random",
         "rule": "l1",

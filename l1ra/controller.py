@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from l1ra.gates import GateBank
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
-from l1ra.optimizer_state import plan_state
+from l1ra.optimizer_state import plan_state, scale_state
 from l1ra.principal import turn_adapters
 from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
@@ -326,7 +327,7 @@ class RankController:
 
     def _reallocate(self) -> None:
         plan = self._plan()
-        moves, resized, pruned, moved = RowMoves(), {}, 0, 0
+        moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
         for layer, change in zip(self._layers, plan.layers, strict=True):
             sketch = layer.take_probe()
             cut = layer.rank - len(change.keep)
@@ -338,12 +339,16 @@ class RankController:
             if change.grow and self.config.new_rows == "gradient":
                 rows = leading_rows(sketch, layer.lora_A.detach()[list(change.keep)], rows)
             layer.plan_resize(moves, change, rows)
+            rescaled[layer.lora_B] = layer.rescaling(change.rank)
             sources = layer.row_sources(change)
             resized |= {param: (sources, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
         for optimizer in self._optimizers():
             plan_state(moves, optimizer, resized)
+            for param, factor in rescaled.items():
+                moves.afterwards(partial(scale_state, optimizer, param, factor))
         self._bank.plan_move(moves, plan)
         moves.run()
+        self._bank.write()
         self._bank.press([()] * len(self._layers))
         if self.config.principal_axes and self.config.rule == "adaptive-l1":
             settled = self._bank.settled()

@@ -34,6 +34,8 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     _check(controller, state)
     if controller._bank.stale():
         controller._bank.read()
+    for name, layer in controller.adapters.items():
+        layer.initial_rank = state["initial_ranks"][name]
     controller._bank.load_state_dict(state["gates"])
     controller._generator.set_state(state["generator"])
     controller._closing = state["closing"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,14 @@ __all__ = ["leading_rows"]
 def leading_rows(sketch: Tensor | None, present: Tensor, random: Tensor) -> Tensor:
     """Rows along the leading right singular directions of the gradient that the present rows don't span.
 
+    Each is as long as makes the gradient answer to it as strongly as to a random row: at full length it would answer
+    many times stronger, and the first steps would overshoot.
+
     Args:
         sketch: ``(k, in)``, random combinations of the rows of dL/dW, or None.
         present: ``(r, in)``, the rows of A that stay.
-        random: ``(n, in)``, rows as drawn at initialisation: the scale to match, and what stands in
-            where the sketch has fewer than n directions or is not finite.
+        random: ``(n, in)``, rows as drawn at initialisation: the answer to match, the largest length, and what stands
+            in where the sketch has fewer than n directions or is not finite.
 
     Returns:
         ``(n, in)`` float32 on the CPU.
@@ -25,11 +30,13 @@ def leading_rows(sketch: Tensor | None, present: Tensor, random: Tensor) -> Tens
     if sketch is None or not torch.isfinite(sketch).all():
         return rows
     sketch = sketch.to("cpu", torch.float32)
+    usual = sketch.norm() / math.sqrt(sketch.shape[1])
     if present.shape[0]:
         basis = torch.linalg.qr(present.to("cpu", torch.float32).T).Q
         sketch = sketch - (sketch @ basis) @ basis.T
     _, strength, directions = torch.linalg.svd(sketch, full_matrices=False)
     usable = int((strength > 1e-6 * strength[:1]).sum()) if strength.numel() and strength[0] > 0 else 0
     count = min(usable, rows.shape[0])
-    rows[:count] = directions[:count] * random[:count].norm(dim=1, keepdim=True)
+    length = random[:count].norm(dim=1) * (usual / strength[:count]).clamp(max=1)
+    rows[:count] = directions[:count] * length.unsqueeze(1)
     return rows

@@ -25,7 +25,8 @@ class GateBank:
     They live on the first gate's device and follow it: a model is often moved after it was patched.
 
     Attributes:
-        value: the master gates. The layers' Parameters are copies of them, in whatever dtype the model has.
+        value: the master gates. The layers' Parameters are copies of them times the layers' ``share``, in whatever
+            dtype the model has.
         exp_avg, exp_avg_sq: Adam moments (rule ``"l1"``).
         importance_sq: moving average of ``(g * dL/dg)**2``.
         age: steps that each gate has seen.
@@ -38,26 +39,28 @@ class GateBank:
     def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)
         device = self.layers[0].gate.device
-        value = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
-        self.value = value
+        self._measure(device)
+        gates = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
+        self.value = gates / self._share
         for name, fill in STATE.items():
             if name != "value":
-                setattr(self, name, torch.full_like(value, fill))
+                setattr(self, name, torch.full_like(gates, fill))
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
-        self._measure()
 
-    def _measure(self) -> None:
+    def _measure(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
+        shares = torch.tensor([layer.share for layer in self.layers])
+        self._share = shares.repeat_interleave(torch.tensor(self.ranks)).to(device)
 
     def _follow(self, device: torch.device) -> None:
         if self.value.device != device:
-            for name in (*STATE, "skipped"):
+            for name in (*STATE, "skipped", "_share"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
-        """Remove the gradients from the gates: flat, and a mask of the gates that had one (None: all of them).
+        """Remove the gradients from the gates: flat, of the masters, and a mask of the gates that had one.
 
-        None if no gate has a gradient.
+        The mask is None if all of them had one; None instead of both if no gate has a gradient.
         """
         grads = [layer.gate.grad for layer in self.layers]
         if all(grad is None for grad in grads):
@@ -74,7 +77,7 @@ class GateBank:
         if any(grad is None for grad in grads):
             had = torch.tensor([grad is not None for grad in grads])
             seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        return torch.cat(parts), seen
+        return torch.cat(parts) * self._share, seen
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over new values of the state, but nothing at all at a step whose gradient is not finite.
@@ -94,7 +97,10 @@ class GateBank:
     def write(self) -> None:
         """Copy the masters into the layers' gates, undoing whatever an optimizer did to them."""
         gates = [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in self.layers]
-        torch._foreach_copy_(gates, list(self.value.split(self.ranks)))
+        torch._foreach_copy_(gates, self._written())
+
+    def _written(self) -> list[Tensor]:
+        return list((self.value * self._share).split(self.ranks))
 
     def stale(self) -> bool:
         """Whether somebody else has resized a layer or loaded other gates into it."""
@@ -103,9 +109,9 @@ class GateBank:
         loaded = [layer.gate_loaded for layer in self.layers]
         for layer in self.layers:
             layer.gate_loaded = False
-        return any(
-            new and not torch.equal(layer.gate[: layer.rank], value.to(layer.gate))
-            for new, layer, value in zip(loaded, self.layers, self.value.split(self.ranks), strict=True)
+        return any(loaded) and any(
+            new and not torch.equal(layer.gate[: layer.rank], gate.to(layer.gate))
+            for new, layer, gate in zip(loaded, self.layers, self._written(), strict=True)
         )
 
     def read(self) -> None:
@@ -129,7 +135,7 @@ class GateBank:
             start += rank
         for name, fill in STATE.items():
             moves.add(getattr(self, name), flat, fill, partial(setattr, self, name))
-        moves.afterwards(self._measure)
+        moves.afterwards(lambda: self._measure(self.value.device))
 
     def settled(self) -> list[list[int]]:
         """For each adapter the rows that have been trained and that no penalty has moved: their gates are 1."""
@@ -178,4 +184,5 @@ class GateBank:
                 raise ValueError(f"the state of the gates has no {name!r} of shape {tuple(shape)}.")
         for name in (*STATE, "skipped"):
             setattr(self, name, state[name].to(getattr(self, name)).clone())
+        self._measure(self.value.device)
         self.write()

@@ -37,15 +37,17 @@ __all__ = ["L1RALinear", "find_adapters"]
 class L1RALinear(nn.Module):
     """A frozen linear layer with a gated low-rank adapter: ``y = base(x) + s * ((x @ A.T) * g) @ B``.
 
-    Source: L1RA; ``s = alpha / rank`` at construction (or ``alpha / sqrt(rank)``) and never changes afterwards,
-    whatever the rank becomes.
+    Source: L1RA. ``s`` is ``alpha / rank`` (or ``alpha / sqrt(rank)``) of the rank at construction for good. With
+    ``scale_with_rank`` the gates take :attr:`share` as a factor when the rank changes, so that in effect the scaling
+    follows it: no graph that was compiled or captured with ``s`` in it has to learn of that.
 
     Attributes:
         base_layer: the frozen layer, an ``nn.Linear`` (or subclass), transformers' ``Conv1D`` or a quantised one.
         lora_A: Parameter ``(rows, in_features)``; ``rows`` is the rank, or ``reserve``, then 0 beyond the rank.
-        gate: Parameter ``(rows,)``, 1 at first; float32, or float64 where A is.
+        gate: Parameter ``(rows,)``, :attr:`share` unless penalised, 1 at first; float32, or float64 where A is.
         lora_B: Parameter ``(rows, out_features)``, 0 at first.
         scaling: s.
+        scale_with_rank: as in ``L1RAConfig``.
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
         room: behind the weight's columns, for the path ``"aug"``; None: chain.
@@ -61,6 +63,7 @@ class L1RALinear(nn.Module):
         rank: int,
         alpha: float | None = None,
         rank_stabilized: bool = False,
+        scale_with_rank: bool = True,
         dropout: float = 0.0,
         init: str = "kaiming",
         adapter_dtype: torch.dtype = torch.float32,
@@ -75,6 +78,7 @@ class L1RALinear(nn.Module):
             rank: of the adapter, from 1 to the smaller of the two sizes.
             alpha: numerator of the scaling; None means ``rank``.
             rank_stabilized: divide alpha by the square root of the rank.
+            scale_with_rank: let the scaling follow the rank (see ``L1RAConfig``).
             dropout: of the adapter's input, from 0 to below 1.
             init: of A, ``"kaiming"`` or ``"gaussian"`` (see ``L1RAConfig``).
             adapter_dtype: of A and B; the base keeps its own, and no copy of the input is made in this one.
@@ -88,7 +92,9 @@ class L1RALinear(nn.Module):
         """
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, reserve, generator)
+        self._adapt(
+            base, rank, alpha, rank_stabilized, scale_with_rank, dropout, init, adapter_dtype, reserve, generator
+        )
 
     @classmethod
     def from_linear(
@@ -98,6 +104,7 @@ class L1RALinear(nn.Module):
         rank: int,
         alpha: float | None = None,
         rank_stabilized: bool = False,
+        scale_with_rank: bool = True,
         dropout: float = 0.0,
         init: str = "kaiming",
         adapter_dtype: torch.dtype = torch.float32,
@@ -118,7 +125,9 @@ class L1RALinear(nn.Module):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(base, rank, alpha, rank_stabilized, dropout, init, adapter_dtype, reserve, generator)
+        layer._adapt(
+            base, rank, alpha, rank_stabilized, scale_with_rank, dropout, init, adapter_dtype, reserve, generator
+        )
         return layer
 
     def _adapt(
@@ -127,6 +136,7 @@ class L1RALinear(nn.Module):
         rank: int,
         alpha: float | None,
         rank_stabilized: bool,
+        scale_with_rank: bool,
         dropout: float,
         init: str,
         adapter_dtype: torch.dtype,
@@ -150,6 +160,7 @@ class L1RALinear(nn.Module):
         self.initial_rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.scale_with_rank = scale_with_rank
         self.init = init
         self._repacks = keep_unpacked(base)
         self.base_layer = base.requires_grad_(False)
@@ -184,6 +195,17 @@ class L1RALinear(nn.Module):
     def rank(self) -> int:
         """The current rank, pruned gates that wait to be cut included."""
         return self.lora_A.shape[0] if self._rank is None else self._rank
+
+    @property
+    def share(self) -> float:
+        """What a gate of 1 is in :attr:`gate`: ``sqrt(initial_rank / rank)``, 1 without ``scale_with_rank``."""
+        return self._share(self.rank)
+
+    def _share(self, rank: int) -> float:
+        if not self.scale_with_rank:
+            return 1.0
+        # A float32, as the gates are: what B is divided by is then what the gates are multiplied by.
+        return torch.tensor(math.sqrt(self.initial_rank / rank), dtype=torch.float32).item()
 
     @property
     def reserve(self) -> int | None:
@@ -325,7 +347,8 @@ class L1RALinear(nn.Module):
     def plan_resize(self, moves: RowMoves, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
         """Add to ``moves``: the rows ``plan.keep`` stay in order, then come ``plan.grow`` new ones of gate 1, B = 0.
 
-        The Parameters stay the same objects, hooks included, and a gradient they hold moves along.
+        The Parameters stay the same objects, hooks included, and a gradient they hold moves along. With
+        ``scale_with_rank``, what the gates are multiplied by is taken out of B.
 
         Args:
             new_rows: A of the new ranks, ``(plan.grow, in_features)``; None draws them as at construction.
@@ -351,10 +374,25 @@ class L1RALinear(nn.Module):
         new = slice(len(keep), plan.rank)
         sources = self.row_sources(plan)
         moves.add_parameter(self.lora_A, sources, new, rows)
-        moves.add_parameter(self.gate, sources, new, self.gate.new_ones(grow))
+        moves.add_parameter(self.gate, sources, new, self.gate.new_full((grow,), self.share))
         moves.add_parameter(self.lora_B, sources)
+        factor = self.rescaling(plan.rank)
+        if factor != 1:
+            moves.afterwards(partial(self._rescale, factor))
         if self._rank is not None:
             moves.afterwards(partial(setattr, self, "_rank", plan.rank))
+
+    def rescaling(self, rank: int) -> float:
+        """The factor that the gates, and B's gradient, take when the rank becomes ``rank``; B is divided by it."""
+        return self._share(rank) / self.share
+
+    @torch.no_grad()
+    def _rescale(self, factor: float) -> None:
+        self.gate.mul_(factor)
+        self.lora_B.div_(factor)
+        for param, change in ((self.gate, 1 / factor), (self.lora_B, factor)):
+            if param.grad is not None:
+                param.grad.mul_(change)
 
     def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
         """For each row of the parameters after ``plan`` the row it was before, -1 if it is new or beyond the rank."""
@@ -413,7 +451,7 @@ class L1RALinear(nn.Module):
         return {**self.__dict__, "_probe": None}
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
+        return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")
 
 
 def _live_rows(a: Tensor, gate: Tensor) -> int:

@@ -13,13 +13,16 @@ from torch.optim import Optimizer
 from l1ra.allocation import LayerPlan
 from l1ra.row_moves import RowMoves, row_sources
 
-__all__ = ["holds", "move_state", "plan_state", "turn_state", "turns"]
+__all__ = ["holds", "move_state", "plan_state", "scale_state", "turn_state", "turns"]
 
 # Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
 SHARED = ("col_var", "exp_avg_sq_col")
 # What is never negative: sums of squares, largest values, and the step of Rprop. All else changes as the gradient does.
 SQUARES = (*PER_ROW, "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
+# What is no gradient: averages of the parameter itself (ASGD, schedule-free), and sizes of steps.
+AVERAGES = ("ax", "z")
+STEPS = ("acc_delta", "step_size")
 # What starts at a value of the user's choice instead of 0, and the setting of the group that holds it: Adagrad's sum
 # and the step of Rprop, which is only ever multiplied.
 STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
@@ -97,6 +100,22 @@ def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, ro
         if _kind(name, value, param.shape) == "rows":
             matrix = rotation.square() if name in SQUARES else rotation
             value.index_copy_(0, rows, (matrix @ value[rows].double()).to(value.dtype))
+
+
+def scale_state(optimizer: Optimizer, param: torch.nn.Parameter, factor: float) -> None:
+    """A parameter was divided by ``factor``, which its gradient takes from now on: so does its state.
+
+    Sizes of steps stay: the optimizer goes on in steps as long as before, in a parameter that is scaled.
+    """
+    state = optimizer.state.get(param, {})
+    # The momentum of RMSprop, and of transformers' Adafactor, is one of steps, that of all others one of gradients.
+    momentum = {"square_avg": "momentum_buffer", "exp_avg_sq_row": "exp_avg"}
+    steps = (*STEPS, *(name for squares, name in momentum.items() if squares in state))
+    for name, value in state.items():
+        moves = name in SHARED or _kind(name, value, param.shape) == "rows"
+        if moves and name not in steps and value.is_floating_point():
+            squares = name in SHARED or (name in SQUARES and name != "exp_inf")
+            value.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor)
 
 
 def _take(state: dict, name: str, moved: Tensor) -> None:

@@ -104,6 +104,7 @@ def patch(
                 rank=rank,
                 alpha=config.alpha,
                 rank_stabilized=config.rank_stabilized,
+                scale_with_rank=config.scale_with_rank,
                 dropout=config.dropout,
                 init=config.init,
                 adapter_dtype=config.dtype,

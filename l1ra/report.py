@@ -173,7 +173,7 @@ def _row(name: str, layer: L1RALinear, initial_rank: int, names: dict[L1RALinear
         layer.out_features,
         layer.rank,
         initial_rank,
-        layer.gate.detach()[: layer.rank].min().item(),
+        layer.gate.detach()[: layer.rank].min().item() / layer.share,
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),
     )
