@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import l1ra
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.step import timed
 from benchmarks.gpu.timing import spread
+from l1ra import L1RALinear, RankController
+from l1ra.linear import find_adapters
 
 __all__ = ["run"]
 
@@ -29,10 +30,10 @@ TOKENS = 16
 def run(bench: Bench) -> dict[str, Any]:
     """Milliseconds of optimizer steps with and without a reallocation, and how many ranks moved."""
     shape, rank = bench.sizes.models[-1], bench.sizes.model_rank
-    model = stack(bench, shape)
+    model = stack(bench, shape, rank)
     total = (bench.sizes.reallocations + 2) * INTERVAL * 100
     count = 7 * shape.layers
-    controller = l1ra.patch(model, rank * count, interval=INTERVAL, warmup=0.0, cooldown=0.0, total_steps=total)
+    controller = RankController(model, rank * count, interval=INTERVAL, warmup=0.0, cooldown=0.0, total_steps=total)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-6, fused=bench.cuda)
     plain, moving, moved = [], [], []
@@ -61,7 +62,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "step_with_reallocation_ms": spread(moving),
         "reallocation_ms": extra,
     }
-    l1ra.unpatch(model)
+    controller.close()
     bench.say(
         f"  {count} adapters, {statistics.median(moved):.0f} ranks moved: {extra:.1f} ms on top of a step of the "
         f"optimizer and the gates, {found['step_ms']['median']:.1f} ms ({len(moving)} reallocations)"
@@ -69,8 +70,8 @@ def run(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def stack(bench: Bench, shape: ModelShape) -> nn.Module:
-    """``shape.layers`` times the seven linears, on shared weights."""
+def stack(bench: Bench, shape: ModelShape, rank: int) -> nn.Module:
+    """``shape.layers`` times the seven linears, on shared weights, each with an adapter."""
     weights = {
         name: nn.Parameter(bench.randn(outputs, inputs, std=inputs**-0.5), requires_grad=False)
         for name, (inputs, outputs) in shape.linears.items()
@@ -79,8 +80,9 @@ def stack(bench: Bench, shape: ModelShape) -> nn.Module:
     def layer() -> nn.ModuleDict:
         linears = nn.ModuleDict()
         for name, weight in weights.items():
-            linears[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linears[name].weight = weight
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = weight
+            linears[name] = L1RALinear.from_linear(linear, rank=rank)
         return linears
 
     return nn.ModuleList(layer() for _ in range(shape.layers))
@@ -88,7 +90,7 @@ def stack(bench: Bench, shape: ModelShape) -> nn.Module:
 
 def gradients(bench: Bench, model: nn.Module) -> None:
     """A few random tokens forward and backward through each adapter by itself."""
-    for _, layer in l1ra.linear.find_adapters(model):
+    for _, layer in find_adapters(model):
         y = layer(bench.randn(TOKENS, layer.in_features))
         y.backward(torch.randn_like(y))
 
@@ -96,7 +98,7 @@ def gradients(bench: Bench, model: nn.Module) -> None:
 def zero_gates(model: nn.Module) -> None:
     """Set the first gates of every other adapter to 0."""
     gates = {}
-    for i, (name, layer) in enumerate(l1ra.linear.find_adapters(model)):
+    for i, (name, layer) in enumerate(find_adapters(model)):
         if i % 2 == 0:
             gate = layer.gate.detach().clone()
             gate[: min(PRUNED, layer.rank - 1)] = 0
