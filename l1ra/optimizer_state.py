@@ -12,17 +12,21 @@ from torch.optim import Optimizer
 
 from l1ra.allocation import LayerPlan
 from l1ra.row_moves import RowMoves, row_sources
+from l1ra.state_values import BESIDE, in_blocks, read, write
 
 __all__ = ["holds", "move_state", "plan_state", "scale_state", "turn_state", "turns"]
 
 # Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
 SHARED = ("col_var", "exp_avg_sq_col")
-# What is never negative: sums of squares, largest values, and the step of Rprop. All else changes as the gradient does.
+# What is never negative: sums of squares, largest values, and the step of Rprop.
 SQUARES = (*PER_ROW, "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
-# What is no gradient: averages of the parameter itself (ASGD, schedule-free), and sizes of steps.
+# What is no gradient: averages of the parameter itself (ASGD, schedule-free), which begin with a new row as it is, and
+# sizes of steps.
 AVERAGES = ("ax", "z")
 STEPS = ("acc_delta", "step_size")
+# What changes as the gradient does. An optimizer of another library may have other names for it.
+LINEAR = ("exp_avg", "momentum_buffer", "grad_avg", "prev", *AVERAGES)
 # What starts at a value of the user's choice instead of 0, and the setting of the group that holds it: Adagrad's sum
 # and the step of Rprop, which is only ever multiplied.
 STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
@@ -47,8 +51,8 @@ def plan_state(
     """Add to ``moves`` the state of all parameters whose rows move, each to its sources, from its old shape.
 
     State tensors of the parameter's old shape and per-row factors move, new rows start at 0; scalars and factors
-    shared by all rows stay. The rest can't be followed: then the state of this parameter alone will be reset, and a
-    warning names it.
+    shared by all rows stay. bitsandbytes' 8-bit numbers move too, rounded anew. The rest can't be followed: then the
+    state of this parameter alone will be reset, and a warning names it.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         if plans:
@@ -59,20 +63,22 @@ def plan_state(
         state = optimizer.state.get(param)
         if not state:
             continue
-        lost = next((name for name, value in state.items() if _kind(name, value, old_shape) == "unknown"), None)
+        lost = next((name for name in state if _kind(state, name, old_shape) == "unknown"), None)
         if lost is not None:
+            sort = "" if _is_plain(state[lost]) else f", an {type(state[lost]).__name__}"
             warnings.warn(
-                f"{type(optimizer).__name__} keeps {lost!r} of shape {tuple(state[lost].shape)} for an adapter "
+                f"{type(optimizer).__name__} keeps {lost!r}{sort} of shape {tuple(state[lost].shape)} for an adapter "
                 f"parameter of shape {tuple(old_shape)}, which can't be moved with its rows: the state of that "
                 "parameter starts anew after a reallocation.",
                 stacklevel=2,
             )
             moves.afterwards(state.clear)
             continue
-        for name, value in state.items():
-            if _kind(name, value, old_shape) == "rows":
+        for name in state:
+            if _kind(state, name, old_shape) == "rows":
                 start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
-                moves.add(value, sources, float(start), partial(_take, state, name))
+                take = partial(_take_average, param, sources) if name in AVERAGES else write
+                moves.add(read(state, name), sources, float(start), partial(take, state, name))
 
 
 def turns(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
@@ -82,8 +88,11 @@ def turns(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
         return True
     if isinstance(optimizer, torch.optim.LBFGS):
         return False
-    kinds = {name: _kind(name, value, param.shape) for name, value in state.items()}
-    return all(kind == "shared" or (kind == "rows" and state[name].is_floating_point()) for name, kind in kinds.items())
+    kinds = {name: _kind(state, name, param.shape) for name in state}
+    return all(
+        kind == "shared" or (kind == "rows" and (state[name].is_floating_point() or in_blocks(state, name)))
+        for name, kind in kinds.items()
+    )
 
 
 def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, rotation: Tensor) -> None:
@@ -96,10 +105,13 @@ def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, ro
         rows: their ``(n,)`` indices.
         rotation: ``(n, n)``, float64, orthogonal.
     """
-    for name, value in optimizer.state.get(param, {}).items():
-        if _kind(name, value, param.shape) == "rows":
-            matrix = rotation.square() if name in SQUARES else rotation
-            value.index_copy_(0, rows, (matrix @ value[rows].double()).to(value.dtype))
+    state = optimizer.state.get(param, {})
+    for name in state:
+        if _kind(state, name, param.shape) == "rows":
+            values = read(state, name)
+            matrix = rotation.square() if _never_negative(name, values) else rotation
+            values.index_copy_(0, rows, (matrix @ values[rows].double()).to(values.dtype))
+            write(state, name, values)
 
 
 def scale_state(optimizer: Optimizer, param: torch.nn.Parameter, factor: float) -> None:
@@ -111,26 +123,41 @@ def scale_state(optimizer: Optimizer, param: torch.nn.Parameter, factor: float) 
     # The momentum of RMSprop, and of transformers' Adafactor, is one of steps, that of all others one of gradients.
     momentum = {"square_avg": "momentum_buffer", "exp_avg_sq_row": "exp_avg"}
     steps = (*STEPS, *(name for squares, name in momentum.items() if squares in state))
-    for name, value in state.items():
-        moves = name in SHARED or _kind(name, value, param.shape) == "rows"
-        if moves and name not in steps and value.is_floating_point():
-            squares = name in SHARED or (name in SQUARES and name != "exp_inf")
-            value.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor)
+    for name in state:
+        if name in steps or not (name in SHARED or _kind(state, name, param.shape) == "rows"):
+            continue
+        values = read(state, name)
+        if values.is_floating_point():
+            squares = name in SHARED or (name != "exp_inf" and _never_negative(name, values))
+            write(state, name, values.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor))
 
 
-def _take(state: dict, name: str, moved: Tensor) -> None:
-    # Memory stays where the number of rows does: a captured graph holds its address.
-    if moved.shape == state[name].shape:
-        state[name].copy_(moved)
-    else:
-        state[name] = moved
+def _take_average(param: torch.nn.Parameter, sources: Sequence[int], state: dict, name: str, moved: Tensor) -> None:
+    new = [row for row, source in enumerate(sources) if source < 0]
+    moved[new] = param.detach()[new].to(moved)  # which has got its new rows before
+    write(state, name, moved)
 
 
-def _kind(name: str, value: object, old_shape: torch.Size) -> str:
+def _never_negative(name: str, values: Tensor) -> bool:
+    # Of unknown names the numbers tell: a root will be taken of squares, so none of them may become negative.
+    return name in SQUARES or (name not in LINEAR and bool((values >= 0).all()))
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value) in (Tensor, torch.nn.Parameter)
+
+
+def _kind(state: dict, name: str, old_shape: torch.Size) -> str:
     """``"rows"`` if it moves with the rows, ``"shared"`` if it stays, else ``"unknown"``."""
     # By name first: at rank 1 a factor has the shape of the parameter itself, or that of a scalar.
+    value = state[name]
     if not isinstance(value, Tensor) or name in SHARED:
         return "shared"
+    if not _is_plain(value):
+        return "unknown"
+    if name in BESIDE:
+        owner = "state" + name[-1]
+        return "shared" if owner in state and in_blocks(state, owner) else "unknown"
     if value.shape == old_shape or (name in PER_ROW and value.shape[:1] == old_shape[:1]):
         return "rows"
     return "shared" if value.numel() == 1 and value.dim() < len(old_shape) else "unknown"
