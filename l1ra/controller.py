@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -177,6 +179,34 @@ class RankController:
             )
         self._after(optimizer)
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A ``with`` block in which the model computes without its adapters, as it did before they were put in.
+
+        For the reference of DPO and the like, and to compare: ``with torch.no_grad(), controller.disabled(): ...``.
+        What is in ``modules_to_save`` has no old weights beside the trained ones: it stays as it has been trained. A
+        backward in the block reaches no adapter. What is computed in the block with gradient checkpointing must go
+        backward in it too, for it is computed once more then. Blocks may be nested.
+
+        Raises:
+            RuntimeError: an adapter is merged; or, from its ``step()``, an optimizer that holds the adapters steps in
+                the block. Nothing has changed then.
+        """
+        merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
+        if merged is not None:
+            raise RuntimeError(
+                f"{merged} is merged into its weight: call l1ra.unmerge(model) before controller.disabled(), and "
+                "l1ra.merge(model) after it."
+            )
+        before = [(layer, layer.disabled) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer.disabled = True
+            yield
+        finally:
+            for layer, disabled in before:
+                layer.disabled = disabled
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapters, whatever else of the model is trained, and this controller: see :func:`l1ra.load`.
 
@@ -214,6 +244,11 @@ class RankController:
     # --- around an optimizer's step
 
     def _collect(self, optimizer: Optimizer) -> None:
+        if any(layer.disabled for layer in self._layers):
+            raise RuntimeError(
+                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
+                "the block before optimizer.step()."
+            )
         if self._bank.stale():
             self._bank.read()
         taken = self._bank.take_gradients()

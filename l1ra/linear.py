@@ -50,6 +50,7 @@ class L1RALinear(nn.Module):
         scale_with_rank: as in ``L1RAConfig``.
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
+        disabled: compute the base layer alone, see ``RankController.disabled``.
         room: behind the weight's columns, for the path ``"aug"``; None: chain.
         sharing: the group of layers that may read the same input, see ``SharedInput``.
     """
@@ -181,6 +182,7 @@ class L1RALinear(nn.Module):
         self._probe: tuple[Tensor, Tensor] | None = None
         self.gate_loaded = False
         self.strict = False
+        self.disabled = False
         self.room: Room | None = None
         self.sharing: SharedInput | None = None
 
@@ -234,7 +236,7 @@ class L1RALinear(nn.Module):
             RuntimeError: ``strict`` is set and no fused kernel can run; or a quantised base gives no gradient in
                 training. The message says why.
         """
-        if self.merged:
+        if self.merged or self.disabled:
             return self.base_layer(x, *args, **kwargs)
         more = "it was called with more than its input" if args or kwargs else ""
         path, output = self.path_on(x, more), None
@@ -298,6 +300,8 @@ class L1RALinear(nn.Module):
         """As :meth:`merge`, but what rounding did to a quantised weight is returned."""
         if self.merged:
             raise RuntimeError("the adapter is merged already: call unmerge() first.")
+        if self.disabled:
+            raise RuntimeError("a disabled adapter can't be merged: leave controller.disabled() first.")
         self._merged_from, rounding = add_to_weight(self.base_layer, self.delta_weight())
         return rounding
 
@@ -309,7 +313,7 @@ class L1RALinear(nn.Module):
         anew, and a ``UserWarning`` states the error.
 
         Raises:
-            RuntimeError: already merged.
+            RuntimeError: already merged, or disabled.
             TypeError: nothing can be added to the base weight: quantised in another way, or no weight of a plain layer.
         """
         rounding = self.merge_quietly()
@@ -447,8 +451,8 @@ class L1RALinear(nn.Module):
         self.gate_loaded |= "gate" in found
 
     def __getstate__(self) -> dict[str, Any]:
-        # A probe belongs to the controller of this very layer; a copy has none that would ever take it.
-        return {**self.__dict__, "_probe": None}
+        # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.
+        return {**self.__dict__, "_probe": None, "disabled": False}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")

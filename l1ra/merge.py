@@ -27,7 +27,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no adapter, or a weight that another module has too; the model is untouched.
-        RuntimeError: an adapter is merged already; the model is untouched.
+        RuntimeError: an adapter is merged already, or disabled; the model is untouched.
         TypeError: a weight to which nothing can be added, as GPTQ's, AWQ's or torchao's; the model is untouched.
     """
     adapters = dict(find_adapters(model))
