@@ -1,8 +1,8 @@
 """What an optimizer keeps under a name, as numbers to read and write: also where bitsandbytes keeps 8 bits of each.
 
 Its ``state1`` and ``state2`` have the parameter's shape and hold codes; beside each are a map from codes to numbers and
-the largest number of each block. Blocks run on over the rows, so that rows which move are rounded anew, and so are those
-that share a block with them: just as all of the state is at each step of the optimizer.
+the largest number of each block. Blocks run on over the rows: a move of rows rounds all of them anew, as each step of
+the optimizer does.
 """
 
 from __future__ import annotations

@@ -95,13 +95,13 @@ def test_merged_adapters_are_neither_disabled_nor_disabled_ones_merged():
     model, controller, _, x, _ = patched()
     adapted = shake(model)(x)
     l1ra.merge(model)
-    with pytest.raises(RuntimeError, match="blocks.0 is merged .* call l1ra.unmerge"), controller.disabled():
+    with pytest.raises(RuntimeError, match=r"blocks.0 is merged .* call l1ra.unmerge"), controller.disabled():
         pass
     l1ra.unmerge(model)
     with controller.disabled():
-        with pytest.raises(RuntimeError, match="leave controller.disabled"):
+        with pytest.raises(RuntimeError, match=r"leave controller.disabled"):
             l1ra.merge(model)
-        with pytest.raises(RuntimeError, match="leave controller.disabled"):
+        with pytest.raises(RuntimeError, match=r"leave controller.disabled"):
             l1ra.unpatch(model, merge=True)
     assert same_bits(model(x), adapted)
 
