@@ -1,10 +1,14 @@
 """transformers.Trainer and TRL's SFTTrainer, unmodified: nothing to pass, nothing to call."""
 
+import copy
+import math
+import os
 import warnings
+from unittest import mock
 
 import pytest
 import torch
-from helpers import bert, llama
+from helpers import bert, llama, shake
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -118,12 +122,17 @@ def test_gradient_checkpointing_of_both_kinds_moves_the_same_ranks(tmp_path, ree
         {"optim": "sgd", "learning_rate": 0.3},
         {"optim": "rmsprop"},
         {"optim": "adagrad"},
+        {"optim": "adamw_8bit"},
+        {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
         {"bf16": True},
         {"gradient_accumulation_steps": 3},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
 def test_the_trainers_settings_do_not_reach_the_gates(tmp_path, settings):
+    needs = {"adamw_8bit": "bitsandbytes", "schedule_free_adamw": "schedulefree"}.get(settings.get("optim"))
+    if needs:
+        pytest.importorskip(needs)
     controller, trainer, _ = train(tmp_path, **settings)
     gates = [g for row in controller.gates().values() for g in row]
     assert controller.steps == STEPS and len(controller.history) == 8 and controller.skipped_steps == 0
@@ -132,6 +141,24 @@ def test_the_trainers_settings_do_not_reach_the_gates(tmp_path, settings):
         assert layer.gate.grad is None or not layer.gate.grad.any()
         # Adagrad alone has a state before it has seen a gradient.
         assert trainer.optimizer.state.get(layer.gate, {}).keys() <= {"step", "sum"}
+
+
+def test_the_trainer_compiles_the_model_for_once(tmp_path):
+    """One graph, and one more for the steps at which probes ride along: beyond eight torch gives up."""
+    torch._dynamo.reset()
+    settings = {"patch": {"reserve": 8}, "budget": 14, "max_steps": 15}
+
+    def model():
+        whole = llama()
+        del whole.model.layers[1]
+        return whole
+
+    plain, *_ = train(tmp_path, model(), **settings)
+    limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+    with limit, mock.patch.dict(os.environ):  # where the Trainer tells accelerate of the compiler
+        compiled, *_ = train(tmp_path, model(), torch_compile_backend="aot_eager", **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled.ranks == plain.ranks and compiled.moved == plain.moved > 0
 
 
 def test_a_classifier_is_trained_with_its_head(tmp_path):
@@ -197,6 +224,35 @@ def test_trls_sft_trainer_is_driven_just_the_same(tmp_path, checkpointing):
     assert controller.total_steps == controller.steps == STEPS and controller.moved > 0
     assert len(board.scalars["l1ra/moved"]) >= STEPS // 5
     assert all("l1ra/ranks" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_trls_dpo_trainer_asks_the_disabled_model_for_its_reference(tmp_path):
+    """With adapters that have learned something already, as after supervised fine-tuning."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    words = [f"w{i}" for i in range(3, 50)]
+    rows = [{"prompt": w, "chosen": f" {words[i - 2]}", "rejected": f" {words[i - 9]}"} for i, w in enumerate(words)]
+
+    def trainer_of(model, **kwargs):
+        args = DPOConfig(**arguments(tmp_path), max_length=16, bf16=False, precompute_ref_log_probs=True)
+        data = Dataset.from_list(rows)
+        return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer(), **kwargs)
+
+    model = livelier(llama())
+    base = copy.deepcopy(model)
+    controller = l1ra.patch(model, 28, interval=3, warmup=0.0)
+    shake(model)
+    with controller.disabled():
+        trainer = trainer_of(model)
+    told = trainer_of(model, ref_model=base)
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        reference = torch.tensor(trainer.train_dataset[column])
+        assert torch.equal(reference, torch.tensor(told.train_dataset[column]))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] != pytest.approx(math.log(2), abs=1e-3)  # log 2: it would be its own reference
+    assert controller.steps == controller.total_steps == STEPS and controller.moved > 0
 
 
 def test_a_second_trainer_on_the_same_model_logs_the_statistics_too(tmp_path):
