@@ -10,7 +10,7 @@ from torch import nn
 import l1ra
 from l1ra import L1RALinear, RankController
 from l1ra.allocation import LayerPlan
-from l1ra.optimizer_state import move_state
+from l1ra.optimizer_state import move_state, scale_state
 from l1ra.principal import turn_adapters
 from l1ra.state_values import read
 
@@ -63,38 +63,53 @@ def test_8_bits_of_other_optimizers_go_nearly_where_32_go(name, bnb):
     assert loss == pytest.approx(expected, abs=0.01 * first)
 
 
-@pytest.mark.parametrize("width", [512, 100])  # blocks of 256 end with a row, or don't
-@pytest.mark.parametrize("plan", [LayerPlan((0, 2, 3, 5), 3), LayerPlan((1, 4, 5), 3)], ids=["grows", "same size"])
-def test_8_bit_states_move_with_their_rows(plan, width, bnb):
+def eight_bits(bnb, width):
+    """A parameter of six rows of very different sizes, after three steps."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(6, width))
     optimizer = bnb.AdamW8bit([param], lr=LR, min_8bit_size=0)
     for _ in range(3):
-        param.grad = torch.randn(6, width) * torch.logspace(-3, 3, 6).unsqueeze(1)  # rows of very different sizes
+        param.grad = torch.randn(6, width) * torch.logspace(-3, 3, 6).unsqueeze(1)
         optimizer.step()
+    state = optimizer.state[param]
+    return param, optimizer, {name: read(state, name).clone() for name in ("state1", "state2")}
+
+
+def assert_rounded(values, expected):
+    """Rounded once: to within half of the widest gap, 0.7 % of the largest number of the block."""
+    padded = nn.functional.pad(expected.flatten(), (0, -expected.numel() % 256)).view(-1, 256)
+    largest = padded.abs().amax(1, keepdim=True).expand_as(padded).flatten()[: expected.numel()]
+    assert ((values - expected).abs().flatten() <= 0.0071 * largest).all()
+
+
+@pytest.mark.parametrize("width", [512, 100])  # blocks of 256 end with a row, or don't
+@pytest.mark.parametrize("plan", [LayerPlan((0, 2, 3, 5), 3), LayerPlan((1, 4, 5), 3)], ids=["grows", "same size"])
+def test_8_bit_states_move_with_their_rows(plan, width, bnb):
+    param, optimizer, before = eight_bits(bnb, width)
     state, kept = optimizer.state[param], list(plan.keep)
-    before = {name: read(state, name).clone() for name in ("state1", "state2")}
     with torch.no_grad():
         param.grad = None
         param.set_(torch.randn(plan.rank, width))
     move_state(optimizer, param, plan, torch.Size((6, width)))
     for name, old in before.items():
-        new = read(state, name)
-        # One rounding: to within half of the widest gap, 0.7 % of the largest number of the block.
-        expected = torch.cat([old[kept], torch.zeros(plan.grow, width)])
-        padded = nn.functional.pad(expected.flatten(), (0, -expected.numel() % 256)).view(-1, 256)
-        largest = padded.abs().amax(1, keepdim=True).expand_as(padded).flatten()[: expected.numel()]
-        assert ((new - expected).abs().flatten() <= 0.0071 * largest).all()
+        assert_rounded(read(state, name), torch.cat([old[kept], torch.zeros(plan.grow, width)]))
         assert state[name].dtype == torch.uint8
     param.grad = torch.randn(plan.rank, width)
     optimizer.step()
     assert state["step"] == 4 and param.isfinite().all()
 
 
+def test_8_bit_states_are_scaled(bnb):
+    param, optimizer, before = eight_bits(bnb, 100)
+    scale_state(optimizer, param, 0.3)
+    for name, factor in (("state1", 0.3), ("state2", 0.3**2)):
+        assert_rounded(read(optimizer.state[param], name), factor * before[name])
+
+
 def before_a_reallocation(make, moves=True):
     """Two adapters of rank 16, of which the second gives two to the first at the third step, or none."""
     torch.manual_seed(0)
-    model = nn.Sequential(L1RALinear(320, 320, rank=16), L1RALinear(320, 320, rank=16))
+    model = nn.Sequential(*(L1RALinear(320, 320, rank=16, scale_with_rank=False) for _ in range(2)))
     controller = RankController(model, 32, total_steps=100, interval=3, warmup=0.0, principal_axes=False)
     play(controller, {3: [[1.0] * 16, [0.0, 0.0, *[1.0] * 14] if moves else [1.0] * 16]})
     optimizer = make(trainable(model))
