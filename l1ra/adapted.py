@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from l1ra.linear import L1RALinear, find_adapters
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["CONTROLLER", "SEVERAL", "check_plain", "controller_of", "trained_modules", "trained_tensors"]
+__all__ = ["CONTROLLER", "SEVERAL", "check_plain", "controller_of", "listed", "trained_modules", "trained_tensors"]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model
 SEVERAL = (
@@ -44,6 +45,12 @@ def check_plain(model: nn.Module) -> None:
                 f"{where} PEFT {type(module).__name__}: pass the plain model, "
                 "peft_model.merge_and_unload() with what PEFT's adapter has learned or peft_model.unload() without it."
             )
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for a message, the first ones of many."""
+    first = ", ".join(list(names)[:8])
+    return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l1ra.adapted import check_plain, controller_of
+from l1ra.adapted import check_plain, controller_of, listed
 from l1ra.allocation import LayerPlan
 from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
@@ -220,8 +220,7 @@ def _compare(setting: str, expected: Collection[str] | None, found: Collection[s
         return
     for names, what in ((set(expected) - set(found), "missing from"), (set(found) - set(expected), "surplus in")):
         if names:
-            told = ", ".join(sorted(names)[:8]) + (" ..." if len(names) > 8 else "")
-            raise ValueError(f"by the LoRA's {setting}, tensors are {what} {WEIGHTS}: {told}.")
+            raise ValueError(f"by the LoRA's {setting}, tensors are {what} {WEIGHTS}: {listed(sorted(names))}.")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from l1ra.adapted import controller_of
+from l1ra.adapted import controller_of, listed
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
@@ -125,15 +125,21 @@ class Report:
         return lines
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, strict: bool = False) -> Report:
     """The adapters of ``model``: ranks now and at the start, gates, parameters, and which implementation runs.
+
+    Args:
+        strict: raise if any adapter would run as plain PyTorch.
 
     Raises:
         ValueError: the model has no adapter.
+        RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the message says which, and why.
     """
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
+    if strict:
+        _refuse_plain(adapters)
     controller = controller_of(model)
     start = controller.initial_ranks if controller else {}
     names = {layer: name for name, layer in adapters.items()}
@@ -154,6 +160,17 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _refuse_plain(adapters: dict[str, L1RALinear]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, layer in adapters.items():
+        path = layer.path_on()
+        if not path.fused:
+            reasons.setdefault(path.reason, []).append(name)
+    if reasons:
+        told = "; ".join(f"{listed(names)} ({reason})" for reason, names in reasons.items())
+        raise RuntimeError(f"strict=True, but adapters would run as plain PyTorch: {told}.")
 
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 import l1ra
 from l1ra.allocation import LayerPlan
+from l1ra_kernels import choice
 
 
 def test_rows_say_what_is_there():
@@ -86,6 +87,23 @@ def test_a_model_without_adapters_is_an_error():
         l1ra.report(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no controller"):
         l1ra.plot_ranks(Adapted(), "never.png")
+
+
+def test_strict_raises_and_names_the_layers_that_run_as_plain_torch():
+    model = patched()[0]
+    message = r"plain PyTorch: blocks\.0, blocks\.1, blocks\.2, blocks\.3 \(plain PyTorch was asked for\)\.$"
+    with choice.using("torch"), pytest.raises(RuntimeError, match=message):
+        l1ra.report(model, strict=True)
+
+
+@pytest.mark.skipif(not (choice.interpreting() or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
+def test_strict_leaves_out_what_is_fused():
+    model = patched()[0]
+    with choice.using("fused"):
+        assert {row.path for row in l1ra.report(model, strict=True).rows} == {"fused (chain)"}
+        model.blocks[2].double()
+        with pytest.raises(RuntimeError, match=r"plain PyTorch: blocks\.2 \(no fused kernel takes float64\)\.$"):
+            l1ra.report(model, strict=True)
 
 
 @pytest.mark.parametrize("make", [MLP, llama])
