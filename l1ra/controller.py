@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l1ra.adapted import CONTROLLER, controller_of
+from l1ra.adapted import CONTROLLER, controller_of, listed
 from l1ra.allocation import Plan, allocate, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.checkpoint import save
@@ -361,6 +361,8 @@ class RankController:
         )
 
     def _reallocate(self) -> None:
+        if len(self.history) == 1:
+            self._warn_of_unseen()
         plan = self._plan()
         moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
         for layer, change in zip(self._layers, plan.layers, strict=True):
@@ -391,6 +393,17 @@ class RankController:
         self._closing = False
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
+
+    def _warn_of_unseen(self) -> None:
+        seen = self._bank.rows(self._bank.age > 0)
+        unseen = [name for name, row in zip(self.adapters, seen, strict=True) if not any(row)]
+        if unseen and self.skipped_steps < self.steps:
+            warnings.warn(
+                f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
+                f"{listed(unseen)}. The model does not call these layers, or reads their weights without calling them: "
+                "leave them out of target_modules.",
+                stacklevel=2,
+            )
 
     def _optimizers(self) -> list[Optimizer]:
         return list(self._listener.optimizers) if self._listener is not None else self._auto_off

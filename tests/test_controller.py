@@ -311,6 +311,47 @@ def test_a_gradient_that_is_not_finite_moves_no_gate_and_prunes_nothing(bad):
     assert controller.skipped_steps == 1 and controller._bank.age.max() == 6
 
 
+class ReadsAWeight(Residual):
+    """As Mamba with its ``dt_proj``: the weight of one of its layers is used, and the layer is never called."""
+
+    def forward(self, x):
+        return self.blocks[0](x) + torch.tanh(x @ self.blocks[1].weight.T) + self.blocks[2](x)
+
+
+def test_adapters_that_no_gradient_has_reached_are_named_once():
+    model = ReadsAWeight()
+    controller = l1ra.patch(model, 16, **BRISK)
+    optimizer, (x, y) = torch.optim.AdamW(trainable(model), lr=1e-2), task(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            step(model, optimizer, x, y)
+        assert not caught
+        for _ in range(20):
+            step(model, optimizer, x, y)
+    (warning,) = caught
+    assert "in 6 steps" in str(warning.message) and "learn nothing: blocks.1, blocks.3. " in str(warning.message)
+    assert "leave them out of target_modules" in str(warning.message) and len(controller.history) == 5
+
+
+@pytest.mark.parametrize("bad_steps, warns", [(6, False), (5, True)])
+def test_steps_that_were_skipped_are_no_sign_of_an_adapter_without_gradients(bad_steps, warns):
+    model = ReadsAWeight() if warns else Residual()
+    controller = l1ra.patch(model, 16, **BRISK)
+    x, y = task(model)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in range(6):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            if n < bad_steps:
+                model.blocks[0].gate.grad.fill_(torch.nan)
+            optimizer.step()
+    assert controller.skipped_steps == bad_steps and len(controller.history) == 2
+    assert len(caught) == warns
+
+
 def test_without_total_steps_it_warns_and_moves_ranks_every_hundred_steps():
     model, controller, optimizer, x, y = patched(total_steps=None, interval=0.05)
     play(controller, {})
