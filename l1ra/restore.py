@@ -34,6 +34,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
     Raises:
         FileNotFoundError: no checkpoint is there.
         ValueError: it is damaged, of a newer version, or of another model; the model is untouched.
+        RuntimeError: an adapter of the model is merged; the model is untouched.
     """
     checkpoint = read(folder)
     adapted = next(find_adapters(model), None) is not None
@@ -63,6 +64,9 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
 
 
 def _check_model(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> None:
+    for name, layer in find_adapters(model):
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged: call l1ra.unmerge(model) before other adapters are loaded.")
     modules = dict(model.named_modules())
     if adapted and list(checkpoint.adapters) != [name for name, _ in find_adapters(model)]:
         raise ValueError("the checkpoint has other adapters than the model: patch it with the same target_modules.")

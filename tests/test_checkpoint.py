@@ -181,6 +181,17 @@ def test_a_checkpoint_of_another_budget_changes_nothing(tmp_path):
     assert controller.ranks == ranks and controller.steps == 15
 
 
+def test_a_merged_model_is_not_loaded_into(tmp_path):
+    model, controller, *_ = run_to(20, *made())
+    controller.save(tmp_path)
+    run_to(31, model, controller, *_)
+    l1ra.merge(model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"blocks\.0 is merged: call l1ra\.unmerge\(model\)"):
+        l1ra.load(model, tmp_path)
+    assert_untouched(model, before)
+
+
 def test_a_folder_without_a_checkpoint_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pass the folder that controller.save\(folder\) has written"):
         l1ra.load(fresh(), tmp_path / "nowhere")
