@@ -42,7 +42,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks
 
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
