@@ -158,9 +158,7 @@ class L1RALinear(nn.Module):
             raise ValueError(
                 f"reserve must be None, or from the rank {rank} to {largest} for this layer, not {reserve!r}."
             )
-        self.initial_rank = rank
-        self.alpha = float(rank if alpha is None else alpha)
-        self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
+        self.start_at(rank, alpha, rank_stabilized)
         self.scale_with_rank = scale_with_rank
         self.init = init
         self._repacks = keep_unpacked(base)
@@ -185,6 +183,12 @@ class L1RALinear(nn.Module):
         self.disabled = False
         self.room: Room | None = None
         self.sharing: SharedInput | None = None
+
+    def start_at(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
+        """Let ``rank`` be the one that the adapter has started with, and by which its scaling is settled."""
+        self.initial_rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""

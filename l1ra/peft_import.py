@@ -121,10 +121,8 @@ def _load(layer: L1RALinear, a: Tensor, b: Tensor, config: L1RAConfig) -> None:
     rank = max(1, len(a))
     layer.resize(LayerPlan((0,), rank - 1), a[1:].float())
     # The settings' scaling is that of the rank at the start, which is this one.
-    layer.initial_rank = rank
+    layer.start_at(rank, config.alpha, config.rank_stabilized)
     layer.gate[:rank] = 1.0
-    layer.alpha = float(rank if config.alpha is None else config.alpha)
-    layer.scaling = layer.alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
     layer.lora_A[: len(a)] = a.to(layer.lora_A)
     layer.lora_B[: len(b)] = (b / layer.scaling).to(layer.lora_B)
 

@@ -47,6 +47,8 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
         else:
             names = "|".join(re.escape(name) for name in checkpoint.adapters)
             controller = patch(model, budget, target_modules=names, modules_to_save=[], config=config, auto=auto)
+            for name, layer in controller.adapters.items():  # as from_peft may have given them other ranks than patch
+                layer.start_at(checkpoint.controller["initial_ranks"][name], config.alpha, config.rank_stabilized)
     before = {name: value.clone() for name, value in model.state_dict().items() if _belongs(name, checkpoint)}
     try:
         model.load_state_dict(checkpoint.tensors, strict=False)

@@ -132,6 +132,17 @@ def test_it_trains_on_ranks_move_and_it_can_be_taken_out(tmp_path):
     assert same_bits(logits(base), plain)
 
 
+@pytest.mark.parametrize("settings", [{"alpha": 8.0}, {"alpha": 8.0, "rank_stabilized": True}, {"init": "gaussian"}])
+def test_a_checkpoint_of_it_is_loaded_at_the_ranks_it_came_with(settings, tmp_path):
+    base = lively(llama())
+    saved_by_peft(base, tmp_path, rank_pattern={"up_proj": 6})
+    model = copy.deepcopy(base)
+    l1ra.from_peft(model, tmp_path, total_steps=20, **settings).save(tmp_path / "saved")
+    l1ra.load(base, tmp_path / "saved")
+    assert same_bits(logits(base), logits(model))
+    assert [layer.initial_rank for _, layer in find_adapters(base)] == [3, 6] * 2
+
+
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 HEAD = "base_model.model.lm_head.weight"
