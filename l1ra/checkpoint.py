@@ -16,6 +16,8 @@ from torch import Tensor
 from l1ra.adapted import trained_tensors
 from l1ra.aside import PARTIAL, replaced
 from l1ra.config import L1RAConfig
+from l1ra.controller_state import FORM as STATE
+from l1ra.form import misfit
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
@@ -26,6 +28,14 @@ FORMAT = 1
 INDEX = "l1ra.json"
 PARTS = ("lora_A", "gate", "lora_B")
 TENSOR_FILES = ("adapters", "controller")
+IN_TENSORS = ("gates", "generator", "probes")  # of the controller's state; the rest is in the index
+FORM = {
+    "config": dict,
+    "adapters": {str: (int, int)},
+    "trained": [str],
+    "controller": {name: form for name, form in STATE.items() if name not in IN_TENSORS},
+    "files": {kind: {"name": str, "sha256": str} for kind in TENSOR_FILES},
+}
 # Of older checkpoints, or left by a process that was killed while it wrote.
 OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(" + PARTIAL + ")?")
 
@@ -69,7 +79,7 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
         "config": dataclasses.asdict(controller.config),
         "adapters": {n: [a.in_features, a.out_features] for n, a in controller.adapters.items()},
         "trained": sorted(trained_tensors(controller.model)),
-        "controller": {name: value for name, value in state.items() if name not in ("gates", "generator", "probes")},
+        "controller": {name: value for name, value in state.items() if name not in IN_TENSORS},
         "files": {},
     }
     for kind in TENSOR_FILES:
@@ -94,6 +104,7 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         FileNotFoundError: no checkpoint is there.
         ValueError: it is damaged, or of a newer version.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
     folder = Path(folder)
@@ -109,6 +120,12 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{file} has format {version}, this version of l1ra reads {FORMAT}: install a newer l1ra.")
     if digest != _digest(index):
         raise ValueError(f"{file} is damaged: it does not say what was written.")
+    if wrong := misfit(index, FORM):
+        raise ValueError(f"{file} is no index of an L1RA checkpoint: {wrong}.")
+    try:
+        config = L1RAConfig(**index["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} has other settings than this version of l1ra: {error}") from None
     tensors = {}
     for kind in TENSOR_FILES:
         path = folder / index["files"][kind]["name"]
@@ -118,9 +135,12 @@ def read(folder: str | os.PathLike) -> Checkpoint:
             raise ValueError(f"{folder} is damaged: its {kind} can't be read ({error}).") from None
         if hashlib.sha256(data).hexdigest() != index["files"][kind]["sha256"]:
             raise ValueError(f"{path} is damaged: its bytes are not those that were written.")
-        tensors[kind] = from_bytes(data)
+        try:
+            tensors[kind] = from_bytes(data)
+        except SafetensorError as error:
+            raise ValueError(f"{path} can't be read: {error}.") from None
     return Checkpoint(
-        L1RAConfig(**index["config"]),
+        config,
         {name: tuple(size) for name, size in index["adapters"].items()},
         index["trained"],
         tensors["adapters"],
@@ -154,7 +174,8 @@ def _state(index: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         elif kind == "probes":
             part, _, adapter = rest.partition(".")
             probes.setdefault(adapter, {})[part] = tensor
-    return {**index["controller"], "gates": gates, "probes": probes, "generator": tensors["generator"]}
+    generator = {name: tensor for name, tensor in tensors.items() if name == "generator"}
+    return {**index["controller"], "gates": gates, "probes": probes, **generator}
 
 
 def _digest(index: dict[str, Any]) -> str:

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from l1ra.form import misfit
+
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["FORM", "check_state", "load_state", "state_of"]
+
+FORM = {
+    "ranks": {str: int},
+    "initial_ranks": {str: int},
+    "budget": int,
+    "rule": str,
+    "steps": int,
+    "total_steps": int | None,
+    "moved": int,
+    "history": [
+        {"step": int, "ranks": {str: int}, "spare": int, "gates": {str: int | float}, "pruned": int, "moved": int}
+    ],
+    "scalings": {str: int | float},
+    "closing": bool,
+    "probes": {str: {str: Tensor}},
+    "gates": {str: Tensor},
+    "generator": Tensor,
+}
 
 
 def state_of(controller: RankController) -> dict[str, Any]:
@@ -31,7 +54,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
 
 def load_state(controller: RankController, state: dict[str, Any]) -> None:
     """See ``RankController.load_state_dict``."""
-    _check(controller, state)
+    check_state(controller, state, controller.ranks)
     if controller._bank.stale():
         controller._bank.read()
     for name, layer in controller.adapters.items():
@@ -49,18 +72,19 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller.history = [dict(entry) for entry in state["history"]]
 
 
-def _check(controller: RankController, state: dict[str, Any]) -> None:
-    """That it is of a controller like this one; the model's own state has been loaded."""
-    missing = set(state_of(controller)) - set(state)
-    if missing:
-        raise ValueError(f"this is no state of a RankController: {', '.join(sorted(missing))} missing.")
-    if list(state["ranks"]) != list(controller.adapters):
+def check_state(controller: RankController, state: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Raise a ValueError unless ``state`` is of a controller like this one, with adapters of these ranks."""
+    wrong = misfit(state, FORM)
+    if wrong:
+        raise ValueError(f"this is no state of a RankController: {wrong}.")
+    names = list(controller.adapters)
+    if any(list(state[part]) != names for part in ("ranks", "initial_ranks", "scalings")):
         raise ValueError("the state is of a model with other adapters: patch this one with the same target_modules.")
     for name in ("budget", "rule"):
         mine = controller.budget if name == "budget" else controller.config.rule
         if state[name] != mine:
             raise ValueError(f"the state has {name} {state[name]!r}, this controller {mine!r}: construct it the same.")
-    if state["ranks"] != controller.ranks:
+    if state["ranks"] != ranks:
         raise ValueError("the state has other ranks than the model: load the model's state dict first.")
     for name, layer in controller.adapters.items():
         scaling = state["scalings"][name]
@@ -70,9 +94,21 @@ def _check(controller: RankController, state: dict[str, Any]) -> None:
                 "budget, alpha and rank_stabilized."
             )
     for name, probe in state["probes"].items():
-        layer = controller.adapters[name]
-        if {k: v.shape[1:] for k, v in probe.items()} != {
-            "mix": (layer.out_features,),
-            "sketch": (layer.in_features,),
-        }:
+        layer, shapes = controller.adapters.get(name), {part: tuple(rows.shape) for part, rows in probe.items()}
+        count = shapes.get("mix", ())[:1]
+        if layer is None or shapes != {"mix": (*count, layer.out_features), "sketch": (*count, layer.in_features)}:
             raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")
+    _check_tensors(controller, state)
+
+
+def _check_tensors(controller: RankController, state: dict[str, Any]) -> None:
+    rows = (sum(state["ranks"].values()),)
+    for name, mine in controller._bank.state_dict().items():
+        shape = rows if mine.dim() else ()
+        found = state["gates"].get(name)
+        if found is None or found.shape != shape or not torch.isfinite(found).all():
+            raise ValueError(f"the state of the gates has no finite {name!r} of shape {shape}.")
+    try:
+        torch.Generator().set_state(state["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the state has no generator: {error}.") from None

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from l1ra.adapted import check_plain, controller_of, listed
 from l1ra.allocation import LayerPlan
-from l1ra.base_layers import base_features
+from l1ra.base_layers import FLOATS, base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
+from l1ra.form import misfit
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.patch import patch, unpatch
 from l1ra.peft_export import CONFIG, PREFIX, WEIGHTS, refuse_shared
@@ -28,8 +29,17 @@ __all__ = ["from_peft"]
 
 # Settings of a LoRA that from_peft obeys, and such as say nothing about the function of a trained adapter. What else is
 # set changes that function.
-OBEYED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"}
-OBEYED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "init_lora_weights"}
+FORMS = {
+    "r": int,
+    "lora_alpha": int | float,
+    "rank_pattern": {str: int},
+    "alpha_pattern": {str: int | float},
+    "use_rslora": bool,
+    "target_modules": [str],  # or a regular expression, as the next one
+    "exclude_modules": [str],
+    "modules_to_save": [str],
+}
+OBEYED = {*FORMS, "peft_type", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"}
 SILENT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 SILENT |= {"lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config"}
 SILENT |= {"lora_ga_config", "qalora_group_size", "runtime_config"}
@@ -160,6 +170,7 @@ def _read(model: nn.Module, directory: Path) -> _PlainLora:
         raise ValueError(f"{directory} adapts no layer.")
     for name, value in values.items():
         _check_shape(name, value, tuple(state[name].shape))
+        _check_finite(name, value)
     layers = {name: _layer(name, parts, *base_features(modules[name]), config) for name, parts in halves.items()}
     return _PlainLora(layers, saved, values)
 
@@ -186,10 +197,28 @@ def _files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if strange:
         told = ", ".join(f"{name}={config[name]!r}" for name in strange)
         raise ValueError(f"the LoRA is not a plain one: {told} can't be read. Merge it into its model instead.")
+    _check_settings(config, directory / CONFIG)
     try:
         return config, load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS} can't be read: {error}.") from None
+
+
+def _check_settings(config: dict[str, Any], file: Path) -> None:
+    patterns = []
+    for name in FORMS.keys() & config.keys():
+        value = config[name]
+        if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
+            patterns.append(value)
+        elif (value is not None or name in ("r", "lora_alpha")) and (wrong := misfit(value, FORMS[name], name)):
+            raise ValueError(f"{file} has settings that PEFT does not write: {wrong}.")
+        elif isinstance(value, dict):
+            patterns += map(_whole, value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{file} has {pattern!r}, which is no regular expression: {error}.") from None
 
 
 def _targeted(model: nn.Module, config: dict[str, Any], saved: list[str]) -> set[str] | None:
@@ -226,6 +255,11 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {tuple(tensor.shape)} in {WEIGHTS} and should be {shape}.")
 
 
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{name} is not finite: its numbers in {WEIGHTS}, or the LoRA's alpha.")
+
+
 def _layer(
     name: str, parts: dict[str, Tensor], in_features: int, out_features: int, config: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -234,14 +268,24 @@ def _layer(
         raise ValueError(f"{name} has a lora_{next(iter(parts))} without its other half in {WEIGHTS}.")
     rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    if rank < 1:
+        raise ValueError(f"{name} has rank {rank} in {CONFIG}.")
     _check_shape(f"{name}.lora_A", parts["A"], (rank, in_features))
     _check_shape(f"{name}.lora_B", parts["B"], (out_features, rank))
     a, b = parts["A"], parts["B"].T
+    if a.dtype not in FLOATS or b.dtype not in FLOATS:
+        raise ValueError(f"{name} is {a.dtype} and {b.dtype} in {WEIGHTS}: only floating-point numbers can be trained.")
     exact = torch.promote_types(b.dtype, torch.float32)
     live = (a != 0).any(1) | (b != 0).any(1)
-    return a[live], b[live].to(exact) * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    a, b = a[live], b[live].to(exact) * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    _check_finite(name, a, b)
+    return a, b
 
 
 def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first pattern that fits ``name``, as PEFT tells it."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((v for key, v in (patterns or {}).items() if re.match(_whole(key), name)), default)
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"

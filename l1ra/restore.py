@@ -11,6 +11,7 @@ from l1ra.adapted import controller_of
 from l1ra.base_layers import base_features
 from l1ra.checkpoint import PARTS, Checkpoint, read
 from l1ra.controller import RankController
+from l1ra.controller_state import check_state
 from l1ra.linear import find_adapters
 from l1ra.patch import patch, unpatch
 
@@ -34,25 +35,19 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
     Raises:
         FileNotFoundError: no checkpoint is there.
         ValueError: it is damaged, of a newer version, or of another model; the model is untouched.
-        RuntimeError: an adapter of the model is merged; the model is untouched.
+        RuntimeError: an adapter of the model is merged, or ``strict`` was set in the training and an adapter would run
+            as plain PyTorch here; the model is untouched.
     """
     checkpoint = read(folder)
     adapted = next(find_adapters(model), None) is not None
     _check_model(model, checkpoint, adapted)
-    there = controller = controller_of(model)
-    if controller is None:
-        budget, config = checkpoint.controller["budget"], checkpoint.config
-        if adapted:
-            controller = RankController(model, budget, config=config, auto=auto)
-        else:
-            names = "|".join(re.escape(name) for name in checkpoint.adapters)
-            controller = patch(model, budget, target_modules=names, modules_to_save=[], config=config, auto=auto)
-            for name, layer in controller.adapters.items():  # as from_peft may have given them other ranks than patch
-                layer.start_at(checkpoint.controller["initial_ranks"][name], config.alpha, config.rank_stabilized)
+    there, state = controller_of(model), checkpoint.controller
+    controller = there or _put_in(model, checkpoint, adapted, auto)
     before = {name: value.clone() for name, value in model.state_dict().items() if _belongs(name, checkpoint)}
     try:
+        check_state(controller, state, state["ranks"])
         model.load_state_dict(checkpoint.tensors, strict=False)
-        controller.load_state_dict(checkpoint.controller)
+        controller.load_state_dict(state)
     except BaseException:
         model.load_state_dict(before, strict=False)
         if not adapted:
@@ -62,6 +57,18 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
         raise
     for name in checkpoint.trained:
         model.get_parameter(name).requires_grad_(True)
+    return controller
+
+
+def _put_in(model: nn.Module, checkpoint: Checkpoint, adapted: bool, auto: bool) -> RankController:
+    """A controller as the checkpoint's, with adapters if there are none."""
+    state, config = checkpoint.controller, checkpoint.config
+    if adapted:
+        return RankController(model, state["budget"], config=config, auto=auto)
+    names = "|".join(re.escape(name) for name in checkpoint.adapters)
+    controller = patch(model, state["budget"], target_modules=names, modules_to_save=[], config=config, auto=auto)
+    for name, layer in controller.adapters.items():  # as from_peft may have given them other ranks than patch
+        layer.start_at(state["initial_ranks"][name], config.alpha, config.rank_stabilized)
     return controller
 
 
@@ -83,11 +90,23 @@ def _check_model(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> Non
                 f"the checkpoint is of another model: it has an adapter for a layer {size[0]} -> {size[1]} at {name}, "
                 f"this model has {there} there."
             )
+        _check_adapter(name, size, checkpoint, module.reserve if adapted else checkpoint.config.reserve)
     parameters = dict(model.named_parameters())
     for name in checkpoint.trained:
-        shape = checkpoint.tensors[name].shape
-        if name not in parameters or parameters[name].shape != shape:
-            raise ValueError(f"the checkpoint is of another model: it has a trained {name} of shape {tuple(shape)}.")
+        found = checkpoint.tensors.get(name)
+        if name not in parameters or found is None or parameters[name].shape != found.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(f"the checkpoint is of another model: it has a trained {name} of shape {shape}.")
+
+
+def _check_adapter(name: str, size: tuple[int, int], checkpoint: Checkpoint, reserve: int | None) -> None:
+    ranks = [checkpoint.controller[part].get(name, 0) for part in ("ranks", "initial_ranks")]
+    expected = {part: (ranks[0], *of) for part, of in zip(PARTS, ((size[0],), (), (size[1],)), strict=True)}
+    found = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS}
+    if min(ranks) < 1 or any(rows is None or tuple(rows.shape) != expected[part] for part, rows in found.items()):
+        raise ValueError(f"the checkpoint is damaged: the tensors of {name} are not those of an adapter of its rank.")
+    if ranks[0] > (reserve or min(size)):
+        raise ValueError(f"{name} has rank {ranks[0]} in the checkpoint, and room for {reserve or min(size)} here.")
 
 
 def _belongs(name: str, checkpoint: Checkpoint) -> bool:

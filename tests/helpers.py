@@ -195,6 +195,13 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
+def as_lists(state):
+    """A state with lists in place of tensors, to be compared."""
+    if isinstance(state, dict):
+        return {key: as_lists(part) for key, part in state.items()}
+    return state.tolist() if isinstance(state, torch.Tensor) else state
+
+
 def snapshot(model):
     """All that a failed call must leave alone: modules, flags, hooks, attributes and values."""
     return {

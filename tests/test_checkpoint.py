@@ -181,6 +181,17 @@ def test_a_checkpoint_of_another_budget_changes_nothing(tmp_path):
     assert controller.ranks == ranks and controller.steps == 15
 
 
+def test_a_checkpoint_with_more_ranks_than_are_reserved_changes_nothing(tmp_path):
+    run = run_to(31, *made())
+    run[1].save(tmp_path)
+    assert max(run[1].ranks.values()) > 4
+    model = made(reserve=4)[0]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"has rank \d in the checkpoint, and room for 4 here"):
+        l1ra.load(model, tmp_path)
+    assert_untouched(model, before)
+
+
 def test_a_merged_model_is_not_loaded_into(tmp_path):
     model, controller, *_ = run_to(20, *made())
     controller.save(tmp_path)

@@ -8,6 +8,8 @@ import torch
 from helpers import patched, play, same_bits, step, trainable
 
 import l1ra
+from l1ra.controller_state import FORM
+from l1ra.form import misfit
 from l1ra.linear import find_adapters
 
 
@@ -84,6 +86,11 @@ def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ran
     assert controller.gates() == held and controller.gates() == expected
 
 
+def test_the_form_names_all_of_a_state():
+    state = run_to(20, *patched())[1].state_dict()
+    assert FORM.keys() == state.keys() and misfit(state, FORM) == ""
+
+
 def snapshot(controller):
     return copy.deepcopy({**controller.state_dict(), "generator": controller._generator.get_state().tolist()})
 
@@ -105,6 +112,11 @@ def snapshot(controller):
         (lambda s: s["probes"].update({"blocks.0": {"mix": torch.zeros(2, 3)}}), "probe that does not fit blocks.0"),
         (lambda s: s["gates"].pop("age"), "age"),
         (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
+        (lambda s: s["gates"]["value"].fill_(torch.nan), "no finite 'value'"),
+        (lambda s: s.update(steps="3"), "no state of a RankController: steps is no int"),
+        (lambda s: s["history"].append({}), r"history\.\d: step, ranks, spare, gates, pruned, moved missing"),
+        (lambda s: s["scalings"].pop("blocks.1"), "other adapters"),
+        (lambda s: s.update(generator=torch.zeros(9, dtype=torch.uint8)), "the state has no generator: "),
     ],
 )
 def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(damage, message):

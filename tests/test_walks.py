@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MLP, OPTIMIZERS, assert_untouched, same_bits, snapshot, trainable
+from helpers import MLP, OPTIMIZERS, as_lists, assert_untouched, same_bits, snapshot, trainable
 
 import l1ra
 from l1ra.linear import find_adapters
@@ -29,13 +29,6 @@ done = Counter()
 
 merged = precondition(lambda self: self.merged)
 not_merged = precondition(lambda self: not self.merged)
-
-
-def plain(value):
-    """A state with lists in place of tensors, to be compared."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 class Walk(stateful.RuleBasedStateMachine):
@@ -104,7 +97,7 @@ class Walk(stateful.RuleBasedStateMachine):
         self.controller._reallocate = reallocate
 
     def state(self):
-        return plain(self.controller.state_dict())
+        return as_lists(self.controller.state_dict())
 
     def epsilon(self):
         """Of the coarser numbers of the two that the model computes with."""
