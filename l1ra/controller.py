@@ -142,7 +142,7 @@ class RankController:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps at which the gates stood still because a gate's gradient was NaN or infinite."""
+        """Steps at which the gates stood still because a gate's gradient was NaN or infinite, or its square was."""
         return int(self._bank.skipped.item())
 
     def gates(self) -> dict[str, list[float]]:

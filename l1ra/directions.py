@@ -21,19 +21,21 @@ def leading_rows(sketch: Tensor | None, present: Tensor, random: Tensor) -> Tens
         sketch: ``(k, in)``, random combinations of the rows of dL/dW, or None.
         present: ``(r, in)``, the rows of A that stay.
         random: ``(n, in)``, rows as drawn at initialisation: the answer to match, the largest length, and what stands
-            in where the sketch has fewer than n directions or is not finite.
+            in where the sketch has fewer than n directions, or it or ``present`` is not finite.
 
     Returns:
         ``(n, in)`` float32 on the CPU.
     """
     rows = random.clone()
-    if sketch is None or not torch.isfinite(sketch).all():
+    if sketch is None:
         return rows
     sketch = sketch.to("cpu", torch.float32)
     usual = sketch.norm() / math.sqrt(sketch.shape[1])
     if present.shape[0]:
         basis = torch.linalg.qr(present.to("cpu", torch.float32).T).Q
         sketch = sketch - (sketch @ basis) @ basis.T
+    if not torch.isfinite(sketch).all():
+        return rows
     _, strength, directions = torch.linalg.svd(sketch, full_matrices=False)
     usable = int((strength > 1e-6 * strength[:1]).sum()) if strength.numel() and strength[0] > 0 else 0
     count = min(usable, rows.shape[0])

@@ -31,7 +31,7 @@ class GateBank:
         importance_sq: moving average of ``(g * dL/dg)**2``.
         age: steps that each gate has seen.
         weight: of each rank's L1 penalty (rule ``"adaptive-l1"``).
-        skipped: int64 scalar, steps whose gradient was not finite.
+        skipped: int64 scalar, steps with a gradient that was not finite, or whose square was not.
     """
 
     PRESSED = 2.0  # weight of a rank that is to go: its gate falls as fast as the others are pulled to 1

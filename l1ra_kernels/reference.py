@@ -152,12 +152,13 @@ def unless_not_finite(
     new: Sequence[Tensor], old: Sequence[Tensor], grad: Tensor, skipped: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """``new`` where a gate had a gradient (``seen``; None: everywhere), else ``old``; all ``old`` and one more step
-    ``skipped``, an int64 scalar, if any gradient is not finite. No value is brought to the host.
+    ``skipped``, an int64 scalar, if any gradient is not finite, or its square: that would stay in every moving average
+    for good. No value is brought to the host.
 
     Returns:
         One tensor for each of ``new``, then ``skipped``.
     """
-    finite = torch.isfinite(grad).all()
+    finite = torch.isfinite(grad.square()).all()
     where = finite if seen is None else finite & seen
     return *(torch.where(where, n, o) for n, o in zip(new, old, strict=True)), skipped + ~finite
 
