@@ -30,6 +30,10 @@ def replaced(*files: Path) -> Iterator[list[Path]]:
             files[-1].unlink(missing_ok=True)
         for aside, file in zip(asides, files, strict=True):
             os.replace(aside, file)
+    except OSError as error:
+        if error.filename is None:  # a disk that is full does not say which
+            error.filename = str(files[0].parent)
+        raise
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)

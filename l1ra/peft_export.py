@@ -58,7 +58,9 @@ def export_peft(
 
     Raises:
         ValueError: the model has no adapter, or PEFT can't express what is trained; nothing is written.
+        OSError: it can't be written; an older adapter in the directory is as it was.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     model = _unwrapped(model)
@@ -100,7 +102,10 @@ def export_peft(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replaced(directory / WEIGHTS, directory / CONFIG) as (weights, settings):
-        save_file(tensors, weights, metadata={"format": "pt"})
+        try:
+            save_file(tensors, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps what the system says
+            raise OSError(f"{directory / WEIGHTS} can't be written: {error}.") from None
         settings.write_text(json.dumps(config, indent=2) + "\n")
     return directory
 

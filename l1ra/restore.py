@@ -44,6 +44,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
     there, state = controller_of(model), checkpoint.controller
     controller = there or _put_in(model, checkpoint, adapted, auto)
     before = {name: value.clone() for name, value in model.state_dict().items() if _belongs(name, checkpoint)}
+    kept = controller.state_dict()
     try:
         check_state(controller, state, state["ranks"])
         model.load_state_dict(checkpoint.tensors, strict=False)
@@ -54,6 +55,8 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
             unpatch(model)
         elif there is None:
             controller.close()
+        else:
+            controller.load_state_dict(kept)
         raise
     for name in checkpoint.trained:
         model.get_parameter(name).requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -230,3 +231,16 @@ def copied(module, how):
     file = io.BytesIO()
     torch.save(module, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@contextlib.contextmanager
+def little_room(size):
+    """Within the block no file gets beyond ``size`` bytes: the system refuses, as on a disk that is full."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

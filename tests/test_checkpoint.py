@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Adapted, assert_untouched, bert, patched, same_bits, snapshot, step, tokens, trainable
+from helpers import (
+    Adapted,
+    as_lists,
+    assert_untouched,
+    bert,
+    little_room,
+    patched,
+    same_bits,
+    snapshot,
+    step,
+    tokens,
+    trainable,
+)
+from torch import nn
 
 import l1ra
 from l1ra.checkpoint import _digest
@@ -230,6 +243,52 @@ def test_a_save_that_is_broken_off_leaves_the_old_checkpoint_whole(broken, tmp_p
     model = fresh()
     assert l1ra.load(model, tmp_path).steps == 20
     assert all(same_bits(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
+@pytest.mark.parametrize("fits", ["nothing", "the adapters"])
+def test_a_save_onto_a_full_disk_says_where_and_leaves_the_old_checkpoint_whole(fits, tmp_path):
+    run = run_to(20, *made())
+    run[1].save(tmp_path)
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    sizes = [len(content) for name, content in old.items() if name.startswith(("adapters", "controller"))]
+    run_to(31, *run)
+    with little_room(0 if fits == "nothing" else sum(sizes) // 2), pytest.raises(OSError, match=str(tmp_path)):
+        run[1].save(tmp_path)
+    left = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert left.items() >= old.items() and not any(name.endswith(".partial") for name in left)
+    assert l1ra.load(fresh(), tmp_path).steps == 20
+    run[1].save(tmp_path)
+    assert l1ra.load(fresh(), tmp_path).steps == 31 and len(list(tmp_path.iterdir())) == 3
+
+
+class Cut(BaseException):
+    """As Ctrl-C."""
+
+
+@pytest.mark.parametrize("owner, when", [(l1ra.RankController, "after"), (nn.Module, "before"), (nn.Module, "after")])
+@pytest.mark.parametrize("patch", [False, True])
+def test_a_load_that_is_broken_off_changes_nothing(patch, owner, when, tmp_path, monkeypatch):
+    run_to(20, *made())[1].save(tmp_path)
+    model, controller, *_ = run_to(15, *made()) if patch else (fresh(), None)
+    before, state = snapshot(model), controller and as_lists(controller.state_dict())
+    works, tries = owner.load_state_dict, []
+
+    def cut(*args, **kwargs):
+        tries.append(1)
+        if len(tries) > 1 or when == "after":
+            found = works(*args, **kwargs)
+        if len(tries) == 1:
+            raise Cut
+        return found
+
+    monkeypatch.setattr(owner, "load_state_dict", cut)
+    with pytest.raises(Cut):
+        l1ra.load(model, tmp_path)
+    assert_untouched(model, before)
+    assert l1ra.adapted.controller_of(model) is controller
+    assert controller is None or as_lists(controller.state_dict()) == state
+    assert l1ra.load(model, tmp_path).steps == 20
 
 
 def test_saving_again_replaces_the_old_checkpoint_and_nothing_else(tmp_path):

@@ -4,12 +4,13 @@ import copy
 import json
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MLP, SIZES, Adapted, assert_untouched, bert, gpt2, llama, same_bits, shake, snapshot
+from helpers import MLP, SIZES, Adapted, assert_untouched, bert, gpt2, little_room, llama, same_bits, shake, snapshot
 from peft_helpers import Cut, close, config_of, lively, loaded, logits, uneven
 from torch import nn
 
@@ -256,6 +257,18 @@ def test_an_interrupted_export_leaves_the_old_adapter_as_it_was(at, tmp_path, mo
     monkeypatch.undo()
     l1ra.export_peft(model, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() != old[WEIGHTS]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
+def test_an_export_onto_a_full_disk_says_where_and_leaves_the_old_adapter_as_it_was(tmp_path):
+    model = uneven(lively(MLP()))
+    l1ra.export_peft(model, tmp_path)
+    old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    changed(model)
+    for room in (0, len(old[WEIGHTS]) - 1):
+        with little_room(room), pytest.raises(OSError, match=str(tmp_path)):
+            l1ra.export_peft(model, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
 
 @pytest.mark.parametrize("onto", ["nothing", "an older adapter"])
