@@ -27,6 +27,7 @@ from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.optimizer_state import plan_state, scale_state
 from l1ra.principal import turn_adapters
+from l1ra.probe import Probe
 from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
@@ -237,7 +238,7 @@ class RankController:
         self._backwards.close()
         self._resuming.remove()
         for layer in self._layers:
-            layer.take_probe()
+            layer.probe = None
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
@@ -345,7 +346,7 @@ class RankController:
             self._bank.press(chosen)
         if self.config.new_rows == "gradient":
             for layer in self._layers:
-                layer.start_probe(PROBE_RANKS, self._generator)
+                layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, self._generator)
 
     def _plan(self) -> Plan:
         bank = self._bank
@@ -366,7 +367,7 @@ class RankController:
         plan = self._plan()
         moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
         for layer, change in zip(self._layers, plan.layers, strict=True):
-            sketch = layer.take_probe()
+            probe, layer.probe = layer.probe, None
             cut = layer.rank - len(change.keep)
             pruned += cut
             moved += max(0, change.rank - layer.rank)
@@ -374,7 +375,9 @@ class RankController:
                 continue
             rows = layer.initial_rows(change.grow, self._generator)
             if change.grow and self.config.new_rows == "gradient":
-                rows = leading_rows(sketch, layer.lora_A.detach()[list(change.keep)], rows)
+                rows = leading_rows(
+                    None if probe is None else probe.sketch, layer.lora_A.detach()[list(change.keep)], rows
+                )
             layer.plan_resize(moves, change, rows)
             rescaled[layer.lora_B] = layer.rescaling(change.rank)
             sources = layer.row_sources(change)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l1ra.form import misfit
+from l1ra.probe import Probe
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
@@ -46,7 +47,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "history": [dict(entry) for entry in controller.history],
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
         "closing": controller._closing,
-        "probes": {name: p for name, layer in controller.adapters.items() if (p := layer.probe_state()) is not None},
+        "probes": {name: layer.probe.state() for name, layer in controller.adapters.items() if layer.probe is not None},
         "gates": controller._bank.state_dict(),
         "generator": controller._generator.get_state(),
     }
@@ -63,9 +64,8 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller._generator.set_state(state["generator"])
     controller._closing = state["closing"]
     for name, layer in controller.adapters.items():
-        layer.take_probe()
-        if name in state["probes"]:
-            layer.resume_probe(state["probes"][name])
+        probe = {part: value.to(layer.lora_A, copy=True) for part, value in state["probes"].get(name, {}).items()}
+        layer.probe = Probe(**probe) if probe else None
     controller.initial_ranks = dict(state["initial_ranks"])
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]

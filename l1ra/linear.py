@@ -26,6 +26,7 @@ from l1ra.base_layers import (
 )
 from l1ra.config import INITS
 from l1ra.merged_weight import Kept, Rounding, add_to_weight, give_back
+from l1ra.probe import Probe
 from l1ra.room import Room
 from l1ra.row_moves import RowMoves, row_sources
 from l1ra.sharing import SharedInput
@@ -51,6 +52,7 @@ class L1RALinear(nn.Module):
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
         disabled: compute the base layer alone, see ``RankController.disabled``.
+        probe: collects a sketch of the weight's gradient while it is set.
         room: behind the weight's columns, for the path ``"aug"``; None: chain.
         sharing: the group of layers that may read the same input, see ``SharedInput``.
     """
@@ -177,7 +179,7 @@ class L1RALinear(nn.Module):
             self.gate[:rank] = 1.0
         self._rank = None if reserve is None else rank
         self._merged_from: Kept | None = None
-        self._probe: tuple[Tensor, Tensor] | None = None
+        self.probe: Probe | None = None
         self.gate_loaded = False
         self.strict = False
         self.disabled = False
@@ -273,7 +275,7 @@ class L1RALinear(nn.Module):
     def version(self) -> tuple:
         """Differs after anything that an output depends on has changed: parameters, weight, probe, dropout."""
         tensors = (self.lora_A, self.gate, self.lora_B, self.base_layer.weight)
-        return (*(t._version for t in tensors), id(self._probe), self.dropout_now)
+        return (*(t._version for t in tensors), id(self.probe), self.dropout_now)
 
     @property
     def dropout_now(self) -> float:
@@ -283,10 +285,8 @@ class L1RALinear(nn.Module):
     def parts(self, output: Tensor | None = None) -> dispatch.Layer:
         """What the kernels need: the adapter, and the ``output`` of the base layer or its weight."""
         a, gate, b = self.lora_A, self.gate, self.lora_B
-        if self._probe is not None and torch.is_grad_enabled():
-            zeros, mix = self._probe
-            a, b = torch.cat([a, zeros]), torch.cat([b, mix])
-            gate = torch.cat([gate, gate.new_ones(mix.shape[0])])
+        if self.probe is not None and torch.is_grad_enabled():
+            a, gate, b = self.probe.beside(a, gate, b)
         if output is not None:
             return dispatch.Layer(a, gate, b, self.scaling, output=output)
         augmented = None if self.room is None or torch.compiler.is_compiling() else self.room.memory(self.base_layer)
@@ -407,36 +407,6 @@ class L1RALinear(nn.Module):
         sources = row_sources(plan)
         return (*sources, *[-1] * ((self.reserve or 0) - len(sources)))
 
-    def start_probe(self, count: int, generator: torch.Generator) -> None:
-        """From the next forward on, collect a sketch of the weight's gradient.
-
-        ``count`` ranks with A = 0 and a random B ride along: they leave the output as it is, up to the rounding of a
-        sum, and the gradient of their A is ``mix @ dL/dW``.
-        """
-        like = self.lora_A
-        mix = torch.randn(count, self.out_features, generator=generator).to(like) / math.sqrt(count)
-        zeros = torch.zeros(count, self.in_features, device=like.device, dtype=like.dtype, requires_grad=True)
-        self._probe = (zeros, mix)
-
-    def take_probe(self) -> Tensor | None:
-        """End the probe; the sketch ``(count, in_features)`` summed since its start, None if nothing was seen."""
-        probe, self._probe = self._probe, None
-        return None if probe is None else probe[0].grad
-
-    def probe_state(self) -> dict[str, Tensor] | None:
-        """Of a probe under way: ``"mix"`` and what the ``"sketch"`` sums up to so far, None if there is none."""
-        if self._probe is None:
-            return None
-        zeros, mix = self._probe
-        return {"mix": mix.clone(), "sketch": torch.zeros_like(zeros) if zeros.grad is None else zeros.grad.clone()}
-
-    def resume_probe(self, state: dict[str, Tensor]) -> None:
-        """Go on with the probe of a :meth:`probe_state`."""
-        mix, sketch = (state[name].to(self.lora_A) for name in ("mix", "sketch"))
-        zeros = torch.zeros_like(sketch, requires_grad=True)
-        zeros.grad = sketch.clone()
-        self._probe = (zeros, mix)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
         params = {name: getattr(self, name) for name in ("lora_A", "gate", "lora_B")}
@@ -456,7 +426,7 @@ class L1RALinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.
-        return {**self.__dict__, "_probe": None, "disabled": False}
+        return {**self.__dict__, "probe": None, "disabled": False}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")

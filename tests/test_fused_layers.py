@@ -10,6 +10,7 @@ from torch import nn
 
 import l1ra
 from l1ra.linear import L1RALinear, find_adapters
+from l1ra.probe import Probe
 from l1ra_kernels import choice
 
 if not (choice.interpreting() or torch.cuda.is_available()):
@@ -180,10 +181,10 @@ def test_probing_layers_share_as_well():
     sketches = []
     for name in ("torch", "fused"):
         for _, layer in find_adapters(model):
-            layer.start_probe(2, generator.manual_seed(1))
+            layer.probe = Probe.start(2, layer.lora_A, layer.lora_B, generator.manual_seed(1))
         with choice.using(name):
             model(x).square().sum().backward()
-        sketches.append([layer.take_probe() for _, layer in find_adapters(model)])
+        sketches.append([layer.probe.sketch for _, layer in find_adapters(model)])
     assert_same(sketches[1], sketches[0])
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from l1ra import L1RALinear
 from l1ra.allocation import LayerPlan
+from l1ra.probe import Probe
 
 
 def bases(k=6, n=9, dtype=torch.float32):
@@ -265,25 +266,23 @@ def test_a_state_dict_that_does_not_fit_leaves_the_rank_alone(name):
 def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
     layer, x, target = adapted(dropout=0.0), torch.randn(8, 6), torch.randn(8, 9)
     before = layer(x)
-    layer.start_probe(4, torch.Generator().manual_seed(1))
-    mix = layer._probe[1]
+    layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
     torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-6)
     for _ in range(2):  # summed over passes
         F.mse_loss(layer(x), target).backward()
     layer.base_layer.weight.requires_grad_(True)
     full_gradient = torch.autograd.grad(F.mse_loss(layer(x), target), layer.base_layer.weight)[0]
-    torch.testing.assert_close(layer.take_probe(), 2 * layer.scaling * mix @ full_gradient)
-    assert layer.take_probe() is None
+    torch.testing.assert_close(layer.probe.sketch, 2 * layer.scaling * layer.probe.mix @ full_gradient)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_works_and_carries_no_probe(how):
     layer, x = adapted(dropout=0.1).eval(), torch.randn(3, 6)
-    layer.start_probe(2, torch.Generator())
+    layer.probe = Probe.start(2, layer.lora_A, layer.lora_B, torch.Generator())
     layer(x).sum().backward()
     twin = copied(layer, how)
     torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=1e-6)
-    assert twin.lora_A is not layer.lora_A and twin._probe is None and layer.take_probe() is not None
+    assert twin.lora_A is not layer.lora_A and twin.probe is None and layer.probe is not None
     twin.resize(full(3, 1))
     assert (twin.rank, layer.rank) == (4, 3)
 

@@ -23,6 +23,7 @@ from benchmarks.gpu.providers import install_peft
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.timing import Budget, ratios, spread
 from l1ra.controller import PROBE_RANKS
+from l1ra.probe import Probe
 
 __all__ = ["PROVIDERS", "run"]
 
@@ -76,7 +77,7 @@ def ours(probing: bool):
                 generator = torch.Generator().manual_seed(bench.seed)
                 for layer in model.modules():
                     if isinstance(layer, l1ra.L1RALinear):
-                        layer.start_probe(PROBE_RANKS, generator)
+                        layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, generator)
             paths = "; ".join(dict.fromkeys(row.path for row in l1ra.report(model).rows))
             yield [p for p in model.parameters() if p.requires_grad], paths, ""
         finally:
