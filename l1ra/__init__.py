@@ -2,6 +2,7 @@
 
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
+from l1ra.doctor import doctor
 from l1ra.linear import L1RALinear
 from l1ra.merge import merge, unmerge
 from l1ra.patch import patch, unpatch
@@ -16,6 +17,7 @@ __all__ = [
     "L1RAConfig",
     "L1RALinear",
     "RankController",
+    "doctor",
     "export_peft",
     "from_peft",
     "load",

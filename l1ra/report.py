@@ -99,7 +99,7 @@ class Report:
         ranks = sum(row.rank for row in self.rows)
         was = sum(row.initial_rank for row in self.rows)
         total = (f"{len(self.rows)} adapters", "", str(ranks), str(was), "", f"{self.params:,}", "")
-        first, *lines, last = _aligned([head, *cells, total], left=(0, 1, 6))
+        first, *lines, last = aligned([head, *cells, total], left=(0, 1, 6))
         rule = "-" * len(first)
         return [first, rule, *lines, rule, last]
 
@@ -116,7 +116,7 @@ class Report:
             )
             for name, kind in self.by_projection.items()
         ]
-        first, *lines = _aligned([head, *cells], left=(0,))
+        first, *lines = aligned([head, *cells], left=(0,))
         lines = [first, "-" * len(first), *lines]
         depths = self.by_depth
         if any(block is not None for block in depths):
@@ -151,7 +151,7 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     """A line of text for each row; the columns whose numbers are in ``left`` are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

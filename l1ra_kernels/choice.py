@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["interpreting", "obstacle", "triton_available", "using", "wanted"]
+__all__ = ["interpreting", "obstacle", "tf32_allowed", "triton_available", "using", "wanted"]
 
 CHOICES = ("auto", "torch", "fused")
 VARIABLE = "L1RA_KERNELS"
@@ -33,6 +33,12 @@ def triton_available() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1): slowly, and on CPU tensors too."""
     return triton is not None and _INTERPRETING
+
+
+def tf32_allowed() -> bool:
+    """Whether products of float32 numbers on a GPU may be rounded to tf32, by torch's own setting."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def wanted() -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l1ra_kernels import choice
 from l1ra_kernels.augment import write_behind
 from l1ra_kernels.configs import RANK_TILES, rank_tile
 from l1ra_kernels.expand import expand
@@ -73,11 +74,7 @@ def hidden_width(rank: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and choice.tf32_allowed() else "ieee"
 
 
 def forward(
