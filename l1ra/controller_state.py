@@ -27,6 +27,7 @@ FORM = {
         {"step": int, "ranks": {str: int}, "spare": int, "gates": {str: int | float}, "pruned": int, "moved": int}
     ],
     "scalings": {str: int | float},
+    "scale_with_rank": {str: bool},
     "closing": bool,
     "probes": {str: {str: Tensor}},
     "gates": {str: Tensor},
@@ -46,6 +47,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "moved": controller.moved,
         "history": [dict(entry) for entry in controller.history],
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
+        "scale_with_rank": {name: layer.scale_with_rank for name, layer in controller.adapters.items()},
         "closing": controller._closing,
         "probes": {name: layer.probe.state() for name, layer in controller.adapters.items() if layer.probe is not None},
         "gates": controller._bank.state_dict(),
@@ -78,7 +80,7 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
     if wrong:
         raise ValueError(f"this is no state of a RankController: {wrong}.")
     names = list(controller.adapters)
-    if any(list(state[part]) != names for part in ("ranks", "initial_ranks", "scalings")):
+    if any(list(state[part]) != names for part in ("ranks", "initial_ranks", "scalings", "scale_with_rank")):
         raise ValueError("the state is of a model with other adapters: patch this one with the same target_modules.")
     for name in ("budget", "rule"):
         mine = controller.budget if name == "budget" else controller.config.rule
@@ -92,6 +94,12 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
             raise ValueError(
                 f"the state has scaling {scaling:g} at {name}, this model {layer.scaling:g}: patch it with the same "
                 "budget, alpha and rank_stabilized."
+            )
+        scaled = state["scale_with_rank"][name]
+        if scaled != layer.scale_with_rank:
+            raise ValueError(
+                f"the state has scale_with_rank={scaled} at {name}, this model {layer.scale_with_rank}: patch it with "
+                "the same."
             )
     for name, probe in state["probes"].items():
         layer, shapes = controller.adapters.get(name), {part: tuple(rows.shape) for part, rows in probe.items()}

@@ -216,6 +216,15 @@ def test_a_merged_model_is_not_loaded_into(tmp_path):
     assert_untouched(model, before)
 
 
+def test_a_checkpoint_whose_gates_hold_a_scale_is_not_loaded_where_they_hold_none(tmp_path):
+    run_to(31, *made())[1].save(tmp_path)
+    model = made(scale_with_rank=False)[0]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"scale_with_rank=True at blocks\.0, this model False"):
+        l1ra.load(model, tmp_path)
+    assert_untouched(model, before)
+
+
 def test_a_folder_without_a_checkpoint_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pass the folder that controller.save\(folder\) has written"):
         l1ra.load(fresh(), tmp_path / "nowhere")

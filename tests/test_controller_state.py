@@ -110,6 +110,10 @@ def snapshot(controller):
             "scaling 3 at blocks.0, this model 1: patch it with the same",
         ),
         (lambda s: s["probes"].update({"blocks.0": {"mix": torch.zeros(2, 3)}}), "probe that does not fit blocks.0"),
+        (
+            lambda s: s["scale_with_rank"].update({"blocks.2": False}),
+            "scale_with_rank=False at blocks.2, this model True",
+        ),
         (lambda s: s["gates"].pop("age"), "age"),
         (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
         (lambda s: s["gates"]["value"].fill_(torch.nan), "no finite 'value'"),

@@ -52,6 +52,7 @@ class Walk(stateful.RuleBasedStateMachine):
                 "max_rank": st.just(4),
                 "alpha": st.just(5.0),
                 "principal_axes": st.just(False),
+                "scale_with_rank": st.just(False),
                 "min_rank": st.just(2),
                 "init": st.just("gaussian"),
             },
@@ -287,6 +288,16 @@ class Walk(stateful.RuleBasedStateMachine):
         self.coarse = max(self.coarse, self.epsilon())
         self.same(self.outputs(), before)
         self.cast_base()
+
+    @not_merged
+    @rule()
+    def disable(self):
+        before = self.outputs()
+        with self.controller.disabled():
+            assert torch.equal(self.outputs(), self.outputs(self.before_patch()))
+            self.refused(RuntimeError, lambda: l1ra.merge(self.model))
+            self.refused(RuntimeError, self.optimizer.step)
+        assert torch.equal(self.outputs(), before)
 
     @rule()
     def take_another_optimizer(self):
