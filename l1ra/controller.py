@@ -379,7 +379,8 @@ class RankController:
                     None if probe is None else probe.sketch, layer.lora_A.detach()[list(change.keep)], rows
                 )
             layer.plan_resize(moves, change, rows)
-            rescaled[layer.lora_B] = layer.rescaling(change.rank)
+            if (factor := layer.rescaling(change.rank)) != 1:
+                rescaled[layer.lora_B] = factor
             sources = layer.row_sources(change)
             resized |= {param: (sources, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
         for optimizer in self._optimizers():

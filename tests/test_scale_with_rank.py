@@ -127,6 +127,15 @@ def test_loaded_gates_are_read_without_their_share():
         assert gates == pytest.approx([0.5 * gate for gate in before[name]])
 
 
+@pytest.mark.parametrize("scale_with_rank", [False, True])
+def test_only_what_is_rescaled_is_read_and_written_again(monkeypatch, scale_with_rank):
+    """Quantised state is rounded each time."""
+    factors = []
+    monkeypatch.setattr("l1ra.controller.scale_state", lambda optimizer, param, factor: factors.append(factor))
+    moved(scale_with_rank=scale_with_rank)
+    assert 1.0 not in factors and bool(factors) == scale_with_rank
+
+
 def test_the_paper_keeps_the_scaling_of_the_start():
     model = llama()
     controller = l1ra.patch(model, 28, preset="reference")

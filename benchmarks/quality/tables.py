@@ -67,8 +67,8 @@ def _terms(results: Results) -> list[str]:
         found = ", ".join(f"{alpha:g}" for alpha in alphas)
         lines.append(
             f"Alpha is {found} at every budget, and a layer's scaling is alpha / rank, with the rank of the budget "
-            "(L1RA and reference: the rank that the layer begins with); rslora's is √(alpha / rank). At the budget of "
-            "as many ranks as alpha, all methods have a scaling of 1."
+            "(reference: the rank that the layer begins with; L1RA: the same, then falling with the root of its rank); "
+            "rslora's is √(alpha / rank). At the budget of as many ranks as alpha, all methods begin at a scaling of 1."
         )
     if tunings:
         budgets = ", ".join(f"{m:g} ×" for m in sorted({r["multiplier"] for r in tunings}))
