@@ -7,11 +7,12 @@ to the adapter that comes first.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerPlan", "Plan", "allocate", "spread", "surplus"]
+__all__ = ["LayerPlan", "Plan", "allocate", "returned", "spread", "surplus"]
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,17 @@ def allocate(
     caps: Sequence[int],
     prune_threshold: float,
     exclude_pruned: bool = True,
+    given_back: Sequence[int] | None = None,
 ) -> Plan:
     """Cut the ranks whose gate is strictly below ``prune_threshold`` and hand out what the budget then leaves.
 
     Without ``importance``, the paper's way: if fewer than ``min_rank`` ranks survive, the ones with the highest index
-    stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a
-    time, round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least
-    important surviving rank is the most important per cost, divided by the root of one more than what that adapter
-    already got; an adapter with fewer than ``min_rank`` survivors gets new ranks in their place, so that none is left
-    with a dead one, and what no other can take goes to those that have just had a rank cut: so the budget is spent.
+    stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a time,
+    round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least important
+    surviving rank is the most important per cost, divided by the root of one more than what that adapter already got,
+    and by that of one more than what it has given back of what was dealt to it before; an adapter with fewer than
+    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one, and what no other can
+    take goes to those that have just had a rank cut: so the budget is spent.
 
     Args:
         gates: for each adapter the gate of each rank, in row order.
@@ -116,6 +119,7 @@ def allocate(
         caps: the largest rank of each adapter; one that is above its cap keeps what it has and gets nothing.
         exclude_pruned: an adapter that has just had a rank cut gets none (with ``importance``: none that another can
             take).
+        given_back: for each adapter what :func:`returned` counts; None: nothing. Only with ``importance``.
 
     Returns:
         The plan; ``plan.spare`` is what nobody could take.
@@ -148,16 +152,35 @@ def allocate(
                     spare -= costs[i]
     else:
         kept = [[row[k] for k in alive] for row, alive in zip(importance, keep, strict=True)]
+        back = given_back or [0] * len(gates)
         while open_ := [i for i in receivers if fits(i)] or [i for i in range(len(gates)) if fits(i)]:
-            best = max(open_, key=lambda i: (_need(kept[i], costs[i], grow[i]), -i))
+            best = max(open_, key=lambda i: (_need(kept[i], costs[i], back[i], grow[i]), -i))
             grow[best] += 1
             spare -= costs[best]
     return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)
 
 
-def _need(importance: Sequence[float | None], cost: int, got: float = 0) -> float:
-    """What one more rank is worth per cost to an adapter with these ranks that has ``got`` so many already."""
-    return min((value for value in importance if value is not None), default=0.0) / cost / math.sqrt(1 + got)
+def _need(importance: Sequence[float | None], cost: int, back: int, got: float = 0) -> float:
+    """What one more rank is worth per cost to an adapter with these ranks that has ``got`` so many already, and gave so
+    many ``back`` before."""
+    weakest = min((value for value in importance if value is not None), default=0.0)
+    return weakest / cost / math.sqrt((1 + got) * (1 + back))
+
+
+def returned(history: Sequence[Sequence[int]]) -> list[int]:
+    """How many of the ranks that it was dealt each adapter has had cut again.
+
+    Args:
+        history: the ranks of all adapters at the start and after each reallocation.
+    """
+    found = []
+    for ranks in zip(*history, strict=True):
+        dealt = back = 0
+        for before, after in itertools.pairwise(ranks):
+            dealt += max(0, after - before)
+            back += min(max(0, before - after), dealt - back)
+        found.append(back)
+    return found
 
 
 def surplus(
@@ -168,6 +191,7 @@ def surplus(
     most: int,
     min_rank: int,
     caps: Sequence[int],
+    given_back: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
     """The ranks that are worth more elsewhere.
 
@@ -182,11 +206,13 @@ def surplus(
         most: no more ranks than this.
         min_rank: ranks that every adapter keeps.
         caps: the largest rank of each adapter.
+        given_back: as for :func:`allocate`.
 
     Returns:
         For each adapter the rows to be given up, in order.
     """
-    needy = [(-_need(row, cost), i) for i, (row, cost) in enumerate(zip(importance, costs, strict=True))]
+    back = given_back or [0] * len(costs)
+    needy = [(-_need(row, costs[i], back[i]), i) for i, row in enumerate(importance)]
     heapq.heapify(needy)
     got = [0.0] * len(costs)
     chosen: list[list[int]] = [[] for _ in costs]
@@ -205,5 +231,5 @@ def surplus(
         chosen[i].append(k)
         left -= 1
         got[taker] += costs[i] / costs[taker]
-        heapq.heapreplace(needy, (-_need(importance[taker], costs[taker], got[taker]), taker))
+        heapq.heapreplace(needy, (-_need(importance[taker], costs[taker], back[taker], got[taker]), taker))
     return [tuple(sorted(rows)) for rows in chosen]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.adapted import CONTROLLER, controller_of, listed
-from l1ra.allocation import Plan, allocate, surplus
+from l1ra.allocation import Plan, allocate, returned, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.checkpoint import save
 from l1ra.config import L1RAConfig
@@ -342,6 +342,7 @@ class RankController:
                 most=int(self.config.turnover * len(self._bank.value)),
                 min_rank=self.config.min_rank,
                 caps=self._caps,
+                given_back=self._given_back(),
             )
             self._bank.press(chosen)
         if self.config.new_rows == "gradient":
@@ -359,7 +360,11 @@ class RankController:
             caps=self._caps,
             prune_threshold=self.config.prune_threshold,
             exclude_pruned=self.config.exclude_pruned,
+            given_back=self._given_back(),
         )
+
+    def _given_back(self) -> list[int]:
+        return returned([list(entry["ranks"].values()) for entry in self.history])
 
     def _reallocate(self) -> None:
         if len(self.history) == 1:

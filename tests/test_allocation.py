@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from l1ra.allocation import LayerPlan, allocate, spread, surplus
+from l1ra.allocation import LayerPlan, allocate, returned, spread, surplus
 
 CASES = 1000
 
@@ -194,6 +194,29 @@ def test_whatever_the_importance_nobody_gives_and_receives():
             assert not given or len(importance[i]) - len(given) >= min_rank
             needs = [need for j, need in enumerate(weakest) if not rows[j]]
             assert all(importance[i][k] / costs[i] < margin * max(needs) for k in given)
+
+
+# --- what was dealt and came back
+
+
+def test_what_came_back_is_what_was_dealt_and_cut_again():
+    up, down, up_and_down, twice, only_down = [2, 3, 5], [2, 1, 1], [2, 5, 3], [2, 4, 2, 3, 1, 1], [4, 3, 4]
+    assert [returned([[r] for r in ranks]) for ranks in (up, down, up_and_down, twice)] == [[0], [0], [2], [3]]
+    assert returned([[r] for r in only_down]) == [0]
+    assert returned([[4], [2], [3], [1]]) == [1]  # of its first ranks nobody says that they were dealt in vain
+    assert returned([[2, 2], [3, 1], [2, 2]]) == [1, 0]
+    assert returned([[2, 2]]) == [0, 0]
+
+
+def test_who_gave_ranks_back_needs_less():
+    gates, importance = [[0.0, 1.0, 1.0], [1.0], [1.0]], [[0.0, 1.0, 1.0], [0.5], [0.4]]
+    assert plan(gates, importance).grow == (0, 1, 0)
+    assert plan(gates, importance, given_back=[0, 1, 0]).grow == (0, 0, 1)  # 0.35 and 0.4
+    assert given_up([[0.4, 5.0], [0.5]]) == [(0,), ()]
+    assert given_up([[0.4, 5.0], [0.5]], given_back=[0, 1]) == [(), ()]  # 0.35
+    assert given_up([[0.3, 5.0], [0.5]], given_back=[0, 1]) == [(0,), ()]
+    assert given_up([[0.2, 0.24, 5.0], [0.5]], given_back=[0, 1]) == [(0, 1), ()]  # 0.35, then 0.25
+    assert given_up([[0.2, 0.26, 5.0], [0.5]], given_back=[0, 1]) == [(0,), ()]
 
 
 # --- the first spread

@@ -76,7 +76,7 @@ def test_no_reallocation_of_a_real_run_changes_the_output(make, use, rule):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-    assert len(notes) == 8 and sum(entry["pruned"] for entry in controller.history) > 5
+    assert len(notes) == 8 and sum(entry["pruned"] for entry in controller.history) > 2
     for before, after in notes:
         assert (after - before).abs().max() <= 1e-6 * before.abs().max()
 
