@@ -80,7 +80,8 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
     if wrong:
         raise ValueError(f"this is no state of a RankController: {wrong}.")
     names = list(controller.adapters)
-    if any(list(state[part]) != names for part in ("ranks", "initial_ranks", "scalings", "scale_with_rank")):
+    parts = [state[part] for part in ("ranks", "initial_ranks", "scalings", "scale_with_rank")]
+    if any(list(part) != names for part in (*parts, *(entry["ranks"] for entry in state["history"]))):
         raise ValueError("the state is of a model with other adapters: patch this one with the same target_modules.")
     for name in ("budget", "rule"):
         mine = controller.budget if name == "budget" else controller.config.rule
