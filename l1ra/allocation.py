@@ -171,7 +171,13 @@ def returned(history: Sequence[Sequence[int]]) -> list[int]:
     """How many of the ranks that it was dealt each adapter has had cut again.
 
     Args:
-        history: the ranks of all adapters at the start and after each reallocation.
+        history: the ranks of all adapters, in order, at the start and after each reallocation.
+
+    Returns:
+        One number for each adapter.
+
+    Raises:
+        ValueError: not always the same number of adapters.
     """
     found = []
     for ranks in zip(*history, strict=True):

@@ -155,6 +155,21 @@ def test_new_ranks_start_with_a_clean_record():
     assert bank.value.tolist() == [1.0] * 16
 
 
+@pytest.mark.parametrize("came_back, pressed, ranks", [(0, [0, 1, 2], [2, 4, 6, 4]), (8, [0], [2, 5, 5, 4])])
+def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(came_back, pressed, ranks):
+    _, controller, *_ = patched(margin=1.0, turnover=0.2)
+    names, start = list(controller.ranks), controller.ranks
+    controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
+    play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
+    controller._start(None)
+    controller._close_interval()
+    assert controller._bank.weight.nonzero().flatten().tolist() == pressed
+    controller._bank.value[:2] = 0.0
+    controller._bank.write()
+    controller._reallocate()
+    assert list(controller.ranks.values()) == ranks
+
+
 def test_the_middle_of_an_interval_presses_what_is_worth_more_elsewhere():
     model, controller, optimizer, x, y = patched(interval=10, margin=0.5, turnover=0.2)
     importance = [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4]
