@@ -99,6 +99,7 @@ def allocate(
     prune_threshold: float,
     exclude_pruned: bool = True,
     given_back: Sequence[int] | None = None,
+    learning: Sequence[bool] | None = None,
 ) -> Plan:
     """Cut the ranks whose gate is strictly below ``prune_threshold`` and hand out what the budget then leaves.
 
@@ -107,8 +108,8 @@ def allocate(
     round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least important
     surviving rank is the most important per cost, divided by the root of one more than what that adapter already got,
     and by that of one more than what it has given back of what was dealt to it before; an adapter with fewer than
-    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one, and what no other can
-    take goes to those that have just had a rank cut: so the budget is spent.
+    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one. What no adapter that is
+    ``learning`` can take goes to the others, and then to those that have just had a rank cut: so the budget is spent.
 
     Args:
         gates: for each adapter the gate of each rank, in row order.
@@ -120,6 +121,8 @@ def allocate(
         exclude_pruned: an adapter that has just had a rank cut gets none (with ``importance``: none that another can
             take).
         given_back: for each adapter what :func:`returned` counts; None: nothing. Only with ``importance``.
+        learning: for each adapter whether a new rank would have something to learn; None: all of them. Only with
+            ``importance``.
 
     Returns:
         The plan; ``plan.spare`` is what nobody could take.
@@ -153,7 +156,9 @@ def allocate(
     else:
         kept = [[row[k] for k in alive] for row, alive in zip(importance, keep, strict=True)]
         back = given_back or [0] * len(gates)
-        while open_ := [i for i in receivers if fits(i)] or [i for i in range(len(gates)) if fits(i)]:
+        learners = [i for i in receivers if learning is None or learning[i]]
+        groups = (learners, receivers, range(len(gates)))
+        while open_ := next(filter(None, ([i for i in group if fits(i)] for group in groups)), []):
             best = max(open_, key=lambda i: (_need(kept[i], costs[i], back[i], grow[i]), -i))
             grow[best] += 1
             spare -= costs[best]
@@ -198,12 +203,14 @@ def surplus(
     min_rank: int,
     caps: Sequence[int],
     given_back: Sequence[int] | None = None,
+    learning: Sequence[bool] | None = None,
 ) -> list[tuple[int, ...]]:
     """The ranks that are worth more elsewhere.
 
     The least important rank per cost comes first. It is given up if its importance is below ``margin`` times the need
     of the neediest adapter, and counts as given to that one; need is what :func:`allocate` takes for it. The first
-    rank that is not given up ends the search. Who receives gives nothing, and who gives receives nothing.
+    rank that is not given up ends the search. Who receives gives nothing, and who gives receives nothing. Who is not
+    ``learning`` needs nothing.
 
     Args:
         importance: for each adapter the importance of each rank, None where a rank is too young to be judged: it stays.
@@ -212,13 +219,14 @@ def surplus(
         most: no more ranks than this.
         min_rank: ranks that every adapter keeps.
         caps: the largest rank of each adapter.
-        given_back: as for :func:`allocate`.
+        given_back, learning: as for :func:`allocate`.
 
     Returns:
         For each adapter the rows to be given up, in order.
     """
     back = given_back or [0] * len(costs)
-    needy = [(-_need(row, costs[i], back[i]), i) for i, row in enumerate(importance)]
+    learners = [i for i in range(len(costs)) if learning is None or learning[i]]
+    needy = [(-_need(importance[i], costs[i], back[i]), i) for i in learners]
     heapq.heapify(needy)
     got = [0.0] * len(costs)
     chosen: list[list[int]] = [[] for _ in costs]

@@ -38,9 +38,9 @@ class L1RAConfig:
         dropout: probability with which an input element of the adapter branch is dropped. Default 0.
         init: first values of A; B starts at 0. ``"kaiming"`` (default): uniform within ``1 / sqrt(in_features)``, as
             PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
-        new_rows: A of a rank that an adapter receives. ``"gradient"`` (default): along the leading directions of
-            the layer's weight gradient, summed over the last half interval before the reallocation, as long as makes it
-            answer to them as to random rows. ``"random"``: as ``init``.
+        new_rows: A of a rank that an adapter receives. ``"random"`` (default): as ``init``. ``"gradient"``: along the
+            leading directions of the layer's weight gradient, summed over the first half of the interval before the
+            reallocation, as long as makes it answer to them as to random rows.
         rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
             ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
         l1_lambda: strength of the L1 penalty. Rule ``"l1"``: the step is ``gate_lr * l1_lambda`` (default 1e-3).
@@ -54,6 +54,9 @@ class L1RAConfig:
         principal_axes: at a reallocation, turn each adapter's ranks onto the singular directions of what it adds:
             ranks that learned the same are then not taken for many important ones. Adaptive rule only; an adapter
             whose optimizer state can't be turned (quantised moments) stays as it is. Default True.
+        min_coherence: where the gradients of different batches agree less than this, an adapter is not needy, whatever
+            its ranks are worth: a new one would learn noise. A cosine, see ``Probe.coherence``; at -1 all of them may
+            be needy. Adaptive rule only. Default 0.2.
         turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.15.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
@@ -91,13 +94,14 @@ class L1RAConfig:
     scale_with_rank: bool = True
     dropout: float = 0.0
     init: str = "kaiming"
-    new_rows: str = "gradient"
+    new_rows: str = "random"
     rule: str = "adaptive-l1"
     l1_lambda: float | None = None
     l2_lambda: float = 0.0
     gate_lr: float | None = None
     margin: float = 0.25
     principal_axes: bool = True
+    min_coherence: float = 0.2
     turnover: float = 0.15
     total_steps: int | None = None
     interval: int | float = 0.05
@@ -147,8 +151,8 @@ class L1RAConfig:
         ):
             optional = name in ("alpha", "gate_lr", "l1_lambda")
             _check_float(name, getattr(self, name), low, high, optional=optional)
-        for name in ("margin", "turnover"):
-            _check_float(name, getattr(self, name), 0.0, math.nextafter(1.0, 2.0), optional=False)
+        for name, low in (("margin", 0.0), ("turnover", 0.0), ("min_coherence", -1.0)):
+            _check_float(name, getattr(self, name), low, math.nextafter(1.0, 2.0), optional=False)
         if self.alpha == 0:
             raise ValueError("alpha must be above 0: at 0 the adapters would do nothing.")
         if isinstance(self.interval, int) and not isinstance(self.interval, bool):
@@ -202,7 +206,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "reference": {
         "scale_with_rank": False,
         "init": "gaussian",
-        "new_rows": "random",
         "rule": "l1",
         "l1_lambda": 1e-3,
         "gate_lr": 2e-2,

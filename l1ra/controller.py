@@ -107,6 +107,7 @@ class RankController:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._schedule: Schedule | None = None
         self._closing = False
+        self._probes: dict[str, Probe] = {}
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -301,8 +302,15 @@ class RankController:
                 )
             else:
                 self._reallocate()
-        if not self._closing and schedule.closes(self.steps):
+        if self._closing:
+            return
+        if schedule.closes(self.steps):
             self._close_interval()
+        elif not self._probes and schedule.looks(self.steps):
+            self._look()
+        elif schedule.halves(self.steps):
+            for probe in self._probes.values():
+                probe.halve()
 
     def _moment(self) -> Moment:
         schedule = self._schedule
@@ -330,9 +338,26 @@ class RankController:
 
     # --- reallocation
 
+    def _look(self) -> None:
+        """In the first half of an interval probes look at the gradients."""
+        if self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient":
+            for name, layer in self.adapters.items():
+                layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, self._generator)
+                self._probes[name] = layer.probe
+
+    def _learning(self) -> list[bool]:
+        """For each adapter whether its gradients agree; True where they could not be looked at."""
+        found = [probe.coherence for probe in map(self._probes.get, self.adapters) if probe is not None]
+        if len(found) < len(self.adapters) or any(c is None for c in found):
+            return [True] * len(self.adapters)
+        agreed = torch.stack([c.to(found[0].device) for c in found]).tolist()
+        return [not c < self.config.min_coherence for c in agreed]  # not finite: unknown
+
     def _close_interval(self) -> None:
-        """In the last half interval before a reallocation the gates of ranks that shall go fade, and probes look."""
+        """In the last half interval before a reallocation the gates of ranks that shall go fade."""
         self._closing = True
+        for layer in self._layers:
+            layer.probe = None
         importance = self._rule.importance(self._bank, self._moment())
         if importance is not None:
             chosen = surplus(
@@ -343,11 +368,9 @@ class RankController:
                 min_rank=self.config.min_rank,
                 caps=self._caps,
                 given_back=self._given_back(),
+                learning=self._learning(),
             )
             self._bank.press(chosen)
-        if self.config.new_rows == "gradient":
-            for layer in self._layers:
-                layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, self._generator)
 
     def _plan(self) -> Plan:
         bank = self._bank
@@ -361,6 +384,7 @@ class RankController:
             prune_threshold=self.config.prune_threshold,
             exclude_pruned=self.config.exclude_pruned,
             given_back=self._given_back(),
+            learning=self._learning(),
         )
 
     def _given_back(self) -> list[int]:
@@ -371,8 +395,8 @@ class RankController:
             self._warn_of_unseen()
         plan = self._plan()
         moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
-        for layer, change in zip(self._layers, plan.layers, strict=True):
-            probe, layer.probe = layer.probe, None
+        for (name, layer), change in zip(self.adapters.items(), plan.layers, strict=True):
+            probe = self._probes.get(name)
             cut = layer.rank - len(change.keep)
             pruned += cut
             moved += max(0, change.rank - layer.rank)
@@ -400,6 +424,7 @@ class RankController:
             settled = self._bank.settled()
             self._bank.turn(settled, turn_adapters(zip(self._layers, settled, strict=True), self._optimizers()))
         self._closing = False
+        self._probes = {}
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
 

@@ -49,7 +49,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
         "scale_with_rank": {name: layer.scale_with_rank for name, layer in controller.adapters.items()},
         "closing": controller._closing,
-        "probes": {name: layer.probe.state() for name, layer in controller.adapters.items() if layer.probe is not None},
+        "probes": {name: probe.state() for name, probe in controller._probes.items()},
         "gates": controller._bank.state_dict(),
         "generator": controller._generator.get_state(),
     }
@@ -65,9 +65,12 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller._bank.load_state_dict(state["gates"])
     controller._generator.set_state(state["generator"])
     controller._closing = state["closing"]
+    controller._probes = {}
     for name, layer in controller.adapters.items():
-        probe = {part: value.to(layer.lora_A, copy=True) for part, value in state["probes"].get(name, {}).items()}
-        layer.probe = Probe(**probe) if probe else None
+        if probe := state["probes"].get(name):
+            like = layer.lora_A
+            controller._probes[name] = Probe(**{part: value.to(like, copy=True) for part, value in probe.items()})
+        layer.probe = None if state["closing"] else controller._probes.get(name)
     controller.initial_ranks = dict(state["initial_ranks"])
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]
@@ -105,7 +108,12 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
     for name, probe in state["probes"].items():
         layer, shapes = controller.adapters.get(name), {part: tuple(rows.shape) for part, rows in probe.items()}
         count = shapes.get("mix", ())[:1]
-        if layer is None or shapes != {"mix": (*count, layer.out_features), "sketch": (*count, layer.in_features)}:
+        shapes.setdefault("early", shapes.get("sketch"))
+        if layer is None or shapes != {
+            "mix": (*count, layer.out_features),
+            "sketch": (*count, layer.in_features),
+            "early": (*count, layer.in_features),
+        }:
             raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")
     _check_tensors(controller, state)
 

@@ -1,4 +1,7 @@
-"""A sketch of a layer's weight gradient, collected by ranks that ride along for a while and change no output."""
+"""A sketch of a layer's weight gradient, collected by ranks that ride along for a while and change no output.
+
+It says where a new rank should look, and whether one would have anything to learn: see :attr:`Probe.coherence`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ class Probe:
 
     Attributes:
         mix: ``(count, out_features)``, their B.
+        early: what the sketch was at half time, None before.
     """
 
-    def __init__(self, mix: Tensor, sketch: Tensor) -> None:
+    def __init__(self, mix: Tensor, sketch: Tensor, early: Tensor | None = None) -> None:
         """Go on from a ``sketch`` ``(count, in_features)``, zeros at first, of the same dtype and device as ``mix``."""
         self.mix = mix
+        self.early = early
         self._zeros = torch.zeros_like(sketch, requires_grad=True)
         self._zeros.grad = sketch
 
@@ -36,11 +41,28 @@ class Probe:
         """``(count, in_features)``, the sum over all backward passes since the start."""
         return self._zeros.grad
 
+    def halve(self) -> None:
+        """This is half time."""
+        self.early = self.sketch.clone()
+
+    @property
+    def coherence(self) -> Tensor | None:
+        """The cosine between the sketches of the first and of the second half, a float32 scalar; None before both.
+
+        Where a layer still has something to learn, the gradients of different batches agree, and it comes near 1. Where
+        they are noise, it is 0, but for luck: about one over the root of the directions in which the noise lies.
+        """
+        if self.early is None:
+            return None
+        early, late = self.early.float(), self.sketch.float() - self.early.float()
+        return torch.nn.functional.cosine_similarity(early.flatten(), late.flatten(), dim=0, eps=1e-30)
+
     def beside(self, a: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """An adapter's A, gate and B with these ranks appended, their gates 1."""
         ones = gate.new_ones(self.mix.shape[0])
         return torch.cat([a, self._zeros]), torch.cat([gate, ones]), torch.cat([b, self.mix])
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of ``"mix"`` and ``"sketch"``."""
-        return {"mix": self.mix.clone(), "sketch": self.sketch.clone()}
+        """Copies of ``"mix"``, ``"sketch"`` and, after half time, ``"early"``."""
+        tensors = {"mix": self.mix, "sketch": self.sketch, "early": self.early}
+        return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}

@@ -95,9 +95,11 @@ def _check_model(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> Non
             )
         _check_adapter(name, size, checkpoint, module.reserve if adapted else checkpoint.config.reserve)
     parameters = dict(model.named_parameters())
+    adapters = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in PARTS}
     for name in checkpoint.trained:
         found = checkpoint.tensors.get(name)
-        if name not in parameters or found is None or parameters[name].shape != found.shape:
+        fits = name in parameters and found is not None and parameters[name].shape == found.shape
+        if not fits or name in adapters:
             shape = None if found is None else tuple(found.shape)
             raise ValueError(f"the checkpoint is of another model: it has a trained {name} of shape {shape}.")
 

@@ -80,7 +80,19 @@ class Schedule:
         """The share, from 0 to 1, of the way to the last possible reallocation; 1 while the total is unknown."""
         return 1.0 if self.last is None else min(1.0, step / max(1, self.last))
 
+    def looks(self, step: int) -> bool:
+        """Whether the steps after ``step`` are the first half of an interval before a reallocation."""
+        return self.reallocates(self._coming(step)) and not self.closes(step)
+
+    def halves(self, step: int) -> bool:
+        """Whether half of that half is over after ``step``."""
+        looked = self.interval - max(1, self.interval // 2)
+        return self.looks(step) and looked > 1 and step % self.interval == looked // 2
+
     def closes(self, step: int) -> bool:
         """Whether the steps after ``step`` are the last half interval before a reallocation."""
-        coming = (step // self.interval + 1) * self.interval
+        coming = self._coming(step)
         return self.reallocates(coming) and coming - step <= max(1, self.interval // 2)
+
+    def _coming(self, step: int) -> int:
+        return (step // self.interval + 1) * self.interval

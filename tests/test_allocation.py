@@ -135,6 +135,15 @@ def test_an_adapter_above_its_cap_keeps_what_it_has():
 # --- what is worth more elsewhere
 
 
+def test_those_who_have_something_to_learn_are_dealt_first():
+    gates, importance = [[0.0, 1.0], [1.0], [1.0]], [[1.0, 1.0], [2.0], [1.0]]
+    assert plan(gates, importance).grow == (0, 1, 0)
+    assert plan(gates, importance, learning=[True, False, True]).grow == (0, 0, 1)
+    assert plan(gates, importance, learning=[True, False, False]).grow == (0, 1, 0)
+    assert plan(gates, importance, learning=[True, False, True], caps=[9, 9, 1]).grow == (0, 1, 0)
+    assert plan(gates, importance, learning=[False, True, True], caps=[9, 1, 1]).grow == (1, 0, 0)
+
+
 def given_up(importance, costs=None, **settings):
     settings = {"margin": 1.0, "most": 99, "min_rank": 1, "caps": [99] * len(importance), **settings}
     return surplus(importance, costs or [1] * len(importance), **settings)
@@ -146,6 +155,14 @@ def test_the_least_important_ranks_are_given_up_for_a_greater_need():
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], min_rank=2) == [(0,), ()]
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.15) == [(0,), ()]
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.0) == [(), ()]
+
+
+def test_nothing_is_given_up_for_an_adapter_that_has_nothing_to_learn():
+    importance = [[0.1, 5.0, 0.2], [1.0, 2.0], [0.6, 0.6]]
+    assert given_up(importance) == [(0, 2), (), ()]
+    assert given_up(importance, learning=[True, False, True]) == [(0, 2), (), ()]  # for the 0.6 of the third one
+    assert given_up(importance, learning=[True, False, False]) == [(), (), ()]
+    assert given_up(importance, learning=[False] * 3) == [(), (), ()]
 
 
 def test_a_need_is_less_with_each_rank_that_is_given_to_it():

@@ -44,7 +44,7 @@ def seeded_patched(**settings):
     return patched(**settings)
 
 
-# Around a reallocation, of which the last half interval looks for the directions of new rows, and in the middle of it.
+# Around a reallocation, while probes look at the gradients and after it.
 @pytest.mark.parametrize("at", [*range(19, 32)])
 def test_a_run_can_be_broken_off_after_any_step(at):
     whole, first = (run_to(steps, *seeded_patched()) for steps in (60, at))
@@ -110,6 +110,7 @@ def snapshot(controller):
             "scaling 3 at blocks.0, this model 1: patch it with the same",
         ),
         (lambda s: s["probes"].update({"blocks.0": {"mix": torch.zeros(2, 3)}}), "probe that does not fit blocks.0"),
+        (lambda s: s["probes"]["blocks.1"].update(early=torch.zeros(3)), "probe that does not fit blocks.1"),
         (
             lambda s: s["scale_with_rank"].update({"blocks.2": False}),
             "scale_with_rank=False at blocks.2, this model True",
@@ -134,7 +135,7 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(damage, messa
         controller.load_state_dict(state)
     after = snapshot(controller)
     for name in before:
-        if name == "gates":
-            assert all(torch.equal(before["gates"][k], after["gates"][k]) for k in before["gates"])
+        if name in ("gates", "probes"):
+            torch.testing.assert_close(before[name], after[name], rtol=0, atol=0)
         else:
             assert before[name] == after[name], name

@@ -275,6 +275,29 @@ def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
     torch.testing.assert_close(layer.probe.sketch, 2 * layer.scaling * layer.probe.mix @ full_gradient)
 
 
+def test_a_probe_tells_gradients_that_agree_from_noise():
+    found = {}
+    for share in (0.0, 1.0):
+        layer, pull = adapted(dropout=0.0), torch.randn(9)
+        layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+        assert layer.probe.coherence is None
+        for _ in range(2):
+            for _ in range(50):
+                (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
+            layer.probe.halve() if layer.probe.early is None else None
+        found[share] = layer.probe.coherence.item()
+    assert found[1.0] > 0.9 and abs(found[0.0]) < 0.6  # of noise the sketch has no more than 24 directions
+
+
+def test_the_coherence_of_nothing_is_zero_and_of_what_is_not_finite_unknown():
+    layer = adapted(dropout=0.0)
+    probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    probe.halve()
+    assert probe.coherence == 0
+    probe.sketch.fill_(torch.inf)
+    assert probe.coherence.isnan()
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_works_and_carries_no_probe(how):
     layer, x = adapted(dropout=0.1).eval(), torch.randn(3, 6)

@@ -143,7 +143,7 @@ def test_settings_reach_the_method_and_are_refused_where_they_would_do_nothing()
 
 
 def test_ranks_that_come_and_go_are_counted():
-    result = run("random-rows", 0, steps=40, case="wide", **BRISK)
+    result = run("gradient-rows", 0, steps=40, case="wide", **BRISK)
     cut, dealt = (sum(e[key] for e in result.reallocations) for key in ("cut", "dealt"))
     assert dealt - cut == sum(result.ranks.values()) - result.budget
     assert 0 <= result.wasted <= cut and result.moved <= dealt

@@ -112,14 +112,16 @@ def test_a_layer_keeps_to_its_reserve():
 
 
 @pytest.mark.parametrize("kernels", ["torch", "fused"])
-@pytest.mark.parametrize(("new_rows", "graphs"), [("random", 1), ("gradient", 2)])
-def test_a_compiled_model_is_not_compiled_anew_when_ranks_move(new_rows, graphs, kernels):
-    # With new_rows="gradient" there is one graph more: that of the steps at which probes ride along.
+@pytest.mark.parametrize(
+    ("settings", "graphs"), [({"rule": "l1", "gate_lr": 0.5, "l1_lambda": 1.0, "new_rows": "random"}, 1), ({}, 2)]
+)
+def test_a_compiled_model_is_not_compiled_anew_when_ranks_move(settings, graphs, kernels):
+    # There is one graph more with probes: that of the steps at which they ride along.
     if kernels == "fused" and not (choice.interpreting() or torch.cuda.is_available()):
         pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1")
     torch._dynamo.reset()
     with choice.using(kernels):
-        model, controller, optimizer, x, y = patched(reserve=12, min_interval=1, interval=4, new_rows=new_rows)
+        model, controller, optimizer, x, y = patched(reserve=12, min_interval=1, interval=4, **settings)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         for _ in range(14):

@@ -8,6 +8,7 @@ from torch import nn
 import l1ra
 from l1ra import L1RAConfig, L1RALinear, RankController
 from l1ra.gates import GateBank
+from l1ra.probe import Probe
 from l1ra.rules import AdaptiveL1, Moment, PaperL1, make_rule
 from l1ra_kernels.reference import adam_elastic_net_step
 
@@ -180,6 +181,30 @@ def test_the_middle_of_an_interval_presses_what_is_worth_more_elsewhere():
         if step_number == 5:  # more would be worth it, but a fifth of 16 ranks is three
             assert controller._bank.weight.nonzero().flatten().tolist() == [4, 6, 8]
     assert not controller._bank.weight.any() and controller.moved == 0  # the script has let no gate fall
+
+
+@pytest.mark.parametrize("coherence, pressed", [(0.19, []), (0.2, [4, 6, 8]), (torch.nan, [4, 6, 8])])
+def test_no_rank_is_given_up_for_an_adapter_whose_gradients_are_noise(coherence, pressed, monkeypatch):
+    monkeypatch.setattr(Probe, "coherence", property(lambda probe: torch.tensor(coherence)))
+    model, controller, optimizer, x, y = patched(interval=10, turnover=0.2)
+    play(controller, {}, [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4])
+    for _ in range(5):
+        step(model, optimizer, x, y)
+    assert controller._bank.weight.nonzero().flatten().tolist() == pressed
+
+
+def test_probes_ride_along_in_the_first_half_of_an_interval():
+    model, controller, optimizer, x, y = patched()
+    riding, halved = [], []
+    for number in range(1, 60):
+        step(model, optimizer, x, y)
+        probes = [layer.probe for layer in controller.adapters.values()]
+        riding += [number] if all(probes) else []
+        halved += [number] if all(probe and probe.early is not None for probe in probes) else []
+        assert any(probes) == all(probes)
+    # The first interval begins with the first step: the controller does not know before how long the training is.
+    assert riding == [n for n in range(1, 48) if n % 6 in (0, 1, 2)]
+    assert halved == [n for n in riding if n % 6 and n > 6]
 
 
 def test_no_rank_moves_where_all_matter_alike():

@@ -20,7 +20,7 @@ __all__ = ["METHODS", "Data", "Result", "run"]
 DRIVEN: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
     "default": {"preset": "default"},
-    "random-rows": {"preset": "default", "new_rows": "random"},
+    "gradient-rows": {"preset": "default", "new_rows": "gradient"},
 }
 METHODS = ("frozen", "uniform", *DRIVEN, "oracle", "floor")
 
@@ -104,13 +104,13 @@ def run(method: str, seed: int, steps: int | None = None, case: str | Case = "ml
     """Train with ``method`` and measure.
 
     ``"frozen"``: the student as it is. ``"uniform"``: LoRA, our layers with all gates held at 1. ``"reference"``,
-    ``"default"``: the presets; ``"random-rows"``: the default with ``new_rows="random"``. ``"oracle"``: LoRA that is
+    ``"default"``: the presets; ``"gradient-rows"``: with ``new_rows="gradient"``. ``"oracle"``: LoRA that is
     given the planted ranks. ``"floor"``: the same, starting at the solution and without noise: what this training
     leaves of the error by rounding and by its own unrest.
 
     Args:
         steps: instead of the case's.
-        overrides: settings of ``L1RAConfig``, for ``"reference"``, ``"default"`` and ``"random-rows"``.
+        overrides: settings of ``L1RAConfig``, for ``"reference"``, ``"default"`` and ``"gradient-rows"``.
 
     Raises:
         ValueError: no such method, or overrides for one that takes none.
