@@ -424,6 +424,13 @@ class L1RALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.gate_loaded |= "gate" in found
 
+    def _apply(self, *args: Any, **kwargs: Any) -> L1RALinear:
+        # What .to() and its like go through: a probe is no submodule.
+        super()._apply(*args, **kwargs)
+        if self.probe is not None:
+            self.probe.follow(self.lora_A.detach())
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.
         return {**self.__dict__, "probe": None, "disabled": False}

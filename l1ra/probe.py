@@ -41,6 +41,14 @@ class Probe:
         """``(count, in_features)``, the sum over all backward passes since the start."""
         return self._zeros.grad
 
+    def follow(self, like: Tensor) -> None:
+        """Take the device and the dtype of the adapter that it rides beside, which has been moved."""
+        sketch = self.sketch.to(like)
+        self.mix = self.mix.to(like)
+        self.early = None if self.early is None else self.early.to(like)
+        self._zeros = torch.zeros_like(sketch, requires_grad=True)
+        self._zeros.grad = sketch
+
     def halve(self) -> None:
         """This is half time."""
         self.early = self.sketch.clone()

@@ -275,6 +275,19 @@ def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
     torch.testing.assert_close(layer.probe.sketch, 2 * layer.scaling * layer.probe.mix @ full_gradient)
 
 
+def test_a_probe_moves_with_its_layer():
+    layer = adapted(dropout=0.0)
+    layer.probe = probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    layer(torch.randn(8, 6)).sum().backward()
+    layer.probe.halve()
+    before = probe.state()
+    layer.to(torch.bfloat16)
+    assert all(torch.equal(now, before[name].bfloat16()) for name, now in probe.state().items())
+    layer(torch.randn(8, 6, dtype=torch.bfloat16)).sum().backward()
+    assert probe.sketch.dtype == torch.bfloat16 and not torch.equal(probe.sketch, before["sketch"].bfloat16())
+    assert layer.to("meta").probe.mix.is_meta
+
+
 def test_a_probe_tells_gradients_that_agree_from_noise():
     found = {}
     for share in (0.0, 1.0):
