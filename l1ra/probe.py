@@ -43,11 +43,8 @@ class Probe:
 
     def follow(self, like: Tensor) -> None:
         """Take the device and the dtype of the adapter that it rides beside, which has been moved."""
-        sketch = self.sketch.to(like)
-        self.mix = self.mix.to(like)
-        self.early = None if self.early is None else self.early.to(like)
-        self._zeros = torch.zeros_like(sketch, requires_grad=True)
-        self._zeros.grad = sketch
+        early = None if self.early is None else self.early.to(like)
+        self.__init__(self.mix.to(like), self.sketch.to(like), early)
 
     def halve(self) -> None:
         """This is half time."""

@@ -41,7 +41,7 @@ def test_a_run_resumed_from_its_state_goes_on_bit_for_bit():
 
 def seeded_patched(**settings):
     torch.manual_seed(0)
-    return patched(**settings)
+    return patched(new_rows="gradient", **settings)  # which depend on all that a probe has seen
 
 
 # Around a reallocation, while probes look at the gradients and after it.

@@ -294,10 +294,10 @@ def test_a_probe_tells_gradients_that_agree_from_noise():
         layer, pull = adapted(dropout=0.0), torch.randn(9)
         layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
         assert layer.probe.coherence is None
-        for _ in range(2):
-            for _ in range(50):
-                (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
-            layer.probe.halve() if layer.probe.early is None else None
+        for batch in range(100):
+            if batch == 50:
+                layer.probe.halve()
+            (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
         found[share] = layer.probe.coherence.item()
     assert found[1.0] > 0.9 and abs(found[0.0]) < 0.6  # of noise the sketch has no more than 24 directions
 

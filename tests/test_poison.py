@@ -79,7 +79,7 @@ def test_after_a_poisoned_step_the_training_goes_on(rule, where, bad, at):
 @pytest.mark.parametrize("at", [3, 17])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "gate"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("more", [{}, {"reserve": 8}, {"principal_axes": False, "new_rows": "random"}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"reserve": 8}, {"principal_axes": False, "new_rows": "gradient"}], ids=str)
 def test_a_model_that_is_lost_breaks_nothing_else(more, rule, part, at, tmp_path):
     """Nobody guards A and B: one NaN, and the optimizer spreads it."""
     model, controller, optimizer, x, y = run(at, patched(rule=rule, **RULES[rule], **more))
