@@ -41,7 +41,7 @@ class GateBank:
         device = self.layers[0].gate.device
         self._measure(device)
         gates = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
-        self.value = gates / self._share
+        self.value = (gates / self._share).to(gates)
         for name, fill in STATE.items():
             if name != "value":
                 setattr(self, name, torch.full_like(gates, fill))
@@ -49,7 +49,8 @@ class GateBank:
 
     def _measure(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
-        shares = torch.tensor([layer.share for layer in self.layers])
+        # A changed rank divides B by what the gates of a float64 adapter must take to the last bit.
+        shares = torch.tensor([layer.share for layer in self.layers], dtype=torch.float64)
         self._share = shares.repeat_interleave(torch.tensor(self.ranks)).to(device)
 
     def _follow(self, device: torch.device) -> None:
@@ -77,7 +78,7 @@ class GateBank:
         if any(grad is None for grad in grads):
             had = torch.tensor([grad is not None for grad in grads])
             seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        return torch.cat(parts) * self._share, seen
+        return (torch.cat(parts) * self._share).to(dtype), seen
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over new values of the state, but nothing at all at a step whose gradient is not finite.

@@ -106,6 +106,26 @@ def test_the_controllers_gates_are_the_masters(reserve):
     assert all(row.smallest_gate <= 1 for row in l1ra.report(model).rows)
 
 
+def test_a_reallocation_keeps_a_float64_model_to_float64():
+    """The masters are float32: what they are multiplied by must not be rounded to it."""
+    model, controller, optimizer, x, y = patched(
+        rule="l1", gate_lr=0.5, l1_lambda=1.0, min_interval=1, interval=4, total_steps=100, adapter_dtype="float64"
+    )
+    model.double()
+    x, y, inner, outputs = x.double(), y.double(), controller._reallocate, []
+
+    def reallocate():
+        outputs.append(model(x).detach())
+        inner()
+        outputs.append(model(x).detach())
+
+    controller._reallocate = reallocate
+    while not controller.moved:
+        step(model, optimizer, x, y)
+    assert any(0 < g != 1 for gates in controller.gates().values() for g in gates)
+    torch.testing.assert_close(outputs[-1], outputs[-2], rtol=1e-13, atol=1e-14)
+
+
 def test_importance_does_not_see_the_scale():
     """The first-order change of the loss if a rank were removed is the same, however its scale is split."""
     _, controller, *_ = moved()
