@@ -217,7 +217,8 @@ class Walk(stateful.RuleBasedStateMachine):
         kept = copy.deepcopy(self.saved["controller"])
         for name, probe in kept["probes"].items():  # rounded as the adapter is that it rides beside
             dtype = self.adapters[name].lora_A.dtype
-            kept["probes"][name] = {p: torch.tensor(r, dtype=torch.float64).to(dtype).tolist() for p, r in probe.items()}
+            exact = {part: torch.tensor(rows, dtype=torch.float64) for part, rows in probe.items()}
+            kept["probes"][name] = {part: rows.to(dtype).tolist() for part, rows in exact.items()}
         assert self.state() == kept
         self.history = []
         if fresh:
