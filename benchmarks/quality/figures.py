@@ -6,15 +6,36 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.quality import climb
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import TUNING_SEED
 
-__all__ = ["CONFIDENCE", "Difference", "Interval", "Results", "Tuned", "interval", "paired"]
+__all__ = ["CONFIDENCE", "METRICS", "Difference", "Interval", "Metric", "Results", "Tuned", "interval", "paired"]
 
 CONFIDENCE = 0.95
+
+
+class Metric(NamedTuple):
+    """How a metric is told: 1 if more is better, -1 if less is; the factor to its unit; its name with the unit, and the
+    unit of a difference."""
+
+    sign: int
+    factor: int
+    title: str
+    difference: str
+
+    @property
+    def direction(self) -> str:
+        return "more is better" if self.sign > 0 else "less is better"
+
+
+METRICS = {
+    "accuracy": Metric(1, 100, "accuracy, %", "accuracy, points"),
+    "perplexity": Metric(-1, 1, "perplexity", "perplexity"),
+    "agreement": Metric(1, 100, "agreement, %", "agreement, points"),
+}
 Record = dict[str, Any]
 
 
@@ -119,6 +140,9 @@ class Results:
         self.methods = [m for m in known if m in found] + sorted(found - set(known))
         self._head_rates = {task: self._head_rate(task) for task in {r["task"] for r in self.records}}
         self._rates = {key: self._rate(*key) for key in {(r["task"], r["method"]) for r in self.records}}
+
+    def metric(self, task: str) -> str:
+        return next(r["metric"] for r in self.records if r["task"] == task)
 
     def tasks(self) -> list[str]:
         """Tasks with anything to report, in order of appearance."""

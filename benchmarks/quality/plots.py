@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.quality.figures import Results, interval
+from benchmarks.quality.figures import METRICS, Results, interval
 from benchmarks.quality.methods import FROZEN, METHODS
 
 __all__ = ["draw"]
@@ -37,8 +37,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def _draw_task(results: Results, task: str, file: Path) -> Path:
     from matplotlib.figure import Figure
 
-    metric = next(r["metric"] for r in results.records if r["task"] == task)
-    factor, label = (100, "test accuracy, %") if metric == "accuracy" else (1, "test perplexity (less is better)")
+    metric = METRICS[results.metric(task)]
+    factor = metric.factor
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     experiments = [method for method in results.methods if method not in METHODS]
@@ -72,7 +72,7 @@ def _draw_task(results: Results, task: str, file: Path) -> Path:
         axes.set_xticks(budgets, [f"{m:g}" for m in budgets])
         axes.minorticks_off()
     axes.set_xlabel("budget, ranks for each adapted layer")
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"test {metric.title}" + (" (less is better)" if metric.sign < 0 else ""))
     axes.set_title(f"{task}: mean and 95 % interval over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -82,14 +82,18 @@ def run(spec: Spec) -> dict[str, Any]:
     """
     import torch
 
-    from benchmarks.quality import models, training
+    from benchmarks.quality import models, recovery, training
     from benchmarks.quality.methods import FROZEN, adapt
     from benchmarks.quality.tasks import TASKS
 
     begin = time.perf_counter()
     task = TASKS[spec.task]
     examples = task.examples()
-    model = models.load(task.model(), examples.classes).to(spec.device)
+    if task.damage is None:
+        model, judge = models.load(task.model(), examples.classes), training.evaluate
+    else:
+        model, judge = recovery.load(task.model(), task.damage), recovery.judge
+    model = model.to(spec.device)
     batches = training.batch_numbers(examples.train.lengths, task.batch, spec.steps, spec.seed)
     tests = spec.seed != TUNING_SEED
     record = {
@@ -106,10 +110,10 @@ def run(spec: Spec) -> dict[str, Any]:
     }
     if spec.method == FROZEN:
         record |= {"alpha": None, "diverged": False}
-        if examples.classes:
+        if task.has_head:
             validation, test = training.frozen_classifier(model, examples, batches)
         else:
-            validation, test = (training.evaluate(model, p, examples) for p in (examples.validation, examples.test))
+            validation, test = (judge(model, p, examples) for p in (examples.validation, examples.test))
     else:
         terms = {"alpha": task.middle, "seed": spec.seed, "steps": spec.steps, "settings": dict(spec.settings)}
         adapted = adapt(spec.method, model, spec.multiplier, **terms)
@@ -123,8 +127,8 @@ def run(spec: Spec) -> dict[str, Any]:
             **spent(adapted),
         }
         model = adapted.model
-        validation = training.evaluate(model, examples.validation, examples)
-        test = training.evaluate(model, examples.test, examples) if tests else (None, None)
+        validation = judge(model, examples.validation, examples)
+        test = judge(model, examples.test, examples) if tests else (None, None)
     record |= {
         "validation_loss": finite(validation[0]),
         "validation_metric": finite(validation[1]),

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from benchmarks.quality import rank_map
-from benchmarks.quality.figures import Difference, Interval, Results, interval, paired
+from benchmarks.quality.figures import METRICS, Difference, Interval, Metric, Results, interval, paired
 from benchmarks.quality.methods import FROZEN, METHODS
 from benchmarks.quality.runs import TUNING_SEED
 from benchmarks.quality.schedule import SHARE
@@ -88,7 +88,7 @@ def _verdicts(results: Results) -> list[str]:
     """A sentence a task: where L1RA is ahead, where behind."""
     lines = []
     for task in results.tasks():
-        metric = next(r["metric"] for r in results.records if r["task"] == task)
+        metric = results.metric(task)
         told = [text for rival in RIVALS if (text := _against(results, task, rival, metric))]
         if told:
             lines.append(f"- **{task}**, by {metric}: l1ra is {'; '.join(told)}.")
@@ -101,7 +101,7 @@ def _against(results: Results, task: str, rival: str, metric: str) -> str:
     places: dict[str, list[str]] = {}
     for multiplier in results.multipliers(task):
         first, second = (results.values(task, m, multiplier, "test_metric") for m in ("l1ra", rival))
-        found = paired(first, second, 1 if metric == "accuracy" else -1)
+        found = paired(first, second, METRICS[metric].sign)
         if found is None:
             continue
         if found.interval.half is None:
@@ -115,7 +115,7 @@ def _against(results: Results, task: str, rival: str, metric: str) -> str:
 
 def _task(results: Results, task: str) -> list[str]:
     any_run = next(r for r in results.records if r["task"] == task)
-    points = any_run["metric"] == "accuracy"
+    metric = METRICS[results.metric(task)]
     parts = ", ".join(f"{count:,} to {_use(name)}" for name, count in any_run["examples"].items())
     steps = ", ".join(f"{n}" for n in dict.fromkeys(r["steps"] for r in results.records if r["task"] == task))
     note = TASKS[task].note if task in TASKS else ""
@@ -123,13 +123,12 @@ def _task(results: Results, task: str) -> list[str]:
         f"## {task}",
         "",
         f"{any_run['model']}, {steps} steps of {any_run['batch']} examples of at most {any_run['max_tokens']} tokens; "
-        f"{parts}. {'Accuracy: more is better.' if points else 'Perplexity: less is better.'}"
-        + (f" {note}" if note else ""),
+        f"{parts}. {results.metric(task).capitalize()}: {metric.direction}." + (f" {note}" if note else ""),
         "",
-        *_levels(results, task, points),
+        *_levels(results, task, metric),
         "",
-        *_differences(results, task, points),
-        *_shares(results, task, points),
+        *_differences(results, task, metric),
+        *_shares(results, task, metric),
         *_rates(results, task),
         *_rank_maps(results, task),
     ]
@@ -140,8 +139,8 @@ def _use(part: str) -> str:
     return {"train": "train on", "validation": "choose learning rates by", "test": "test on"}[part]
 
 
-def _levels(results: Results, task: str, points: bool) -> list[str]:
-    head = ["budget", "method", "accuracy, %" if points else "perplexity", "test loss", "seeds", "adapter parameters"]
+def _levels(results: Results, task: str, metric: Metric) -> list[str]:
+    head = ["budget", "method", metric.title, "test loss", "seeds", "adapter parameters"]
     head += ["ranks moved", "time of a step / LoRA's", "peak memory, MiB"]
     rows = []
     for multiplier in [0, *results.multipliers(task)]:
@@ -149,19 +148,19 @@ def _levels(results: Results, task: str, points: bool) -> list[str]:
             runs = results.runs(task, method, multiplier)
             if runs:
                 budget = f"{multiplier:g} ×" if multiplier else "none"
-                rows.append([budget, method, *_level(results, task, method, multiplier, points, runs)])
+                rows.append([budget, method, *_level(results, task, method, multiplier, metric, runs)])
     remark = "Times are medians over runs; runs side by side on few cores disturb one another."
     if results.left_out(task):
         remark += f" {results.left_out(task)} runs with seeds that not all methods have at their budget are left out."
     return [*table(head, rows, left=2), "", remark]
 
 
-def _level(results: Results, task: str, method: str, multiplier: float, points: bool, runs: list[Any]) -> list[str]:
-    metric = results.values(task, method, multiplier, "test_metric")
+def _level(results: Results, task: str, method: str, multiplier: float, metric: Metric, runs: list[Any]) -> list[str]:
+    values = results.values(task, method, multiplier, "test_metric")
     loss = results.values(task, method, multiplier, "test_loss")
     broken = sum(r["diverged"] for r in runs)
     cells = [
-        plus_minus(metric, 100 if points else 1, 2),
+        plus_minus(values, metric.factor, 2),
         plus_minus(loss, 1, 4),
         f"{len(runs)}" + (f" ({broken} diverged)" if broken else ""),
     ]
@@ -184,30 +183,29 @@ def _pairs(results: Results) -> list[tuple[str, str]]:
     return [*PAIRS, *((name, other) for name in experiments for other in ("lora", "l1ra"))]
 
 
-def _differences(results: Results, task: str, points: bool) -> list[str]:
+def _differences(results: Results, task: str, metric: Metric) -> list[str]:
     rows = []
     for multiplier in results.multipliers(task):
         for first, second in _pairs(results):
-            row = compare(results, task, (first, multiplier), (second, multiplier), points)
+            row = compare(results, task, (first, multiplier), (second, multiplier), metric)
             if row:
                 rows.append([f"{multiplier:g} ×", f"{first} − {second}", *row])
     if not rows:
         return []
-    return ["Paired differences:", "", *table(["budget", "", *_heads(points)], rows, left=2), ""]
+    return ["Paired differences:", "", *table(["budget", "", *_heads(metric)], rows, left=2), ""]
 
 
-def _heads(points: bool) -> list[str]:
-    metric = "accuracy, points" if points else "perplexity"
-    return [metric, "seeds better : worse", "", "test loss", "seeds better : worse", ""]
+def _heads(metric: Metric) -> list[str]:
+    return [metric.difference, "seeds better : worse", "", "test loss", "seeds better : worse", ""]
 
 
 def compare(
-    results: Results, task: str, first: tuple[str, float], second: tuple[str, float], points: bool
+    results: Results, task: str, first: tuple[str, float], second: tuple[str, float], metric: Metric
 ) -> list[str] | None:
     """Cells: difference of the metric, seeds for and against, verdict; and the same of the test loss."""
     cells: list[str] = []
     for name, sign, factor, digits in (
-        ("test_metric", 1 if points else -1, 100 if points else 1, 2),
+        ("test_metric", metric.sign, metric.factor, 2),
         ("test_loss", -1, 1, 4),
     ):
         found = paired(results.values(task, *first, name), results.values(task, *second, name), sign)
@@ -228,16 +226,16 @@ def _difference(found: Difference, factor: float, digits: int) -> list[str]:
     return [text, f"{found.better} : {found.worse}", verdict]
 
 
-def _shares(results: Results, task: str, points: bool) -> list[str]:
+def _shares(results: Results, task: str, metric: Metric) -> list[str]:
     rows = []
     for multiplier in results.multipliers(task):
-        row = compare(results, task, ("l1ra", round(SHARE * multiplier, 6)), ("lora", multiplier), points)
+        row = compare(results, task, ("l1ra", round(SHARE * multiplier, 6)), ("lora", multiplier), metric)
         if row:
             rows.append([f"l1ra at {SHARE * multiplier:g} × − lora at {multiplier:g} ×", *row])
     if not rows:
         return []
     title = f"L1RA with {SHARE:.0%} of LoRA's budget:"
-    return [title, "", *table(["", *_heads(points)], rows, left=1), ""]
+    return [title, "", *table(["", *_heads(metric)], rows, left=1), ""]
 
 
 def _rates(results: Results, task: str) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from benchmarks.quality import models, texts
+from benchmarks.quality import damages, models, texts
 from examples.data import CACHE, aside, keep
 
 __all__ = ["IGNORED", "TASKS", "Examples", "Part", "Task", "encode"]
@@ -67,11 +69,13 @@ class Task:
         split: the texts.
         steps, batch: optimizer steps, and examples a step.
         max_tokens: of an example; what is longer is cut.
-        metric: ``"accuracy"`` or ``"perplexity"``.
+        metric: ``"accuracy"`` of a classifier, ``"perplexity"`` of a language model, or ``"agreement"`` of a damaged
+            model with the original, see :mod:`benchmarks.quality.recovery`.
         guess: seconds of a run on one CPU core, until one has been timed.
         budgets: multiples of the number of adapted layers. At 1 a method that keeps one rank everywhere can't move any.
         note: what to know before reading its results, in a sentence.
         default: whether a call on a CPU that names no tasks does it.
+        damage: what is done to the model that shall be recovered.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Task:
     budgets: tuple[float, ...] = (2, 4, 8)
     note: str = ""
     default: bool = True
+    damage: Callable[[nn.Module], None] | None = None
 
     @property
     def middle(self) -> float:
@@ -94,7 +99,7 @@ class Task:
 
     @property
     def has_head(self) -> bool:
-        """Whether a head is drawn anew: a language model keeps the one it was pretrained with."""
+        """Whether a head is drawn anew: only a classifier's."""
         return self.metric == "accuracy"
 
     def examples(self) -> Examples:
@@ -155,6 +160,11 @@ ROUNDED = (
     "The model's weights had been rounded to 4 bits: perplexities are not those of the original, and a part of what is "
     "gained may be the damage undone, by every method alike."
 )
+RECOVERY = (
+    "It learns to give back the original's hidden states on WordNet's glosses. The loss is the squared error of all "
+    "tokens' states relative to the original's squares; agreement is the share of test texts with the same nearest "
+    "neighbour among them as by the original. Frozen is the damaged model as it is."
+)
 LANGUAGE = {"metric": "perplexity", "note": ROUNDED, "default": False}
 # Sizes for which all methods with five seeds take about an hour a task on two cores; the language models take days.
 TASKS: dict[str, Task] = {
@@ -163,6 +173,18 @@ TASKS: dict[str, Task] = {
         Task("supersense", MINILM, models.minilm, texts.supersense, 400, 16, 32, "accuracy", 70),
         Task("polarity", MINILM, models.minilm, texts.polarity, 200, 16, 48, "accuracy", 70),
         Task("newsgroups", MINILM, models.minilm, texts.newsgroups, 300, 16, 48, "accuracy", 180, note=LOWER_CASE),
+        Task(
+            "rounded",
+            *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 110),
+            note=f"Its weights were rounded to 3 bits. {RECOVERY}",
+            damage=partial(damages.round_weights, bits=3),
+        ),
+        Task(
+            "shortened",
+            *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 90),
+            note=f"The third and the fourth of its six layers were taken out. {RECOVERY}",
+            damage=partial(damages.without_layers, numbers=(2, 3)),
+        ),
         # 200 steps: in fewer L1RA's own settings move ranks once or not at all.
         Task("glosses", SMOLLM2, models.smollm2, texts.glosses, 200, 16, 64, guess=1500, **LANGUAGE),
         Task("instructions", SMOLLM2, models.smollm2, texts.instructions, 200, 8, 256, guess=6000, **LANGUAGE),

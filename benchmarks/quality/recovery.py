@@ -1,0 +1,99 @@
+"""Recovery: a damaged copy of a model learns to give back the hidden states of the original.
+
+It is what adapters are put to after a model was rounded to few bits (QLoRA's successors: LoftQ, arXiv:2310.08659) or
+lost some of its layers (arXiv:2403.17887). Nothing but text is needed, and the error of every token says what is still
+missing, so that little of what is measured is luck.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality.tasks import Examples, Part
+from benchmarks.quality.training import precision, reading
+
+__all__ = ["Recovered", "Recovery", "judge", "load"]
+
+
+@dataclass
+class Recovered:
+    """What :class:`Recovery` returns: ``loss``, and both models' last hidden states ``(batch, length, hidden)``."""
+
+    loss: Tensor
+    hidden: Tensor
+    wanted: Tensor
+
+
+class Recovery(nn.Module):
+    """The damaged copy, with the original beside it, which is no submodule: nobody adapts, trains or saves it."""
+
+    def __init__(self, original: nn.Module, damage: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(original)
+        damage(self.student)
+        self.config = self.student.config
+        self._original = [original.requires_grad_(False).eval()]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Recovered:
+        """Its ``loss`` is the squared error of all tokens' states, relative to the original's squares."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with torch.no_grad():
+            wanted = self._original[0].to(input_ids.device)(**inputs).last_hidden_state.float()
+        hidden = self.student(**inputs).last_hidden_state.float()
+        error, size = squares(hidden, wanted, attention_mask)
+        return Recovered(error / size, hidden, wanted)
+
+
+def squares(hidden: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all tokens: of the squared error, and of the original's squares."""
+    mask = mask.unsqueeze(-1)
+    return ((hidden - wanted).square() * mask).sum(), (wanted.square() * mask).sum()
+
+
+def load(folder: Path, damage: Callable[[nn.Module], None]) -> Recovery:
+    """A pretrained encoder in float32, without dropout and pooler, beside its damaged copy."""
+    from transformers import AutoConfig, AutoModel
+
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = AutoConfig.from_pretrained(folder, **still)
+    return Recovery(AutoModel.from_pretrained(folder, config=config, add_pooling_layer=False).float(), damage)
+
+
+# --- how much of it is recovered
+
+
+@torch.no_grad()
+def judge(model: nn.Module, part: Part, examples: Examples) -> tuple[float, float]:
+    """Relative squared error, and agreement: the share of texts with the same nearest neighbour as by the original.
+
+    Neighbours are looked for in the part itself, by the cosine of mean states, as this kind of model is used.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    error = size = 0.0
+    means = np.empty((2, len(part), 0), np.float32)
+    for numbers, batch in reading(part, examples, device):
+        with precision(device):
+            found = model(**batch)
+        mask = batch["attention_mask"]
+        sums = squares(found.hidden, found.wanted, mask)
+        error, size = error + sums[0].item(), size + sums[1].item()
+        rows = torch.stack([found.hidden, found.wanted]) * mask.unsqueeze(-1)
+        if not means.size:
+            means = np.empty((2, len(part), rows.shape[-1]), np.float32)
+        means[:, numbers] = rows.sum(2).cpu().numpy()  # a cosine does not see the number of tokens
+    return error / size, float((_neighbours(means[0]) == _neighbours(means[1])).mean())
+
+
+def _neighbours(rows: np.ndarray) -> np.ndarray:
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    return cosines.argmax(1)
