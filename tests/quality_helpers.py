@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ pytest.importorskip("sklearn")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quality import methods, runs
+from benchmarks.quality import damages, methods, runs
 from benchmarks.quality.runs import Spec
 from benchmarks.quality.tasks import TASKS, Examples, Part, Task
 
@@ -42,7 +43,7 @@ class TinyTask(Task):
     """Made-up ids instead of texts."""
 
     def examples(self):
-        return examples(CLASSES if self.metric == "accuracy" else 0)
+        return examples(0 if self.metric == "perplexity" else CLASSES)
 
 
 def save_models(folders):
@@ -63,10 +64,13 @@ def spec(tmp_path, method="lora", multiplier=2, seed=0, rate=1e-2, task="bert", 
 
 
 def put_tiny_tasks(monkeypatch, folders):
-    """Tasks ``bert`` and ``llama`` on the models in ``folders``."""
+    """Tasks ``bert`` and ``llama`` on the models in ``folders``, and ``damaged``, which is BERT rounded to 3 bits."""
     for name, metric in (("bert", "accuracy"), ("llama", "perplexity")):
         task = TinyTask(name, name, lambda name=name: folders[name], None, STEPS, 4, 10, metric, 10.0)
         monkeypatch.setitem(TASKS, name, task)
+    damage = partial(damages.round_weights, bits=3)
+    task = TinyTask("damaged", "bert", lambda: folders["bert"], None, STEPS, 4, 10, "agreement", 10.0, damage=damage)
+    monkeypatch.setitem(TASKS, "damaged", task)
 
 
 class InProcess:
