@@ -27,14 +27,12 @@ from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.optimizer_state import plan_state, scale_state
 from l1ra.principal import turn_adapters
-from l1ra.probe import Probe
+from l1ra.probing import Probing
 from l1ra.row_moves import RowMoves
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
 __all__ = ["RankController"]
-
-PROBE_RANKS = 4
 
 
 class RankController:
@@ -107,7 +105,7 @@ class RankController:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._schedule: Schedule | None = None
         self._closing = False
-        self._probes: dict[str, Probe] = {}
+        self._probing = Probing(adapters)
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -238,8 +236,7 @@ class RankController:
             self._listener.close()
         self._backwards.close()
         self._resuming.remove()
-        for layer in self._layers:
-            layer.probe = None
+        self._probing.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
@@ -306,11 +303,11 @@ class RankController:
             return
         if schedule.closes(self.steps):
             self._close_interval()
-        elif not self._probes and schedule.looks(self.steps):
-            self._look()
+        elif not self._probing and schedule.looks(self.steps):
+            if self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient":
+                self._probing.begin(self._generator)
         elif schedule.halves(self.steps):
-            for probe in self._probes.values():
-                probe.halve()
+            self._probing.halve()
 
     def _moment(self) -> Moment:
         schedule = self._schedule
@@ -338,26 +335,10 @@ class RankController:
 
     # --- reallocation
 
-    def _look(self) -> None:
-        """In the first half of an interval probes look at the gradients."""
-        if self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient":
-            for name, layer in self.adapters.items():
-                layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, self._generator)
-                self._probes[name] = layer.probe
-
-    def _learning(self) -> list[bool]:
-        """For each adapter whether its gradients agree; True where they could not be looked at."""
-        found = [probe.coherence for probe in map(self._probes.get, self.adapters) if probe is not None]
-        if len(found) < len(self.adapters) or any(c is None for c in found):
-            return [True] * len(self.adapters)
-        agreed = torch.stack([c.to(found[0].device) for c in found]).tolist()
-        return [not c < self.config.min_coherence for c in agreed]  # not finite: unknown
-
     def _close_interval(self) -> None:
         """In the last half interval before a reallocation the gates of ranks that shall go fade."""
         self._closing = True
-        for layer in self._layers:
-            layer.probe = None
+        self._probing.stop()
         importance = self._rule.importance(self._bank, self._moment())
         if importance is not None:
             chosen = surplus(
@@ -368,7 +349,7 @@ class RankController:
                 min_rank=self.config.min_rank,
                 caps=self._caps,
                 given_back=self._given_back(),
-                learning=self._learning(),
+                learning=self._probing.learning(self.config.min_coherence),
             )
             self._bank.press(chosen)
 
@@ -384,7 +365,7 @@ class RankController:
             prune_threshold=self.config.prune_threshold,
             exclude_pruned=self.config.exclude_pruned,
             given_back=self._given_back(),
-            learning=self._learning(),
+            learning=self._probing.learning(self.config.min_coherence),
         )
 
     def _given_back(self) -> list[int]:
@@ -396,7 +377,6 @@ class RankController:
         plan = self._plan()
         moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
         for (name, layer), change in zip(self.adapters.items(), plan.layers, strict=True):
-            probe = self._probes.get(name)
             cut = layer.rank - len(change.keep)
             pruned += cut
             moved += max(0, change.rank - layer.rank)
@@ -404,9 +384,7 @@ class RankController:
                 continue
             rows = layer.initial_rows(change.grow, self._generator)
             if change.grow and self.config.new_rows == "gradient":
-                rows = leading_rows(
-                    None if probe is None else probe.sketch, layer.lora_A.detach()[list(change.keep)], rows
-                )
+                rows = leading_rows(self._probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
             layer.plan_resize(moves, change, rows)
             if (factor := layer.rescaling(change.rank)) != 1:
                 rescaled[layer.lora_B] = factor
@@ -424,7 +402,7 @@ class RankController:
             settled = self._bank.settled()
             self._bank.turn(settled, turn_adapters(zip(self._layers, settled, strict=True), self._optimizers()))
         self._closing = False
-        self._probes = {}
+        self._probing.forget()
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from l1ra.form import misfit
-from l1ra.probe import Probe
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
@@ -49,7 +48,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
         "scale_with_rank": {name: layer.scale_with_rank for name, layer in controller.adapters.items()},
         "closing": controller._closing,
-        "probes": {name: probe.state() for name, probe in controller._probes.items()},
+        "probes": controller._probing.state_dict(),
         "gates": controller._bank.state_dict(),
         "generator": controller._generator.get_state(),
     }
@@ -65,12 +64,7 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller._bank.load_state_dict(state["gates"])
     controller._generator.set_state(state["generator"])
     controller._closing = state["closing"]
-    controller._probes = {}
-    for name, layer in controller.adapters.items():
-        if probe := state["probes"].get(name):
-            like = layer.lora_A
-            controller._probes[name] = Probe(**{part: value.to(like, copy=True) for part, value in probe.items()})
-        layer.probe = None if state["closing"] else controller._probes.get(name)
+    controller._probing.load_state_dict(state["probes"], looking=not state["closing"])
     controller.initial_ranks = dict(state["initial_ranks"])
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]
@@ -105,16 +99,7 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
                 f"the state has scale_with_rank={scaled} at {name}, this model {layer.scale_with_rank}: patch it with "
                 "the same."
             )
-    for name, probe in state["probes"].items():
-        layer, shapes = controller.adapters.get(name), {part: tuple(rows.shape) for part, rows in probe.items()}
-        count = shapes.get("mix", ())[:1]
-        shapes.setdefault("early", shapes.get("sketch"))
-        if layer is None or shapes != {
-            "mix": (*count, layer.out_features),
-            "sketch": (*count, layer.in_features),
-            "early": (*count, layer.in_features),
-        }:
-            raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")
+    controller._probing.check(state["probes"])
     _check_tensors(controller, state)
 
 

@@ -1,0 +1,85 @@
+"""The probes of all adapters of a model: when they ride along, and what they have found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l1ra.linear import L1RALinear
+from l1ra.probe import Probe
+
+__all__ = ["Probing"]
+
+PROBE_RANKS = 4
+
+
+class Probing:
+    """One probe beside each adapter for the first half of an interval; what it has seen is asked in the second."""
+
+    def __init__(self, adapters: dict[str, L1RALinear]) -> None:
+        self._adapters = adapters
+        self._probes: dict[str, Probe] = {}
+
+    def __bool__(self) -> bool:
+        """Whether they have begun and are not over."""
+        return bool(self._probes)
+
+    def begin(self, generator: torch.Generator) -> None:
+        """From now on they look at the gradients."""
+        for name, layer in self._adapters.items():
+            self._probes[name] = layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, generator)
+
+    def halve(self) -> None:
+        """Half of their time is over."""
+        for probe in self._probes.values():
+            probe.halve()
+
+    def stop(self) -> None:
+        """They look no more, but keep what they have seen."""
+        for layer in self._adapters.values():
+            layer.probe = None
+
+    def forget(self) -> None:
+        """It is over."""
+        self.stop()
+        self._probes = {}
+
+    def learning(self, min_coherence: float) -> list[bool]:
+        """For each adapter whether its gradients agree; True for all where not all could be looked at."""
+        found = [probe.coherence for probe in self._probes.values()]
+        if len(found) < len(self._adapters) or any(c is None for c in found):
+            return [True] * len(self._adapters)
+        agreed = torch.stack([c.to(found[0].device) for c in found]).tolist()
+        return [not c < min_coherence for c in agreed]  # not finite: unknown
+
+    def sketch(self, name: str) -> Tensor | None:
+        """What was seen beside an adapter, ``(count, in_features)``, or None."""
+        probe = self._probes.get(name)
+        return None if probe is None else probe.sketch
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {name: probe.state() for name, probe in self._probes.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]], looking: bool) -> None:
+        """Go on from a state that :meth:`check` has let pass; not ``looking``: they have stopped."""
+        self.forget()
+        for name, layer in self._adapters.items():
+            if parts := state.get(name):
+                probe = Probe(**{part: value.to(layer.lora_A, copy=True) for part, value in parts.items()})
+                self._probes[name] = probe
+                layer.probe = probe if looking else None
+
+    def check(self, state: dict[str, dict[str, Any]]) -> None:
+        """Raise a ValueError unless ``state`` is of probes beside adapters like these."""
+        for name, parts in state.items():
+            layer, shapes = self._adapters.get(name), {part: tuple(rows.shape) for part, rows in parts.items()}
+            count = shapes.get("mix", ())[:1]
+            shapes.setdefault("early", shapes.get("sketch"))
+            if layer is None or shapes != {
+                "mix": (*count, layer.out_features),
+                "sketch": (*count, layer.in_features),
+                "early": (*count, layer.in_features),
+            }:
+                raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")
