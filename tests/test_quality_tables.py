@@ -128,6 +128,7 @@ def test_a_sentence_says_who_is_ahead():
         "- **bert**, by accuracy: l1ra is ahead of lora at 2 × (3 seeds), level with lora at 4 × (3 seeds), behind "
         "lora at 8 × (3 seeds); behind adalora at 2 × (3 seeds)." in report
     )
+    assert "- **bert**, by test loss: l1ra is ahead of lora at 2 × (3 seeds), level with lora at 4" in report
     one = [r | {"metric": "perplexity"} for r in records if r["seed"] == 0 and r["multiplier"] == 2]
     report = tables.markdown(Results(one, methods.METHODS), [])
     assert "by perplexity: l1ra is not to be judged against lora at 2 × (1 seed); not to be judged" in report

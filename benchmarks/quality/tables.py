@@ -85,23 +85,24 @@ def _terms(results: Results) -> list[str]:
 
 
 def _verdicts(results: Results) -> list[str]:
-    """A sentence a task: where L1RA is ahead, where behind."""
+    """A sentence a task, and one on its loss: where L1RA is ahead, where behind."""
     lines = []
     for task in results.tasks():
         metric = results.metric(task)
-        told = [text for rival in RIVALS if (text := _against(results, task, rival, metric))]
-        if told:
-            lines.append(f"- **{task}**, by {metric}: l1ra is {'; '.join(told)}.")
+        for title, name, sign in ((metric, "test_metric", METRICS[metric].sign), ("test loss", "test_loss", -1)):
+            told = [text for rival in RIVALS if (text := _against(results, task, rival, name, sign))]
+            if told:
+                lines.append(f"- **{task}**, by {title}: l1ra is {'; '.join(told)}.")
     if lines:
         lines = ["The 95 % intervals of the paired differences say (level: the interval includes 0):", "", *lines]
     return lines
 
 
-def _against(results: Results, task: str, rival: str, metric: str) -> str:
+def _against(results: Results, task: str, rival: str, name: str, sign: int) -> str:
     places: dict[str, list[str]] = {}
     for multiplier in results.multipliers(task):
-        first, second = (results.values(task, m, multiplier, "test_metric") for m in ("l1ra", rival))
-        found = paired(first, second, METRICS[metric].sign)
+        first, second = (results.values(task, m, multiplier, name) for m in ("l1ra", rival))
+        found = paired(first, second, sign)
         if found is None:
             continue
         if found.interval.half is None:
