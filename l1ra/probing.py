@@ -10,7 +10,7 @@ from torch import Tensor
 from l1ra.linear import L1RALinear
 from l1ra.probe import Probe
 
-__all__ = ["Probing"]
+__all__ = ["PROBE_RANKS", "Probing"]
 
 PROBE_RANKS = 4
 

@@ -22,8 +22,8 @@ from benchmarks.gpu.llama import build
 from benchmarks.gpu.providers import install_peft
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.timing import Budget, ratios, spread
-from l1ra.controller import PROBE_RANKS
 from l1ra.probe import Probe
+from l1ra.probing import PROBE_RANKS
 
 __all__ = ["PROVIDERS", "run"]
 
