@@ -104,12 +104,12 @@ class GateBank:
         return list((self.value * self._share).split(self.ranks))
 
     def stale(self) -> bool:
-        """Whether somebody else has resized a layer or loaded other gates into it."""
-        if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
-            return True
+        """Whether somebody else has resized a layer or loaded other gates into it since this was asked last."""
         loaded = [layer.gate_loaded for layer in self.layers]
         for layer in self.layers:
             layer.gate_loaded = False
+        if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
+            return True
         return any(loaded) and any(
             new and not torch.equal(layer.gate[: layer.rank], gate.to(layer.gate))
             for new, layer, gate in zip(loaded, self.layers, self._written(), strict=True)

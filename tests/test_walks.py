@@ -53,6 +53,7 @@ class Walk(stateful.RuleBasedStateMachine):
                 "alpha": st.just(5.0),
                 "principal_axes": st.just(False),
                 "scale_with_rank": st.just(False),
+                "min_coherence": st.just(-1.0),
                 "min_rank": st.just(2),
                 "init": st.just("gaussian"),
             },
@@ -387,4 +388,4 @@ def test_random_walks_lose_nothing():
             ),
         )
     assert done["walks"] >= WALKS and done["steps"] > 5 * WALKS
-    assert done["reallocations"] > WALKS and done["moved"] > WALKS // 2  # what is drawn depends on what is loaded
+    assert done["reallocations"] > WALKS and done["moved"] > WALKS
