@@ -85,7 +85,7 @@ def test_padding_and_batches_make_no_difference_to_the_error(folders, monkeypatc
 def test_adapters_mend_what_was_damaged(tmp_path, monkeypatch, folders):
     put_tiny_tasks(monkeypatch, folders)
     frozen = runs.run(spec(tmp_path, "frozen", 0, rate=0.0, task="damaged"))
-    for method in ("lora", "adalora", "l1ra"):
+    for method in ("lora", "l1ra"):
         record = runs.run(spec(tmp_path, method, task="damaged", multiplier=4))
         assert record["metric"] == "agreement" and record["head_parameters"] == 0
-        assert record["test_loss"] < (1.001 if method == "adalora" else 0.9) * frozen["test_loss"]
+        assert record["test_loss"] < 0.9 * frozen["test_loss"]

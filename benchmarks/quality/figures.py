@@ -142,6 +142,7 @@ class Results:
         self._rates = {key: self._rate(*key) for key in {(r["task"], r["method"]) for r in self.records}}
 
     def metric(self, task: str) -> str:
+        """The name of what the task's runs report, a key of ``METRICS``."""
         return next(r["metric"] for r in self.records if r["task"] == task)
 
     def tasks(self) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +41,10 @@ class Recovery(nn.Module):
         self._original = [original.requires_grad_(False).eval()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Recovered:
-        """Its ``loss`` is the squared error of all tokens' states, relative to the original's squares."""
+        """Its ``loss`` is the squared error of all tokens' states, relative to the original's squares.
+
+        Args: ids and mask are ``(batch, length)``; labels, which every task's batches have, are not looked at.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with torch.no_grad():
             wanted = self._original[0].to(input_ids.device)(**inputs).last_hidden_state.float()
@@ -52,7 +54,10 @@ class Recovery(nn.Module):
 
 
 def squares(hidden: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all tokens: of the squared error, and of the original's squares."""
+    """Scalars, sums over all tokens: of the squared error, and of the original's squares.
+
+    Args: both models' states ``(batch, length, hidden)``, and the attention mask ``(batch, length)``.
+    """
     mask = mask.unsqueeze(-1)
     return ((hidden - wanted).square() * mask).sum(), (wanted.square() * mask).sum()
 
@@ -71,29 +76,27 @@ def load(folder: Path, damage: Callable[[nn.Module], None]) -> Recovery:
 
 @torch.no_grad()
 def judge(model: nn.Module, part: Part, examples: Examples) -> tuple[float, float]:
-    """Relative squared error, and agreement: the share of texts with the same nearest neighbour as by the original.
+    """Relative squared error, and agreement: the share of the part's texts with the same nearest neighbour as by the
+    original.
 
     Neighbours are looked for in the part itself, by the cosine of mean states, as this kind of model is used.
     """
     model.eval()
     device = next(model.parameters()).device
     error = size = 0.0
-    means = np.empty((2, len(part), 0), np.float32)
-    for numbers, batch in reading(part, examples, device):
+    sums = []
+    for _, batch in reading(part, examples, device):
         with precision(device):
             found = model(**batch)
         mask = batch["attention_mask"]
-        sums = squares(found.hidden, found.wanted, mask)
-        error, size = error + sums[0].item(), size + sums[1].item()
-        rows = torch.stack([found.hidden, found.wanted]) * mask.unsqueeze(-1)
-        if not means.size:
-            means = np.empty((2, len(part), rows.shape[-1]), np.float32)
-        means[:, numbers] = rows.sum(2).cpu().numpy()  # a cosine does not see the number of tokens
-    return error / size, float((_neighbours(means[0]) == _neighbours(means[1])).mean())
+        missing, whole = squares(found.hidden, found.wanted, mask)
+        error, size = error + missing.item(), size + whole.item()
+        states = torch.stack([found.hidden, found.wanted]) * mask.unsqueeze(-1)
+        sums.append(states.sum(2).cpu())  # a cosine does not see the number of tokens
+    mended, original = torch.cat(sums, dim=1)
+    return error / size, (_neighbours(mended) == _neighbours(original)).double().mean().item()
 
 
-def _neighbours(rows: np.ndarray) -> np.ndarray:
-    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    cosines = rows @ rows.T
-    np.fill_diagonal(cosines, -np.inf)
-    return cosines.argmax(1)
+def _neighbours(rows: Tensor) -> Tensor:
+    rows = nn.functional.normalize(rows, dim=1)
+    return (rows @ rows.T).fill_diagonal_(-torch.inf).argmax(1)
