@@ -57,7 +57,7 @@ class L1RAConfig:
         min_coherence: where the gradients of different batches agree less than this, an adapter is not needy, whatever
             its ranks are worth: a new one would learn noise. A cosine, see ``Probe.coherence``; at -1 all of them may
             be needy. Adaptive rule only. Default 0.2.
-        turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.15.
+        turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.3.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
             Default 0.05.
@@ -102,7 +102,7 @@ class L1RAConfig:
     margin: float = 0.25
     principal_axes: bool = True
     min_coherence: float = 0.2
-    turnover: float = 0.15
+    turnover: float = 0.3
     total_steps: int | None = None
     interval: int | float = 0.05
     min_interval: int = 40

@@ -301,13 +301,15 @@ class RankController:
                 self._reallocate()
         if self._closing:
             return
+        self._probing.take_step()
         if schedule.closes(self.steps):
             self._close_interval()
-        elif not self._probing and schedule.looks(self.steps):
-            if self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient":
-                self._probing.begin(self._generator)
-        elif schedule.halves(self.steps):
-            self._probing.halve()
+        elif not self._probing and schedule.looks(self.steps) and self._asks_probes:
+            self._probing.begin(self._generator)
+
+    @property
+    def _asks_probes(self) -> bool:
+        return self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient"
 
     def _moment(self) -> Moment:
         schedule = self._schedule

@@ -6,11 +6,12 @@ It says where a new rank should look, and whether one would have anything to lea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "take_step"]
 
 
 class Probe:
@@ -20,47 +21,45 @@ class Probe:
 
     Attributes:
         mix: ``(count, out_features)``, their B.
-        early: what the sketch was at half time, None before.
+        sketch: ``(count, in_features)`` float32, the sum of the gradients of all steps taken, each brought to length 1.
+        seen: float32 scalar, the number of these steps that had a gradient.
     """
 
-    def __init__(self, mix: Tensor, sketch: Tensor, early: Tensor | None = None) -> None:
-        """Go on from a ``sketch`` ``(count, in_features)``, zeros at first, of the same dtype and device as ``mix``."""
+    def __init__(self, mix: Tensor, sketch: Tensor, seen: Tensor) -> None:
         self.mix = mix
-        self.early = early
-        self._zeros = torch.zeros_like(sketch, requires_grad=True)
-        self._zeros.grad = sketch
+        self.sketch = sketch
+        self.seen = seen
+        self._zeros = mix.new_zeros(sketch.shape, requires_grad=True)
+        self._zeros.grad = torch.zeros_like(self._zeros)
 
     @classmethod
     def start(cls, count: int, a: Tensor, b: Tensor, generator: torch.Generator) -> Probe:
         """A new one of ``count`` ranks beside an adapter's A and B; ``generator`` is of the CPU."""
         mix = torch.randn(count, b.shape[1], generator=generator).to(a) / math.sqrt(count)
-        return cls(mix, a.new_zeros(count, a.shape[1]))
-
-    @property
-    def sketch(self) -> Tensor:
-        """``(count, in_features)``, the sum over all backward passes since the start."""
-        return self._zeros.grad
+        sketch = torch.zeros(count, a.shape[1], dtype=torch.float32, device=a.device)
+        return cls(mix, sketch, sketch.new_zeros(()))
 
     def follow(self, like: Tensor) -> None:
         """Take the device and the dtype of the adapter that it rides beside, which has been moved."""
-        early = None if self.early is None else self.early.to(like)
-        self.__init__(self.mix.to(like), self.sketch.to(like), early)
-
-    def halve(self) -> None:
-        """This is half time."""
-        self.early = self.sketch.clone()
+        self.__init__(self.mix.to(like), self.sketch.to(like.device), self.seen.to(like.device))
 
     @property
-    def coherence(self) -> Tensor | None:
-        """The cosine between the sketches of the first and of the second half, a float32 scalar; None before both.
+    def coherence(self) -> Tensor:
+        """How much the gradients of the n steps agree, a float32 scalar on the probe's device.
 
-        Where a layer still has something to learn, the gradients of different batches agree, and it comes near 1. Where
-        they are noise, it is 0, but for luck: about one over the root of the directions in which the noise lies.
+        The mean cosine c between any two of them, told as the cosine to be expected between the sums over one half and
+        over the other half of the steps: ``m c / (1 + (m - 1) c)`` with m = n / 2. Where a layer still has something to
+        learn it comes near 1; where gradients are noise it is 0, but for luck; where the training overshoots, so that
+        they point to and fro, it is below. Not finite if n < 2, or if a gradient was not.
         """
-        if self.early is None:
-            return None
-        early, late = self.early.float(), self.sketch.float() - self.early.float()
-        return torch.nn.functional.cosine_similarity(early.flatten(), late.flatten(), dim=0, eps=1e-30)
+        half = self.seen / 2
+        cosine = (self.sketch.square().sum() - self.seen) / (self.seen * (self.seen - 1))
+        return half * cosine / (1 + (half - 1) * cosine)
+
+    @property
+    def gradient(self) -> Tensor:
+        """``(count, in_features)``, the sum over the backward passes since the last step, in the adapter's dtype."""
+        return self._zeros.grad
 
     def beside(self, a: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """An adapter's A, gate and B with these ranks appended, their gates 1."""
@@ -68,6 +67,20 @@ class Probe:
         return torch.cat([a, self._zeros]), torch.cat([gate, ones]), torch.cat([b, self.mix])
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of ``"mix"``, ``"sketch"`` and, after half time, ``"early"``."""
-        tensors = {"mix": self.mix, "sketch": self.sketch, "early": self.early}
-        return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+        """Copies of ``"mix"``, ``"sketch"`` and ``"seen"``."""
+        return {name: getattr(self, name).clone() for name in ("mix", "sketch", "seen")}
+
+
+@torch.no_grad()
+def take_step(probes: Sequence[Probe]) -> None:
+    """An optimizer step is over: what its backward passes have brought goes into the sketches.
+
+    Gradients come in with equal lengths: so neither one odd batch nor the scale of a GradScaler decides.
+    """
+    pending = [probe.gradient for probe in probes]
+    gradients = [gradient.float() for gradient in pending]
+    lengths = torch._foreach_norm(gradients)
+    torch._foreach_add_([probe.seen for probe in probes], torch._foreach_sign(lengths))
+    torch._foreach_clamp_min_(lengths, torch.finfo(torch.float32).tiny)
+    torch._foreach_add_([probe.sketch for probe in probes], torch._foreach_div(gradients, lengths))
+    torch._foreach_zero_(pending)

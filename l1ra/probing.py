@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l1ra.linear import L1RALinear
-from l1ra.probe import Probe
+from l1ra.probe import Probe, take_step
 
 __all__ = ["PROBE_RANKS", "Probing"]
 
@@ -31,10 +31,10 @@ class Probing:
         for name, layer in self._adapters.items():
             self._probes[name] = layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, generator)
 
-    def halve(self) -> None:
-        """Half of their time is over."""
-        for probe in self._probes.values():
-            probe.halve()
+    def take_step(self) -> None:
+        """An optimizer step is over."""
+        if self._probes:
+            take_step(list(self._probes.values()))
 
     def stop(self) -> None:
         """They look no more, but keep what they have seen."""
@@ -49,7 +49,7 @@ class Probing:
     def learning(self, min_coherence: float) -> list[bool]:
         """For each adapter whether its gradients agree; True for all where not all could be looked at."""
         found = [probe.coherence for probe in self._probes.values()]
-        if len(found) < len(self._adapters) or any(c is None for c in found):
+        if len(found) < len(self._adapters):
             return [True] * len(self._adapters)
         agreed = torch.stack([c.to(found[0].device) for c in found]).tolist()
         return [not c < min_coherence for c in agreed]  # not finite: unknown
@@ -67,8 +67,9 @@ class Probing:
         self.forget()
         for name, layer in self._adapters.items():
             if parts := state.get(name):
-                probe = Probe(**{part: value.to(layer.lora_A, copy=True) for part, value in parts.items()})
-                self._probes[name] = probe
+                a = layer.lora_A
+                sums = [parts[part].to(a.device, torch.float32, copy=True) for part in ("sketch", "seen")]
+                self._probes[name] = probe = Probe(parts["mix"].to(a, copy=True), *sums)
                 layer.probe = probe if looking else None
 
     def check(self, state: dict[str, dict[str, Any]]) -> None:
@@ -76,10 +77,9 @@ class Probing:
         for name, parts in state.items():
             layer, shapes = self._adapters.get(name), {part: tuple(rows.shape) for part, rows in parts.items()}
             count = shapes.get("mix", ())[:1]
-            shapes.setdefault("early", shapes.get("sketch"))
             if layer is None or shapes != {
                 "mix": (*count, layer.out_features),
                 "sketch": (*count, layer.in_features),
-                "early": (*count, layer.in_features),
+                "seen": (),
             }:
                 raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")

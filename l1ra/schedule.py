@@ -84,11 +84,6 @@ class Schedule:
         """Whether the steps after ``step`` are the first half of an interval before a reallocation."""
         return self.reallocates(self._coming(step)) and not self.closes(step)
 
-    def halves(self, step: int) -> bool:
-        """Whether half of that half is over after ``step``."""
-        looked = self.interval - max(1, self.interval // 2)
-        return self.looks(step) and looked > 1 and step % self.interval == looked // 2
-
     def closes(self, step: int) -> bool:
         """Whether the steps after ``step`` are the last half interval before a reallocation."""
         coming = self._coming(step)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from l1ra import L1RALinear
 from l1ra.allocation import LayerPlan
-from l1ra.probe import Probe
+from l1ra.probe import Probe, take_step
 
 
 def bases(k=6, n=9, dtype=torch.float32):
@@ -272,43 +272,72 @@ def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
         F.mse_loss(layer(x), target).backward()
     layer.base_layer.weight.requires_grad_(True)
     full_gradient = torch.autograd.grad(F.mse_loss(layer(x), target), layer.base_layer.weight)[0]
-    torch.testing.assert_close(layer.probe.sketch, 2 * layer.scaling * layer.probe.mix @ full_gradient)
+    expected = 2 * layer.scaling * layer.probe.mix @ full_gradient
+    torch.testing.assert_close(layer.probe.gradient, expected)
+    take_step([layer.probe])
+    torch.testing.assert_close(layer.probe.sketch, expected / expected.norm())
+    assert layer.probe.seen == 1 and not layer.probe.gradient.any()
+
+
+def probe_of(layer):
+    layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    return layer.probe
 
 
 def test_a_probe_moves_with_its_layer():
     layer = adapted(dropout=0.0)
-    layer.probe = probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    probe = probe_of(layer)
     layer(torch.randn(8, 6)).sum().backward()
-    layer.probe.halve()
+    take_step([probe])
     before = probe.state()
     layer.to(torch.bfloat16)
-    assert all(torch.equal(now, before[name].bfloat16()) for name, now in probe.state().items())
+    assert torch.equal(probe.mix, before["mix"].bfloat16())
+    assert same_bits(probe.sketch, before["sketch"]) and probe.seen == 1
     layer(torch.randn(8, 6, dtype=torch.bfloat16)).sum().backward()
-    assert probe.sketch.dtype == torch.bfloat16 and not torch.equal(probe.sketch, before["sketch"].bfloat16())
-    assert layer.to("meta").probe.mix.is_meta
+    assert probe.gradient.dtype == torch.bfloat16
+    take_step([probe])
+    assert probe.sketch.dtype == torch.float32 and not torch.equal(probe.sketch, before["sketch"]) and probe.seen == 2
+    assert layer.to("meta").probe.mix.is_meta and layer.probe.sketch.is_meta
 
 
-def test_a_probe_tells_gradients_that_agree_from_noise():
+def seen_by(probe, gradients):
+    for gradient in gradients:
+        probe.gradient.copy_(gradient)
+        take_step([probe])
+    return probe
+
+
+@pytest.mark.parametrize("scales", [[1.0] * 12, [1e-15, 1e15, 65536.0] * 4])
+def test_coherence_is_the_mean_cosine_of_two_steps_told_for_two_halves_of_them(scales):
+    probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6, dtype=torch.float64)
+    gradients = [0.3 * pull + torch.randn(4, 6, dtype=torch.float64) for _ in scales]
+    seen_by(probe, [g * scale for g, scale in zip(gradients, scales, strict=True)])
+    unit = torch.stack([g.flatten() / g.norm() for g in gradients])
+    cosine = (unit @ unit.T)[~torch.eye(12, dtype=torch.bool)].mean()
+    assert probe.coherence.item() == pytest.approx((6 * cosine / (1 + 5 * cosine)).item(), rel=1e-4)
+
+
+def test_a_probe_tells_gradients_that_agree_from_noise_and_from_steps_that_overshoot():
     found = {}
     for share in (0.0, 1.0):
         layer, pull = adapted(dropout=0.0), torch.randn(9)
-        layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
-        assert layer.probe.coherence is None
-        for batch in range(100):
-            if batch == 50:
-                layer.probe.halve()
+        probe = probe_of(layer)
+        for _ in range(100):
             (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
-        found[share] = layer.probe.coherence.item()
-    assert found[1.0] > 0.9 and abs(found[0.0]) < 0.6  # of noise the sketch has no more than 24 directions
+            take_step([probe])
+        found[share] = probe.coherence.item()
+    assert found[1.0] > 0.9 and abs(found[0.0]) < 0.4  # of noise the sketch has no more than 24 directions
+    pull = torch.randn(4, 6)
+    assert seen_by(probe_of(layer), [pull, -pull] * 5).coherence < -0.9
 
 
-def test_the_coherence_of_nothing_is_zero_and_of_what_is_not_finite_unknown():
-    layer = adapted(dropout=0.0)
-    probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
-    probe.halve()
-    assert probe.coherence == 0
-    probe.sketch.fill_(torch.inf)
+def test_what_a_probe_has_not_seen_does_not_count():
+    probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6)
     assert probe.coherence.isnan()
+    assert seen_by(probe, [pull]).coherence.isnan()
+    assert seen_by(probe, [0 * pull, pull]).coherence.item() == pytest.approx(1.0)
+    assert probe.seen == 2
+    assert seen_by(probe, [pull * torch.inf]).coherence.isnan()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

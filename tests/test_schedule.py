@@ -63,10 +63,9 @@ def test_an_interval_looks_and_closes_if_a_reallocation_follows():
     schedule = Schedule.from_config(L1RAConfig(interval=6, warmup=0.2, cooldown=0.5), 60)
     assert [s for s in range(60) if schedule.closes(s)] == [9, 10, 11, 15, 16, 17, 21, 22, 23, 27, 28, 29]
     assert [s for s in range(60) if schedule.looks(s)] == [6, 7, 8, 12, 13, 14, 18, 19, 20, 24, 25, 26]
-    assert [s for s in range(60) if schedule.halves(s)] == [7, 13, 19, 25]
     shortest = Schedule.from_config(L1RAConfig(interval=1, warmup=0.0, cooldown=0.5), 8)
     assert [s for s in range(8) if shortest.closes(s)] == [0, 1, 2, 3]
-    assert not any(shortest.looks(s) or shortest.halves(s) for s in range(8))
+    assert not any(shortest.looks(s) for s in range(8))
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 10, 19, 20, 40])

@@ -217,9 +217,8 @@ class Walk(stateful.RuleBasedStateMachine):
                 assert same_bits(p, self.saved["tensors"][name].to(p.dtype))
         kept = copy.deepcopy(self.saved["controller"])
         for name, probe in kept["probes"].items():  # rounded as the adapter is that it rides beside
-            dtype = self.adapters[name].lora_A.dtype
-            exact = {part: torch.tensor(rows, dtype=torch.float64) for part, rows in probe.items()}
-            kept["probes"][name] = {part: rows.to(dtype).tolist() for part, rows in exact.items()}
+            mix = torch.tensor(probe["mix"], dtype=torch.float64)
+            probe["mix"] = mix.to(self.adapters[name].lora_A.dtype).tolist()
         assert self.state() == kept
         self.history = []
         if fresh:
