@@ -39,8 +39,8 @@ class L1RAConfig:
         init: first values of A; B starts at 0. ``"kaiming"`` (default): uniform within ``1 / sqrt(in_features)``, as
             PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
         new_rows: A of a rank that an adapter receives. ``"random"`` (default): as ``init``. ``"gradient"``: along the
-            leading directions of the layer's weight gradient, summed over the first half of the interval before the
-            reallocation, as long as makes it answer to them as to random rows.
+            leading directions of the layer's weight gradients in the first half of the interval before the
+            reallocation, as long as makes them answer to these rows as to random ones.
         rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
             ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
         l1_lambda: strength of the L1 penalty. Rule ``"l1"``: the step is ``gate_lr * l1_lambda`` (default 1e-3).

@@ -52,7 +52,7 @@ class L1RALinear(nn.Module):
         gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
         strict: raise where no fused kernel can run, instead of falling back to plain PyTorch.
         disabled: compute the base layer alone, see ``RankController.disabled``.
-        probe: collects a sketch of the weight's gradient while it is set.
+        probe: collects the weight's gradient, seen from a few random directions, while it is set.
         room: behind the weight's columns, for the path ``"aug"``; None: chain.
         sharing: the group of layers that may read the same input, see ``SharedInput``.
     """

@@ -13,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["Probe", "take_step"]
 
+SHORTEST = 1e-18  # squares of shorter gradients vanish in float32
+
 
 class Probe:
     """Ranks with A = 0 and a random B: the gradient of their A is ``mix @ dL/dW``, up to the layer's scaling.
@@ -22,7 +24,7 @@ class Probe:
     Attributes:
         mix: ``(count, out_features)``, their B.
         sketch: ``(count, in_features)`` float32, the sum of the gradients of all steps taken, each brought to length 1.
-        seen: float32 scalar, the number of these steps that had a gradient.
+        seen: float32 scalar, the number of these steps that had a usable gradient.
     """
 
     def __init__(self, mix: Tensor, sketch: Tensor, seen: Tensor) -> None:
@@ -50,11 +52,12 @@ class Probe:
         The mean cosine c between any two of them, told as the cosine to be expected between the sums over one half and
         over the other half of the steps: ``m c / (1 + (m - 1) c)`` with m = n / 2. Where a layer still has something to
         learn it comes near 1; where gradients are noise it is 0, but for luck; where the training overshoots, so that
-        they point to and fro, it is below. Not finite if n < 2, or if a gradient was not.
+        they point to and fro, it is below. 0 where there was no gradient at all, not finite after a single one.
         """
         half = self.seen / 2
         cosine = (self.sketch.square().sum() - self.seen) / (self.seen * (self.seen - 1))
-        return half * cosine / (1 + (half - 1) * cosine)
+        agreed = half * cosine / (1 + (half - 1) * cosine)
+        return torch.where(self.seen > 0, agreed.clamp(min=-1.0), 0.0)
 
     @property
     def gradient(self) -> Tensor:
@@ -75,12 +78,15 @@ class Probe:
 def take_step(probes: Sequence[Probe]) -> None:
     """An optimizer step is over: what its backward passes have brought goes into the sketches.
 
-    Gradients come in with equal lengths: so neither one odd batch nor the scale of a GradScaler decides.
+    Gradients come in with equal lengths, so that neither one odd batch nor the scale of a GradScaler decides; one that
+    is not finite, or hardly differs from 0, is left out. No value is brought to the host.
     """
     pending = [probe.gradient for probe in probes]
     gradients = [gradient.float() for gradient in pending]
-    lengths = torch._foreach_norm(gradients)
-    torch._foreach_add_([probe.seen for probe in probes], torch._foreach_sign(lengths))
-    torch._foreach_clamp_min_(lengths, torch.finfo(torch.float32).tiny)
-    torch._foreach_add_([probe.sketch for probe in probes], torch._foreach_div(gradients, lengths))
+    for probe, gradient, length in zip(probes, gradients, torch._foreach_norm(gradients), strict=True):
+        usable = (length > SHORTEST) & (length < torch.inf)
+        probe.sketch += torch.where(usable, gradient / length, 0.0)
+        probe.seen += usable
+    for gradient in pending:
+        gradient.detach_()  # from the graph that create_graph=True leaves
     torch._foreach_zero_(pending)

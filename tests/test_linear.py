@@ -333,11 +333,28 @@ def test_a_probe_tells_gradients_that_agree_from_noise_and_from_steps_that_overs
 
 def test_what_a_probe_has_not_seen_does_not_count():
     probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6)
-    assert probe.coherence.isnan()
+    assert probe.coherence == 0  # nobody needs ranks where no gradient comes
+    assert seen_by(probe, [0 * pull]).coherence == 0
     assert seen_by(probe, [pull]).coherence.isnan()
-    assert seen_by(probe, [0 * pull, pull]).coherence.item() == pytest.approx(1.0)
+    useless = [pull * torch.inf, pull * torch.nan, 1e-25 * pull, 1e30 * pull]
+    assert seen_by(probe, [*useless, pull]).coherence.item() == pytest.approx(1.0)
     assert probe.seen == 2
-    assert seen_by(probe, [pull * torch.inf]).coherence.isnan()
+
+
+def test_a_probe_keeps_no_graph():
+    layer = adapted(dropout=0.0)
+    probe = probe_of(layer)
+    loss = layer(torch.randn(8, 6)).square().sum()
+    loss.backward(create_graph=True)
+    take_step([probe])
+    assert not probe.gradient.requires_grad and not probe.sketch.requires_grad
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_coherence_is_a_cosine(count):
+    probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6)
+    found = [seen_by(probe, [sign * pull for _ in range(count // 2) for sign in (1, -1)]).coherence for _ in range(2)]
+    assert all(c >= -1 for c in found)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -22,8 +22,6 @@ from benchmarks.gpu.llama import build
 from benchmarks.gpu.providers import install_peft
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.timing import Budget, ratios, spread
-from l1ra.probe import Probe
-from l1ra.probing import PROBE_RANKS
 
 __all__ = ["PROVIDERS", "run"]
 
@@ -70,16 +68,16 @@ def ours(probing: bool):
     @contextmanager
     def attach(bench: Bench, model: nn.Module, rank: int):
         adapters = len(names(bench)) * model.config.num_hidden_layers
-        # The timed steps are the first ones of a long training: no reallocation falls into them.
-        l1ra.patch(model, rank * adapters, target_modules=names(bench), total_steps=10_000)
+        # The timed steps are the first ones of a long training: no reallocation falls into them, and probes ride along
+        # in all of them, or in none where the first interval with a reallocation is far off.
+        late = {} if probing else {"warmup": 0.5}
+        controller = l1ra.patch(model, rank * adapters, target_modules=names(bench), total_steps=10_000, **late)
         try:
-            if probing:
-                generator = torch.Generator().manual_seed(bench.seed)
-                for layer in model.modules():
-                    if isinstance(layer, l1ra.L1RALinear):
-                        layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, generator)
             paths = "; ".join(dict.fromkeys(row.path for row in l1ra.report(model).rows))
             yield [p for p in model.parameters() if p.requires_grad], paths, ""
+            riding = {layer.probe is not None for layer in controller.adapters.values()}
+            if controller.steps and riding != {probing}:
+                raise RuntimeError(f"probes ride along: {riding}, not {probing} as the table says.")
         finally:
             l1ra.unpatch(model)
 
