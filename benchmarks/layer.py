@@ -96,10 +96,13 @@ def layer_works(bench: Bench, shape: Shape) -> tuple[Works, str]:
     return works, path
 
 
-def model_works(bench: Bench, rank: int, batch: int, length: int) -> tuple[Works, str]:
+def model_works(bench: Bench, rank: int, batch: int, length: int, probing: bool) -> tuple[Works, str]:
     """Training steps of the three models, on the same tokens and from the same weights; and the path of ours.
 
     Every linear layer has an adapter of ``rank``. Outputs are compared before anything trains.
+
+    Args:
+        probing: whether L1RA looks at the gradients in all of these steps, as it does in a third of a training's.
 
     Raises:
         LeftOut: peft can't be imported.
@@ -115,7 +118,10 @@ def model_works(bench: Bench, rank: int, batch: int, length: int) -> tuple[Works
     install_peft(models[PEFT], names, rank, fp32=True)
     count = len(linears_of(backbone))
     # The timed steps are the first ones of a long training: no rank moves in them.
-    l1ra.patch(models[OURS], rank * count, target_modules=names, alpha=SCALING * rank, total_steps=10_000)
+    late = {} if probing else {"warmup": 0.5}
+    controller = l1ra.patch(
+        models[OURS], rank * count, target_modules=names, alpha=SCALING * rank, total_steps=10_000, **late
+    )
     _same_rows(models[OURS], models[PEFT])
     bottom = BottomBias(models[FROZEN])
     trained = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
@@ -123,7 +129,15 @@ def model_works(bench: Bench, rank: int, batch: int, length: int) -> tuple[Works
     gradient = bench.randn(batch, length, config.hidden_size)
     _same_results(models, tokens, gradient)
     path = "; ".join(dict.fromkeys(row.path for row in l1ra.report(models[OURS]).rows))
-    return {name: _step(models[name], trained[name], tokens, gradient) for name in COMPETITORS}, path
+
+    def told_truly() -> None:
+        riding = {layer.probe is not None for layer in controller.adapters.values()}
+        if controller.steps and riding != {probing}:
+            raise RuntimeError(f"probes ride along: {riding}, not {probing} as the table says.")
+
+    works = {name: _step(models[name], trained[name], tokens, gradient) for name in COMPETITORS}
+    works[OURS].before = told_truly
+    return works, path
 
 
 @torch.no_grad()
@@ -197,7 +211,8 @@ def measure(bench: Bench, title: dict[str, Any], works: Works, path: str, rounds
 
 def name_of(row: dict[str, Any]) -> str:
     if "model" in row:
-        return f"{row['model']}, {row['batch']} x {row['length']} tokens, r={row['r']}, with AdamW"
+        probes = ", probes ride along" if row["probing"] else ""
+        return f"{row['model']}, {row['batch']} x {row['length']} tokens, r={row['r']}, with AdamW{probes}"
     return f"M={row['M']} {row['K']} → {row['N']} r={row['r']}"
 
 
@@ -256,9 +271,10 @@ def run(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
                 works, path = layer_works(bench, Shape(tokens, inputs, outputs, rank))
                 results["rows"].append(measure(bench, title, works, path, arguments.rounds))
                 bench.clock.release()
-    if arguments.model:
-        title = {"model": "MiniLM shape", "batch": arguments.batch, "length": arguments.length, "r": MODEL_RANK}
-        works, path = model_works(bench, MODEL_RANK, arguments.batch, arguments.length)
+    size = {"batch": arguments.batch, "length": arguments.length}
+    for probing in (False, True) if arguments.model else ():
+        works, path = model_works(bench, MODEL_RANK, **size, probing=probing)
+        title = {"model": "MiniLM shape", **size, "r": MODEL_RANK, "probing": probing}
         results["rows"].append(measure(bench, title, works, path, arguments.rounds))
     results["environment"]["load_after"] = load()
     return results

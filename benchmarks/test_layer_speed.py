@@ -62,7 +62,8 @@ def test_layer(benchmark, bench, shape, name):
     measure(benchmark, bench, *layer_works(bench, shape), name)
 
 
+@pytest.mark.parametrize("probing", [False, True], ids=["no-probes", "probes"])
 @pytest.mark.parametrize("name", COMPETITORS)
-def test_model_step(benchmark, bench, name):
-    benchmark.group = "MiniLM shape, a training step"
-    measure(benchmark, bench, *model_works(bench, MODEL_RANK, BATCH, LENGTH), name)
+def test_model_step(benchmark, bench, name, probing):
+    benchmark.group = f"MiniLM shape, a training step, {'with' if probing else 'without'} L1RA's probes"
+    measure(benchmark, bench, *model_works(bench, MODEL_RANK, BATCH, LENGTH, probing), name)

@@ -28,9 +28,10 @@ def test_layer_and_model_rows_are_printed_and_written(tmp_path, capsys):
     assert layer.main([*TINY, "--device", "cpu", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     results = json.loads(file.read_text(encoding="utf-8"))
-    linear, model = results["rows"]
+    linear, *models = results["rows"]
+    assert [row["probing"] for row in models] == [False, True]
     assert (linear["M"], linear["K"], linear["N"], linear["r"]) == (16, 32, 48, 4)
-    for row in (linear, model):
+    for row in (linear, *models):
         assert layer.name_of(row) in printed
         assert row["path"].startswith("torch (")
         assert row["ours_over_peft_percent"]["n"] == 3
@@ -38,7 +39,7 @@ def test_layer_and_model_rows_are_printed_and_written(tmp_path, capsys):
             ms = row["ms"][name]
             assert 0 < ms["p20"] <= ms["median"] <= ms["p80"]
     assert set(linear["parts_ms"]["ours"]) == {"forward", "backward"}
-    assert set(model["parts_ms"]["ours"]) == {"forward", "backward", "update"}
+    assert all(set(row["parts_ms"]["ours"]) == {"forward", "backward", "update"} for row in models)
     found = results["environment"]
     assert found["processor"] in printed and found["packages"]["torch"] in printed
     assert found["cpu_threads"] == torch.get_num_threads() and found["seed"] == 0
