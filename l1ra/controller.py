@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.adapted import CONTROLLER, controller_of, listed
-from l1ra.allocation import Plan, allocate, returned, surplus
+from l1ra.allocation import LayerPlan, Plan, allocate, returned, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.checkpoint import save
 from l1ra.config import L1RAConfig
@@ -25,10 +24,9 @@ from l1ra.gates import GateBank
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
-from l1ra.optimizer_state import plan_state, scale_state
 from l1ra.principal import turn_adapters
 from l1ra.probing import Probing
-from l1ra.row_moves import RowMoves
+from l1ra.reallocation import move_ranks
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
@@ -376,29 +374,7 @@ class RankController:
     def _reallocate(self) -> None:
         if len(self.history) == 1:
             self._warn_of_unseen()
-        plan = self._plan()
-        moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
-        for (name, layer), change in zip(self.adapters.items(), plan.layers, strict=True):
-            cut = layer.rank - len(change.keep)
-            pruned += cut
-            moved += max(0, change.rank - layer.rank)
-            if not cut and not change.grow:
-                continue
-            rows = layer.initial_rows(change.grow, self._generator)
-            if change.grow and self.config.new_rows == "gradient":
-                rows = leading_rows(self._probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
-            layer.plan_resize(moves, change, rows)
-            if (factor := layer.rescaling(change.rank)) != 1:
-                rescaled[layer.lora_B] = factor
-            sources = layer.row_sources(change)
-            resized |= {param: (sources, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
-        for optimizer in self._optimizers():
-            plan_state(moves, optimizer, resized)
-            for param, factor in rescaled.items():
-                moves.afterwards(partial(scale_state, optimizer, param, factor))
-        self._bank.plan_move(moves, plan)
-        moves.run()
-        self._bank.write()
+        pruned, moved = move_ranks(self.adapters, self._plan(), self._bank, self._optimizers(), self._new_rows)
         self._bank.press([()] * len(self._layers))
         if self.config.principal_axes and self.config.rule == "adaptive-l1":
             settled = self._bank.settled()
@@ -407,6 +383,13 @@ class RankController:
         self._probing.forget()
         self.moved += moved
         self._record(pruned=pruned, moved=moved)
+
+    def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
+        layer = self.adapters[name]
+        rows = layer.initial_rows(change.grow, self._generator)
+        if change.grow and self.config.new_rows == "gradient":
+            rows = leading_rows(self._probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
+        return rows
 
     def _warn_of_unseen(self) -> None:
         seen = self._bank.rows(self._bank.age > 0)
