@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import weakref
@@ -49,7 +50,8 @@ class RankController:
         spare: what of the budget is not given to any adapter, in the budget's unit.
         moved: ranks that have gone from one adapter (or from the spare) to another so far.
         history: one dict a reallocation, the start first: ``step``, ``ranks`` (name -> int), ``pruned``, ``moved``,
-            ``spare``, ``gates`` (min, mean, share at zero, steps skipped).
+            ``spare``, ``gates`` (min, mean, share at zero, steps skipped), ``coherence`` (name -> how much the
+            adapter's gradients agreed in the interval before, see ``Probe.coherence``; empty where nobody looked).
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class RankController:
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._resting = False
         self.initial_ranks = self.ranks
-        self._record(pruned=0, moved=0)
+        self._record(0, 0, {})
 
         self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
         self._auto_off: list[Optimizer] = []
@@ -349,11 +351,14 @@ class RankController:
                 min_rank=self.config.min_rank,
                 caps=self._caps,
                 given_back=self._given_back(),
-                learning=self._probing.learning(self.config.min_coherence),
+                learning=self._learning(self._probing.coherence()),
             )
             self._bank.press(chosen)
 
-    def _plan(self) -> Plan:
+    def _learning(self, coherence: dict[str, float]) -> list[bool]:
+        return [coherence.get(name, math.inf) >= self.config.min_coherence for name in self.adapters]
+
+    def _plan(self, coherence: dict[str, float]) -> Plan:
         bank = self._bank
         return allocate(
             bank.rows(bank.value),
@@ -365,7 +370,7 @@ class RankController:
             prune_threshold=self.config.prune_threshold,
             exclude_pruned=self.config.exclude_pruned,
             given_back=self._given_back(),
-            learning=self._probing.learning(self.config.min_coherence),
+            learning=self._learning(coherence),
         )
 
     def _given_back(self) -> list[int]:
@@ -374,7 +379,9 @@ class RankController:
     def _reallocate(self) -> None:
         if len(self.history) == 1:
             self._warn_of_unseen()
-        pruned, moved = move_ranks(self.adapters, self._plan(), self._bank, self._optimizers(), self._new_rows)
+        coherence = self._probing.coherence()
+        plan = self._plan(coherence)
+        pruned, moved = move_ranks(self.adapters, plan, self._bank, self._optimizers(), self._new_rows)
         self._bank.press([()] * len(self._layers))
         if self.config.principal_axes and self.config.rule == "adaptive-l1":
             settled = self._bank.settled()
@@ -382,7 +389,7 @@ class RankController:
         self._closing = False
         self._probing.forget()
         self.moved += moved
-        self._record(pruned=pruned, moved=moved)
+        self._record(pruned, moved, coherence)
 
     def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
         layer = self.adapters[name]
@@ -405,9 +412,9 @@ class RankController:
     def _optimizers(self) -> list[Optimizer]:
         return list(self._listener.optimizers) if self._listener is not None else self._auto_off
 
-    def _record(self, pruned: int, moved: int) -> None:
+    def _record(self, pruned: int, moved: int, coherence: dict[str, float]) -> None:
         now = {"step": self.steps, "ranks": self.ranks, "spare": self.spare, "gates": self._bank.summary()}
-        self.history.append({**now, "pruned": pruned, "moved": moved})
+        self.history.append({**now, "pruned": pruned, "moved": moved, "coherence": coherence})
 
 
 def _in_distributed_training() -> bool:

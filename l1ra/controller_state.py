@@ -23,7 +23,15 @@ FORM = {
     "total_steps": int | None,
     "moved": int,
     "history": [
-        {"step": int, "ranks": {str: int}, "spare": int, "gates": {str: int | float}, "pruned": int, "moved": int}
+        {
+            "step": int,
+            "ranks": {str: int},
+            "spare": int,
+            "gates": {str: int | float},
+            "pruned": int,
+            "moved": int,
+            "coherence": {str: int | float},
+        }
     ],
     "scalings": {str: int | float},
     "scale_with_rank": {str: bool},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,13 +47,15 @@ class Probing:
         self.stop()
         self._probes = {}
 
-    def learning(self, min_coherence: float) -> list[bool]:
-        """For each adapter whether its gradients agree; True for all where not all could be looked at."""
-        found = [probe.coherence for probe in self._probes.values()]
-        if len(found) < len(self._adapters):
-            return [True] * len(self._adapters)
-        agreed = torch.stack([c.to(found[0].device) for c in found]).tolist()
-        return [not c < min_coherence for c in agreed]  # not finite: unknown
+    def coherence(self) -> dict[str, float]:
+        """Adapter -> how much its gradients agree, see ``Probe.coherence``; those of which that is not known are left
+        out."""
+        found = {name: probe.coherence for name, probe in self._probes.items()}
+        if not found:
+            return {}
+        device = next(iter(found.values())).device
+        values = torch.stack([c.to(device) for c in found.values()]).tolist()
+        return {name: value for name, value in zip(found, values, strict=True) if math.isfinite(value)}
 
     def sketch(self, name: str) -> Tensor | None:
         """What was seen beside an adapter, ``(count, in_features)``, or None."""

@@ -26,6 +26,8 @@ class ReportRow:
         in_features, out_features: of the layer.
         rank, initial_rank: now and at the start.
         smallest_gate: of its ranks.
+        coherence: how much its gradients agreed before the last reallocation: below ``min_coherence`` it got no rank
+            that another adapter could take. None where nobody has looked yet.
         params: adapter parameters now, gates included.
         path: ``"fused (chain)"``, ``"fused (aug)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or
             around the base layer's own forward, or ``"torch"``, with the reason; and which layers read their input
@@ -38,6 +40,7 @@ class ReportRow:
     rank: int
     initial_rank: int
     smallest_gate: float
+    coherence: float | None
     params: int
     path: str
 
@@ -46,7 +49,7 @@ class ReportRow:
 class Report:
     """The adapters of a model; ``str()`` makes tables of it: by layer, by kind of projection, and a line by depth.
 
-    ``budget``, ``spare`` and ``moved`` are None where no controller drives the model.
+    ``budget``, ``spare``, ``moved`` and ``min_coherence`` are None where no controller drives the model.
     """
 
     rows: tuple[ReportRow, ...]
@@ -55,6 +58,7 @@ class Report:
     budget_unit: str = "ranks"
     spare: int | None = None
     moved: int | None = None
+    min_coherence: float | None = None
 
     @property
     def params(self) -> int:
@@ -76,6 +80,10 @@ class Report:
         lines = self._layers(paths)
         if self.budget is not None:
             lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
+        looked_at = [row.coherence for row in self.rows if row.coherence is not None]
+        if looked_at:
+            learning, limit = sum(c >= self.min_coherence for c in looked_at), f"{self.min_coherence:g}"
+            lines.append(f"{learning} of {len(looked_at)} adapters had more to learn: a coherence of {limit} or more")
         if self.trained_in_full:
             lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
         for number, path in enumerate(paths, 1):
@@ -83,7 +91,7 @@ class Report:
         return "\n".join([*lines, "", *self._rank_map()])
 
     def _layers(self, paths: list[str]) -> list[str]:
-        head = ("layer", "shape", "rank", "was", "smallest gate", "parameters", "path")
+        head = ("layer", "shape", "rank", "was", "smallest gate", "coherence", "parameters", "path")
         cells = [
             (
                 row.name,
@@ -91,6 +99,7 @@ class Report:
                 str(row.rank),
                 str(row.initial_rank),
                 f"{row.smallest_gate:.3f}",
+                "" if row.coherence is None else f"{row.coherence:.2f}",
                 f"{row.params:,}",
                 row.path.split(" ")[0] + ("" if len(paths) == 1 else f" [{paths.index(row.path) + 1}]"),
             )
@@ -98,8 +107,8 @@ class Report:
         ]
         ranks = sum(row.rank for row in self.rows)
         was = sum(row.initial_rank for row in self.rows)
-        total = (f"{len(self.rows)} adapters", "", str(ranks), str(was), "", f"{self.params:,}", "")
-        first, *lines, last = aligned([head, *cells, total], left=(0, 1, 6))
+        total = (f"{len(self.rows)} adapters", "", str(ranks), str(was), "", "", f"{self.params:,}", "")
+        first, *lines, last = aligned([head, *cells, total], left=(0, 1, 7))
         rule = "-" * len(first)
         return [first, rule, *lines, rule, last]
 
@@ -141,14 +150,15 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     if strict:
         _refuse_plain(adapters)
     controller = controller_of(model)
-    start = controller.initial_ranks if controller else {}
     names = {layer: name for name, layer in adapters.items()}
-    rows = tuple(_row(name, layer, start.get(name, layer.initial_rank), names) for name, layer in adapters.items())
+    rows = tuple(_row(name, layer, controller, names) for name, layer in adapters.items())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = max(0, trainable - sum(p.numel() for layer in adapters.values() for p in layer.parameters(recurse=False)))
     if controller is None:
         return Report(rows, others)
-    return Report(rows, others, controller.budget, controller.config.budget_unit, controller.spare, controller.moved)
+    config = controller.config
+    unit, limit = config.budget_unit, config.min_coherence
+    return Report(rows, others, controller.budget, unit, controller.spare, controller.moved, limit)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
@@ -183,14 +193,15 @@ def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
     return f"{path}, alone: its inputs differ from its siblings'" if layer.sharing.gave_up(layer) else str(path)
 
 
-def _row(name: str, layer: L1RALinear, initial_rank: int, names: dict[L1RALinear, str]) -> ReportRow:
+def _row(name: str, layer: L1RALinear, controller: RankController | None, names: dict[L1RALinear, str]) -> ReportRow:
     return ReportRow(
         name,
         layer.in_features,
         layer.out_features,
         layer.rank,
-        initial_rank,
+        controller.initial_ranks[name] if controller else layer.initial_rank,
         layer.gate.detach()[: layer.rank].min().item() / layer.share,
+        controller.history[-1]["coherence"].get(name) if controller else None,
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),
     )

@@ -109,6 +109,9 @@ def test_history_ranks_and_statistics_agree():
     assert controller.history[0]["ranks"] == controller.initial_ranks == dict.fromkeys(controller.adapters, 4)
     assert controller.history[-1]["ranks"] == controller.ranks == {n: a.rank for n, a in find_adapters(model)}
     assert controller.moved == sum(entry["moved"] for entry in controller.history) > 0
+    assert controller.history[0]["coherence"] == {} and list(controller.history[-1]["coherence"]) == list(
+        controller.ranks
+    )
     assert controller.steps == 60
     statistics = controller.statistics()
     assert statistics["l1ra/ranks"] + statistics["l1ra/spare"] == 16

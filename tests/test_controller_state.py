@@ -136,7 +136,10 @@ def snapshot(controller):
         (lambda s: s["gates"].update(age=torch.zeros(3)), "age"),
         (lambda s: s["gates"]["value"].fill_(torch.nan), "no finite 'value'"),
         (lambda s: s.update(steps="3"), "no state of a RankController: steps is no int"),
-        (lambda s: s["history"].append({}), r"history\.\d: step, ranks, spare, gates, pruned, moved missing"),
+        (
+            lambda s: s["history"].append({}),
+            r"history\.\d: step, ranks, spare, gates, pruned, moved, coherence missing",
+        ),
         (lambda s: s["scalings"].pop("blocks.1"), "other adapters"),
         (lambda s: s["history"][-1]["ranks"].pop("blocks.1"), "other adapters"),
         (lambda s: s.update(generator=torch.zeros(9, dtype=torch.uint8)), "the state has no generator: "),

@@ -44,10 +44,24 @@ def test_the_text_holds_every_layer_and_the_totals():
         (line,) = [line for line in text.splitlines() if line.startswith(row.name + " ")]
         cells = line.split("  ")
         cells = [cell.strip() for cell in cells if cell.strip()]
-        assert cells[1:6] == ["12 -> 12", str(row.rank), "4", f"{row.smallest_gate:.3f}", f"{row.params:,}"]
+        numbers = [f"{row.smallest_gate:.3f}", f"{row.coherence:.2f}", f"{row.params:,}"]
+        assert cells[1:7] == ["12 -> 12", str(row.rank), "4", *numbers]
     assert f"4 adapters  {'':8}  {sum(controller.ranks.values()):4}" in text
     assert f"budget 16 ranks, spare {controller.spare}; {controller.moved} ranks moved" in text
     assert "path: torch (plain PyTorch" in text
+    limit = controller.config.min_coherence
+    learning = [row.name for row in report.rows if row.coherence >= limit]
+    assert f"{len(learning)} of 4 adapters had more to learn: a coherence of {limit:g} or more" in text
+
+
+def test_coherence_is_that_of_the_last_reallocation_once_there_was_one():
+    model, controller, optimizer, x, y = patched(16)
+    for number in range(1, 7):
+        assert "more to learn" not in str(l1ra.report(model)), number
+        step(model, optimizer, x, y)
+    rows = l1ra.report(model).rows
+    assert {row.name: row.coherence for row in rows} == controller.history[-1]["coherence"]
+    assert all(-1 <= row.coherence <= 1 for row in rows)
 
 
 def test_the_text_of_a_params_budget_and_a_head():
