@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import methods, tables
-from benchmarks.quality.figures import Results, interval, paired
+from benchmarks.quality.figures import Results, budget_for, interval, paired
 from benchmarks.quality.runs import TUNING_SEED
 
 
@@ -63,6 +63,32 @@ def test_a_loss_is_shown_as_a_loss():
     assert "lowest of the grid: a lower one may be better" in report and "given, not chosen" in report
     assert "hold 75% at 1.4 ×, 75% at 2 × of the ranks; equal ranks would put 50% there" in report
     assert report.splitlines()[2].startswith("Hardware: a machine")
+
+
+def test_a_budget_for_a_loss_lies_between_those_that_were_measured():
+    losses = {8: 0.2, 2: 0.4, 4: 0.3}
+    assert budget_for(losses, 0.35) == pytest.approx(2 * 2**0.5)
+    assert [budget_for(losses, loss) for loss in (0.4, 0.3, 0.2)] == pytest.approx([2, 4, 8])
+    assert budget_for(losses, 0.41) is None and budget_for(losses, 0.19) is None and budget_for({}, 0.3) is None
+    assert budget_for({2: 0.3, 4: 0.3, 8: 0.1}, 0.3) == 2
+    assert budget_for({2: 0.3, 4: 0.35, 8: 0.25}, 0.32) == pytest.approx(4 * 2**0.3)  # it crosses once, downwards
+
+
+def test_the_share_of_loras_budget_with_its_loss_is_told():
+    records = [planted("lora", 4, seed, 0.71 + 0.001 * seed) for seed in range(3)]
+    for multiplier, metric in ((2, 0.7), (2.8, 0.72), (4, 0.74)):
+        records += [planted("l1ra", multiplier, seed, metric) for seed in range(3)]
+    report = tables.markdown(Results(records, methods.METHODS), [])
+    shares = [50 * 1.4 ** (0.5 + 0.05 * seed) for seed in range(3)]
+    told = f"{sum(shares) / 3:.0f} ± {interval(shares).half:.0f}"
+    assert f"L1RA has LoRA's test loss with {told} % of 4 × (3 seeds), interpolated" in report
+    assert "outside of what was measured" not in report
+    more = [*records, *(planted("lora", 2, seed, 0.69 + 0.02 * (seed == 1)) for seed in range(3))]
+    report = tables.markdown(Results(more, methods.METHODS), [])
+    assert f"with {told} % of 4 × (3 seeds), interpolated" in report
+    assert "For 2 × that lies outside of what was measured" in report
+    only = [r for r in more if (r["method"], r["multiplier"]) != ("lora", 4)]
+    assert "LoRA's test loss" not in tables.markdown(Results(only, methods.METHODS), [])
 
 
 def test_only_runs_at_the_chosen_rate_are_reported():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,10 @@ from benchmarks.quality import climb
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import TUNING_SEED
 
-__all__ = ["CONFIDENCE", "METRICS", "Difference", "Interval", "Metric", "Results", "Tuned", "interval", "paired"]
+__all__ = [
+    *("CONFIDENCE", "METRICS", "Difference", "Interval", "Metric", "Results", "Tuned"),
+    *("budget_for", "interval", "paired"),
+]
 
 CONFIDENCE = 0.95
 
@@ -103,6 +107,18 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], sign: int) -
     better = sum(d * sign > 0 for d in differences)
     worse = sum(d * sign < 0 for d in differences)
     return Difference(interval(differences), better, worse, sign)
+
+
+def budget_for(losses: Mapping[float, float], wanted: float) -> float | None:
+    """The smallest budget at which a method has a loss of ``wanted``; None where it has not within what was measured.
+
+    Args:
+        losses: budget -> loss; between two budgets it is taken to be linear in the budget's logarithm.
+    """
+    for (low, more), (high, less) in itertools.pairwise(sorted(losses.items())):
+        if more >= wanted >= less:
+            return low * (high / low) ** ((more - wanted) / (more - less) if more > less else 0.0)
+    return None
 
 
 @dataclass(frozen=True)

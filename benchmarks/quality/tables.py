@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from benchmarks.quality import rank_map
-from benchmarks.quality.figures import METRICS, Difference, Interval, Metric, Results, interval, paired
+from benchmarks.quality.figures import METRICS, Difference, Interval, Metric, Results, budget_for, interval, paired
 from benchmarks.quality.methods import FROZEN, METHODS
 from benchmarks.quality.runs import TUNING_SEED
 from benchmarks.quality.schedule import SHARE
@@ -110,7 +110,7 @@ def _against(results: Results, task: str, rival: str, name: str, sign: int) -> s
         else:
             words = {"better": "ahead of", "worse": "behind", "": "level with"}[found.verdict] + f" {rival}"
         count = found.interval.count
-        places.setdefault(words, []).append(f"{multiplier:g} × ({count} {'seed' if count == 1 else 'seeds'})")
+        places.setdefault(words, []).append(f"{multiplier:g} × ({_seeds(count)})")
     return ", ".join(f"{words} at {' and '.join(at)}" for words, at in places.items())
 
 
@@ -236,7 +236,32 @@ def _shares(results: Results, task: str, metric: Metric) -> list[str]:
     if not rows:
         return []
     title = f"L1RA with {SHARE:.0%} of LoRA's budget:"
-    return [title, "", *table(["", *_heads(metric)], rows, left=1), ""]
+    return [title, "", *table(["", *_heads(metric)], rows, left=1), "", *_same_loss(results, task)]
+
+
+def _same_loss(results: Results, task: str) -> list[str]:
+    """A sentence: with which share of LoRA's budget L1RA has LoRA's loss."""
+    budgets = results.multipliers(task)
+    ours: dict[int, dict[float, float]] = {}
+    for multiplier in budgets:
+        for seed, loss in results.values(task, "l1ra", multiplier, "test_loss").items():
+            ours.setdefault(seed, {})[multiplier] = loss
+    told, untold = [], []
+    for multiplier in budgets:
+        theirs = results.values(task, "lora", multiplier, "test_loss")
+        shares = {seed: budget_for(ours.get(seed, {}), loss) for seed, loss in theirs.items()}
+        if None in shares.values():
+            # A mean of the other seeds would leave out the best or the worst ones.
+            untold.append(f"{multiplier:g} ×")
+        elif shares:
+            percent = plus_minus({seed: budget / multiplier for seed, budget in shares.items()}, 100, 0)
+            told.append(f"{percent} % of {multiplier:g} × ({_seeds(len(shares))})")
+    if not told:
+        return []
+    line = f"L1RA has LoRA's test loss with {', with '.join(told)}, interpolated in the logarithm of the budget."
+    if untold:
+        line += f" For {' and '.join(untold)} that lies outside of what was measured, for some seed at least."
+    return [line, ""]
 
 
 def _rates(results: Results, task: str) -> list[str]:
@@ -282,6 +307,10 @@ def _place(place: int | str) -> str:
 
 
 # --- cells
+
+
+def _seeds(count: int) -> str:
+    return f"{count} {'seed' if count == 1 else 'seeds'}"
 
 
 def plus_minus(values: dict[int, float], factor: float, digits: int) -> str:
