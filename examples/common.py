@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def budget_and_reserve(model: Any, budget: int | None, compiled: bool = False) -> dict[str, int | None]:
-    """What ``l1ra.patch`` shall give the linear layers; rows in reserve, so that a compiled model keeps its shapes."""
+    """What ``l1ra.patch`` shall give the linear layers; rows in reserve where shapes must stay.
+
+    They must in a compiled model, and among the processes of ``torchrun`` or ``accelerate launch``.
+    """
     layers = len(select_targets(model, "all-linear", {}))
     budget = budget or RANKS_PER_ADAPTER * layers
-    return {"budget": budget, "reserve": 4 * budget // layers if compiled else None}
+    fixed = compiled or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return {"budget": budget, "reserve": 4 * budget // layers if fixed else None}
 
 
 def questions() -> list[dict]:

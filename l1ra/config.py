@@ -77,8 +77,8 @@ class L1RAConfig:
             torch.dtype. Gates are float32, in float64 adapters float64.
         reserve: rows that every adapter's tensors have for good, and so the largest rank; those beyond the rank are 0
             and cost memory only. Shapes and addresses never change then: ``torch.compile`` does not compile anew when
-            ranks move, and captured graphs stay valid. Take 2 to 4 times the mean rank. Default None: no reserve, the
-            tensors have as many rows as ranks.
+            ranks move, captured graphs stay valid, and DistributedDataParallel goes on, where ranks rest without it.
+            Take 2 to 4 times the mean rank. Default None: no reserve, the tensors have as many rows as ranks.
         augment: store the weights of layers that are wider than their input (out_features from 1.5 times in_features)
             with 128 columns of room, in which the kernels put the adapter: one product then does both. Costs memory
             (3 % of such a weight at 4096 inputs), saves a pass over the output. Default False.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from l1ra import replicas
 from l1ra.adapted import CONTROLLER, controller_of, listed
 from l1ra.allocation import LayerPlan, Plan, allocate, returned, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
@@ -325,15 +326,23 @@ class RankController:
         if self.total_steps is None:
             self.total_steps = trainer_steps
         self._schedule = Schedule.from_config(self.config, self.total_steps)
-        self._resting = _in_distributed_training()
-        if self._resting:
+        if replicas.count() > 1:
+            self._join_replicas()
+        if not self._resting:
+            self._schedule.warn(self.config, self.total_steps)
+
+    def _join_replicas(self) -> None:
+        hindrance = replicas.hindrance(self._layers)
+        self._resting = bool(hindrance)
+        if hindrance:
             warnings.warn(
-                "L1RA can't move ranks in distributed training yet: all adapters keep the ranks they have, as in "
-                "plain LoRA.",
+                f"no rank moves in this distributed training, as in plain LoRA: {hindrance}.",
                 stacklevel=2,
             )
-        else:
-            self._schedule.warn(self.config, self.total_steps)
+            return
+        self._generator.set_state(replicas.agreed(self._generator.get_state()))
+        if replicas.number() and not self._closing:
+            self._probing.empty()  # a checkpoint holds what one process has seen: it must not count for all of them
 
     # --- reallocation
 
@@ -341,6 +350,7 @@ class RankController:
         """In the last half interval before a reallocation the gates of ranks that shall go fade."""
         self._closing = True
         self._probing.stop()
+        self._probing.add_up()
         importance = self._rule.importance(self._bank, self._moment())
         if importance is not None:
             chosen = surplus(
@@ -353,7 +363,7 @@ class RankController:
                 given_back=self._given_back(),
                 learning=self._learning(self._probing.coherence()),
             )
-            self._bank.press(chosen)
+            self._bank.press(replicas.agreed(chosen))
 
     def _learning(self, coherence: dict[str, float]) -> list[bool]:
         return [coherence.get(name, math.inf) >= self.config.min_coherence for name in self.adapters]
@@ -380,7 +390,7 @@ class RankController:
         if len(self.history) == 1:
             self._warn_of_unseen()
         coherence = self._probing.coherence()
-        plan = self._plan(coherence)
+        plan = replicas.agreed(self._plan(coherence))
         pruned, moved = move_ranks(self.adapters, plan, self._bank, self._optimizers(), self._new_rows)
         self._bank.press([()] * len(self._layers))
         if self.config.principal_axes and self.config.rule == "adaptive-l1":
@@ -415,8 +425,3 @@ class RankController:
     def _record(self, pruned: int, moved: int, coherence: dict[str, float]) -> None:
         now = {"step": self.steps, "ranks": self.ranks, "spare": self.spare, "gates": self._bank.summary()}
         self.history.append({**now, "pruned": pruned, "moved": moved, "coherence": coherence})
-
-
-def _in_distributed_training() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1

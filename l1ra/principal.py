@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from l1ra.linear import L1RALinear
 from l1ra.optimizer_state import turn_state, turns
+from l1ra.replicas import agreed
 
 __all__ = ["principal_rotation", "turn_adapters"]
 
@@ -60,30 +61,32 @@ def turn_adapters(
         rows, nothing learned yet, not finite, or an optimizer with state that can't be turned.
     """
     layers = list(layers)
-    grams = [
-        None if len(rows) < 2 else torch.stack([_gram(p, rows) for p in (layer.lora_A, layer.lora_B)])
-        for layer, rows in layers
-    ]
+    grams = [None if len(rows) < 2 else torch.stack([_gram(p, rows) for p in _params(layer)]) for layer, rows in layers]
     rotations: list[Tensor | None] = []
-    for (layer, rows), gram in zip(layers, grams, strict=True):
-        rotation, params = None, (layer.lora_A, layer.lora_B)
-        if gram is not None and all(turns(optimizer, p) for optimizer in optimizers for p in params):
-            gram = gram.cpu()
-            gram_a, gram_b = gram
+    for (layer, _), gram in zip(layers, grams, strict=True):
+        rotation = None
+        if gram is not None and all(turns(optimizer, p) for optimizer in optimizers for p in _params(layer)):
+            gram_a, gram_b = gram = gram.cpu()
             if torch.isfinite(gram).all() and gram_a.trace() > 0 and gram_b.trace() > 0:
                 rotation = principal_rotation(gram_a, gram_b)
         rotations.append(rotation)
+    rotations = agreed(rotations)
+    for (layer, rows), rotation in zip(layers, rotations, strict=True):
         if rotation is None:
             continue
         there = rotation.to(layer.lora_A.device)
         index = torch.tensor(rows, device=there.device)
-        for param in params:
+        for param in _params(layer):
             for tensor in (param, param.grad):
                 if tensor is not None:
                     tensor.index_copy_(0, index, (there @ tensor.detach()[index].double()).to(tensor.dtype))
             for optimizer in optimizers:
                 turn_state(optimizer, param, index, there)
     return rotations
+
+
+def _params(layer: L1RALinear) -> tuple[Tensor, Tensor]:
+    return layer.lora_A, layer.lora_B
 
 
 def _gram(param: Tensor, rows: Sequence[int]) -> Tensor:

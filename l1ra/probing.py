@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l1ra import replicas
 from l1ra.linear import L1RALinear
 from l1ra.probe import Probe, take_step
 
@@ -41,6 +42,16 @@ class Probing:
         """They look no more, but keep what they have seen."""
         for layer in self._adapters.values():
             layer.probe = None
+
+    def add_up(self) -> None:
+        """In data-parallel training: what all processes have seen, in each of them."""
+        replicas.add_up([part for probe in self._probes.values() for part in (probe.sketch, probe.seen)])
+
+    def empty(self) -> None:
+        """They have seen nothing so far."""
+        for probe in self._probes.values():
+            probe.sketch.zero_()
+            probe.seen.zero_()
 
     def forget(self) -> None:
         """It is over."""

@@ -374,17 +374,6 @@ def test_a_schedule_without_any_reallocation_is_said(interval):
         step(model, optimizer, x, y)
 
 
-def test_in_distributed_training_ranks_rest_and_a_warning_says_so(monkeypatch):
-    model, controller, optimizer, x, y = patched(interval=1)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.warns(UserWarning, match="can't move ranks in distributed training"):
-        step(model, optimizer, x, y)
-    for _ in range(5):
-        step(model, optimizer, x, y)
-    assert len(controller.history) == 1 and all((layer.gate == 1).all() for _, layer in find_adapters(model))
-
-
 def test_training_beyond_total_steps_is_said_once():
     model, _, optimizer, x, y = patched(total_steps=4, interval=1)
     with warnings.catch_warnings(record=True) as caught:
