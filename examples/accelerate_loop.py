@@ -27,7 +27,8 @@ def main() -> None:
     controller = l1ra.patch(model, **common.budget_and_reserve(model, options.budget), total_steps=options.steps)
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=options.lr)
-    schedule = get_linear_schedule_with_warmup(optimizer, options.steps // 20, options.steps)
+    ticks = options.steps * accelerator.num_processes  # accelerate lets each process tick at every step
+    schedule = get_linear_schedule_with_warmup(optimizer, ticks // 20, ticks)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
 
     before = mean_loss(model, loader)

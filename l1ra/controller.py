@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l1ra import replicas
 from l1ra.adapted import CONTROLLER, controller_of, listed
 from l1ra.allocation import LayerPlan, Plan, allocate, returned, surplus
 from l1ra.budget import check_budget, rank_cap, rank_cost
@@ -29,6 +29,7 @@ from l1ra.listener import BackwardCounter, OptimizerListener
 from l1ra.principal import turn_adapters
 from l1ra.probing import Probing
 from l1ra.reallocation import move_ranks
+from l1ra.replicas import NotReplicas, Replicas, join, processes, sharded
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
@@ -110,7 +111,8 @@ class RankController:
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._resting = False
+        self._resting = self._sharded = False
+        self._replicas = Replicas()
         self.initial_ranks = self.ranks
         self._record(0, 0, {})
 
@@ -249,6 +251,12 @@ class RankController:
                 "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
                 "the block before optimizer.step()."
             )
+        if self._schedule is None:
+            self._sharded = sharded(self._layers)
+        if self._sharded:
+            for layer in self._layers:
+                layer.gate.grad = None
+            return
         if self._bank.stale():
             self._bank.read()
         taken = self._bank.take_gradients()
@@ -288,7 +296,8 @@ class RankController:
             at = self._moment()
             self._bank.update(self._rule.step(self._bank, grad, at, seen), grad, seen)
         self._gradients = None
-        self._bank.write()
+        if not self._sharded:
+            self._bank.write()
         if self._resting or not begins:
             return
         if schedule.reallocates(self.steps):
@@ -320,29 +329,34 @@ class RankController:
         self._met.add(optimizer)
         trainer_steps = join_trainer(self.statistics, self.save)
         if self._schedule is None:
-            self._start(trainer_steps)
+            self._start(trainer_steps, optimizer)
 
-    def _start(self, trainer_steps: int | None) -> None:
+    def _start(self, trainer_steps: int | None, optimizer: Optimizer) -> None:
         if self.total_steps is None:
             self.total_steps = trainer_steps
         self._schedule = Schedule.from_config(self.config, self.total_steps)
-        if replicas.count() > 1:
-            self._join_replicas()
+        if processes() > 1:
+            self._join_replicas(optimizer)
         if not self._resting:
             self._schedule.warn(self.config, self.total_steps)
 
-    def _join_replicas(self) -> None:
-        hindrance = replicas.hindrance(self._layers)
-        self._resting = bool(hindrance)
-        if hindrance:
-            warnings.warn(
-                f"no rank moves in this distributed training, as in plain LoRA: {hindrance}.",
-                stacklevel=2,
-            )
+    def _join_replicas(self, optimizer: Optimizer) -> None:
+        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
+        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
+        where = {"whether ranks fade": self._closing, "whether probes look": bool(self._probing)}
+        try:
+            self._replicas = join(self._layers, optimizer, {**settings, **numbers, **where})
+        except NotReplicas as why:
+            self._resting = True
+            warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
             return
-        self._generator.set_state(replicas.agreed(self._generator.get_state()))
-        if replicas.number() and not self._closing:
-            self._probing.empty()  # a checkpoint holds what one process has seen: it must not count for all of them
+        self._generator.set_state(self._replicas.agreed(self._generator.get_state()))
+        self._drop_copied_probes()
+
+    def _drop_copied_probes(self) -> None:
+        # A checkpoint holds what one process has seen: loaded into all of them, it must not count for each.
+        if self._replicas.number and not self._closing:
+            self._probing.empty()
 
     # --- reallocation
 
@@ -350,7 +364,7 @@ class RankController:
         """In the last half interval before a reallocation the gates of ranks that shall go fade."""
         self._closing = True
         self._probing.stop()
-        self._probing.add_up()
+        self._probing.add_up(self._replicas)
         importance = self._rule.importance(self._bank, self._moment())
         if importance is not None:
             chosen = surplus(
@@ -363,7 +377,7 @@ class RankController:
                 given_back=self._given_back(),
                 learning=self._learning(self._probing.coherence()),
             )
-            self._bank.press(replicas.agreed(chosen))
+            self._bank.press(self._replicas.agreed(chosen))
 
     def _learning(self, coherence: dict[str, float]) -> list[bool]:
         return [coherence.get(name, math.inf) >= self.config.min_coherence for name in self.adapters]
@@ -390,12 +404,13 @@ class RankController:
         if len(self.history) == 1:
             self._warn_of_unseen()
         coherence = self._probing.coherence()
-        plan = replicas.agreed(self._plan(coherence))
+        plan = self._replicas.agreed(self._plan(coherence))
         pruned, moved = move_ranks(self.adapters, plan, self._bank, self._optimizers(), self._new_rows)
         self._bank.press([()] * len(self._layers))
         if self.config.principal_axes and self.config.rule == "adaptive-l1":
             settled = self._bank.settled()
-            self._bank.turn(settled, turn_adapters(zip(self._layers, settled, strict=True), self._optimizers()))
+            turned = turn_adapters(zip(self._layers, settled, strict=True), self._optimizers(), self._replicas.agreed)
+            self._bank.turn(settled, turned)
         self._closing = False
         self._probing.forget()
         self.moved += moved
@@ -406,6 +421,7 @@ class RankController:
         rows = layer.initial_rows(change.grow, self._generator)
         if change.grow and self.config.new_rows == "gradient":
             rows = leading_rows(self._probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
+            rows = self._replicas.agreed(rows)
         return rows
 
     def _warn_of_unseen(self) -> None:

@@ -73,6 +73,7 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller._generator.set_state(state["generator"])
     controller._closing = state["closing"]
     controller._probing.load_state_dict(state["probes"], looking=not state["closing"])
+    controller._drop_copied_probes()
     controller.initial_ranks = dict(state["initial_ranks"])
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]

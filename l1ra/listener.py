@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class OptimizerListener:
         self._params = weakref.WeakMethod(params)
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
         self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        self._number = next(_numbers)
         _listeners.add(self)
         _hook_into_torch()
 
@@ -66,6 +68,7 @@ class OptimizerListener:
 # so that one which goes away during a step, by close() or by garbage collection, makes that step fail.
 _listeners: weakref.WeakSet[OptimizerListener] = weakref.WeakSet()
 _handles: list = []
+_numbers = itertools.count()
 
 
 def _hook_into_torch() -> None:
@@ -75,7 +78,8 @@ def _hook_into_torch() -> None:
 
 
 def _tell(when: str, optimizer: Optimizer) -> None:
-    for listener in list(_listeners):
+    # In the order of their making: replicas must hear the same ones in the same order.
+    for listener in sorted(_listeners, key=lambda listener: listener._number):
         getattr(listener, when)(optimizer)
 
 

@@ -8,7 +8,7 @@ less would cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from l1ra.linear import L1RALinear
 from l1ra.optimizer_state import turn_state, turns
-from l1ra.replicas import agreed
 
 __all__ = ["principal_rotation", "turn_adapters"]
 
@@ -47,7 +46,9 @@ def _root(gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def turn_adapters(
-    layers: Iterable[tuple[L1RALinear, Sequence[int]]], optimizers: Sequence[Optimizer]
+    layers: Iterable[tuple[L1RALinear, Sequence[int]]],
+    optimizers: Sequence[Optimizer],
+    agreed: Callable[[list[Tensor | None]], list[Tensor | None]] = lambda rotations: rotations,
 ) -> list[Tensor | None]:
     """Turn rows of each adapter, and what optimizers remember of them, onto their principal axes.
 
@@ -55,6 +56,7 @@ def turn_adapters(
 
     Args:
         layers: each adapter with the rows that shall turn among themselves; their gates must be equal.
+        agreed: given the rotations, returns those that all replicas take.
 
     Returns:
         For each adapter its rotation ``(n, n)``, float64 on the CPU, or None where it stays as it is: fewer than two

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l1ra import replicas
 from l1ra.linear import L1RALinear
 from l1ra.probe import Probe, take_step
+from l1ra.replicas import Replicas
 
 __all__ = ["PROBE_RANKS", "Probing"]
 
@@ -43,8 +43,8 @@ class Probing:
         for layer in self._adapters.values():
             layer.probe = None
 
-    def add_up(self) -> None:
-        """In data-parallel training: what all processes have seen, in each of them."""
+    def add_up(self, replicas: Replicas) -> None:
+        """What all replicas have seen, in each of them."""
         replicas.add_up([part for probe in self._probes.values() for part in (probe.sketch, probe.seen)])
 
     def empty(self) -> None:

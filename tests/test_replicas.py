@@ -2,36 +2,59 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
-from helpers import patched, same_bits, step
-from torch import distributed, multiprocessing
+from helpers import patched, same_bits, step, trainable
+from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from l1ra import replicas
+if not distributed.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+from torch.distributed.algorithms.join import Join
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from l1ra.replicas import Replicas, processes
 
 STEPS = 60
-# name -> settings of patch, and how a replica is wrapped
-TRAININGS = {
-    "replicas": ({"reserve": 12}, DistributedDataParallel),
-    "bucket views": ({"reserve": 12}, lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True)),
-    "with a limit": ({"reserve": 12, "min_coherence": 0.2}, DistributedDataParallel),
-    "gradient rows": ({"reserve": 12, "new_rows": "gradient"}, DistributedDataParallel),
-    "other seeds": ({"reserve": 12, "seed": None}, DistributedDataParallel),
-    "no reserve": ({}, DistributedDataParallel),
-    "each for itself": ({"reserve": 12}, lambda m: m),
+MOVING = {  # name -> settings of patch; None: another value in each process
+    "replicas": {},
+    "with a limit": {"min_coherence": 0.2},
+    "gradient rows": {"new_rows": "gradient"},
+    "other seeds": {"seed": None},
+    "nothing to learn at first": {},
+}
+RESTING = {  # name -> what the warning says
+    "no reserve": r"Pass reserve=<rows> to l1ra.patch",
+    "each for itself": "each process trains for itself",
+    "sharded": "sharded",
+    "parts of an optimizer": "ZeroRedundancyOptimizer",
+    "other totals": "its processes differ in total_steps: 60 and 61",
+    "uneven batches": "under Join",
 }
 
 
-def begin(number, settings, wrap, seed=0):
+def begin(number, name, seed=0):
     torch.manual_seed(seed)
-    settings = {name: (number if value is None else value) for name, value in settings.items()}
-    model, controller, optimizer, x, y = patched(16, total_steps=STEPS, **settings)
-    return model, controller, optimizer, x[number::2], y[number::2], wrap(model)
+    settings = {"reserve": None if name == "no reserve" else 12, "total_steps": STEPS, **MOVING.get(name, {})}
+    if name == "other totals":
+        settings["total_steps"] += number
+    settings = {key: number if key == "seed" else value for key, value in settings.items()}
+    model, controller, optimizer, x, y = patched(16, **settings)
+    replica = model
+    if name == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        replica = fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    elif name != "each for itself":
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
+    if name == "parts of an optimizer":
+        optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
+    return model, controller, optimizer, x[number::2], y[number::2], replica
 
 
 def told(model, controller, said):
@@ -42,41 +65,53 @@ def told(model, controller, said):
     }
 
 
-def train(number, settings, wrap):
-    model, controller, optimizer, x, y, replica = begin(number, settings, wrap)
+def train(number, name):
+    model, controller, optimizer, x, y, replica = begin(number, name)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        for _ in range(STEPS):
-            step(replica, optimizer, x, y)
-    return told(model, controller, said)
+        if name == "nothing to learn at first":
+            (0 * replica(x).sum()).backward()
+            optimizer.step()
+        with Join([replica]) if name == "uneven batches" else nullcontext():
+            more = {"nothing to learn at first": -1, "uneven batches": -3 * number}.get(name, 0)
+            for _ in range(STEPS + more):
+                step(replica, optimizer, x, y)
+    return told(model, controller, said) if name != "sharded" else told(nn.Module(), controller, said)
 
 
 def resume(number):
-    """From the first process' checkpoint of a moment at which probes look, in all processes."""
-    settings, wrap = TRAININGS["with a limit"]
-    model, controller, optimizer, x, y, replica = begin(number, settings, wrap)
+    """From the first process' checkpoint of a moment at which probes look, in all processes, twice."""
+    name = "with a limit"
+    model, controller, optimizer, x, y, replica = begin(number, name)
     for _ in range(25):
         step(replica, optimizer, x, y)
     looking = bool(controller._probing) and not controller._closing
-    saved = replicas.agreed(copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict())))
-    model, controller, optimizer, x, y, replica = begin(number, settings, wrap, seed=1)
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    controller.load_state_dict(saved[2])
-    step(replica, optimizer, x, y)
-    seen = [probe.seen.item() for probe in controller._probing._probes.values()]
+    saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))]
+    distributed.broadcast_object_list(saved, src=0)
+    model, controller, optimizer, x, y, replica = begin(number, name, seed=1)
+    seen = []
+    for _ in range(2):
+        for part, state in zip((model, optimizer, controller), saved[0], strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+        step(replica, optimizer, x, y)
+        seen += [{probe.seen.item() for probe in controller._probing._probes.values()}]
     for _ in range(26, STEPS):
         step(replica, optimizer, x, y)
     return told(model, controller, []) | {"looking": looking, "seen": seen}
 
 
+def while_others_wait(number):
+    """The first process trains, the second does not."""
+    return train(0, "each for itself") if number == 0 else None
+
+
 def work(number, folder):
     torch.set_num_threads(1)
-    limit = timedelta(seconds=120)
+    limit = timedelta(seconds=60)
     meeting = {"init_method": f"file://{folder}/meeting", "rank": number, "world_size": 2, "timeout": limit}
     distributed.init_process_group("gloo", **meeting)
-    found = {name: train(number, *how) for name, how in TRAININGS.items()}
-    found["resumed"] = resume(number)
+    found = {name: train(number, name) for name in (*MOVING, *RESTING)}
+    found["resumed"], found["alone"] = resume(number), while_others_wait(number)
     torch.save(found, folder / f"{number}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -89,7 +124,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{number}.pt", weights_only=False) for number in range(2)]
 
 
-@pytest.mark.parametrize("name", [*(n for n in TRAININGS if n not in ("no reserve", "each for itself")), "resumed"])
+@pytest.mark.parametrize("name", [*MOVING, "resumed"])
 def test_replicas_take_the_same_decisions_and_stay_the_same(found, name):
     first, second = (part[name] for part in found)
     assert first["history"] == second["history"] and len(first["history"]) > 5
@@ -124,23 +159,25 @@ def test_what_all_processes_have_seen_counts(found):
 def test_a_checkpoint_in_the_midst_of_looking_counts_once(found):
     first, second = (part["resumed"] for part in found)
     assert first["looking"] and second["looking"]
-    assert set(first["seen"]) == {2.0} and set(second["seen"]) == {1.0}
+    assert first["seen"] == [{2.0}, {2.0}] and second["seen"] == [{1.0}, {1.0}]
 
 
-@pytest.mark.parametrize(
-    "name, why", [("no reserve", r"Pass reserve=<rows> to l1ra.patch"), ("each for itself", "are not the same")]
-)
-def test_ranks_rest_where_they_must_and_a_warning_says_why(found, name, why):
+@pytest.mark.parametrize("name", RESTING)
+def test_ranks_rest_where_they_must_and_a_warning_says_why(found, name):
     for part in found:
         (said,) = part[name]["said"]
-        assert "no rank moves in this distributed training" in said and why in said
+        assert "no rank moves in this distributed training" in said and RESTING[name] in said
         assert len(part[name]["history"]) == 1
         gates = [value for key, value in part[name]["model"].items() if key.endswith("gate")]
-        assert len(gates) == 4 and all((gate[:4] == 1).all() for gate in gates)
+        assert len(gates) == (0 if name == "sharded" else 4) and all((gate[:4] == 1).all() for gate in gates)
+
+
+def test_a_process_that_trains_alone_waits_for_nobody(found):
+    assert "each process trains for itself" in found[0]["alone"]["said"][0] and found[1]["alone"] is None
 
 
 def test_alone_everything_is_as_it_is():
-    rows = [torch.ones(2)]
-    replicas.add_up(rows)
-    assert (replicas.count(), replicas.number()) == (1, 0)
-    assert replicas.agreed(rows) is rows and torch.equal(rows[0], torch.ones(2))
+    rows, alone = [torch.ones(2)], Replicas()
+    alone.add_up(rows)
+    assert alone.agreed(rows) is rows and torch.equal(rows[0], torch.ones(2))
+    assert (processes(), alone.number, alone.all(3)) == (1, 0, [3])
