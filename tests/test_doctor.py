@@ -101,7 +101,7 @@ def test_a_reallocation_that_changes_the_model_is_found(monkeypatch):
 
     monkeypatch.setattr(RankController, "_reallocate", wrong)
     assert self_check._try("a reallocation", self_check._reallocation, CPU).told.startswith("it changes the model's")
-    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(0, 0))
+    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(0, 0, {}))
     assert "0 ranks have moved" in self_check._try("a reallocation", self_check._reallocation, CPU).told
 
 

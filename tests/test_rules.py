@@ -147,7 +147,7 @@ def test_new_ranks_start_with_a_clean_record():
     play(controller, {})
     bank.value[1] = 0.0
     bank.write()
-    controller._start(None)
+    controller._start(None, torch.optim.AdamW(trainable(model)))
     controller._reallocate()
     assert list(controller.ranks.values()) == [3, 5, 4, 4]
     kept = [1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, *map(float, range(9, 17))]
@@ -158,11 +158,11 @@ def test_new_ranks_start_with_a_clean_record():
 
 @pytest.mark.parametrize("came_back, pressed, ranks", [(0, [0, 1, 2], [2, 4, 6, 4]), (8, [0], [2, 5, 5, 4])])
 def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(came_back, pressed, ranks):
-    _, controller, *_ = patched(margin=1.0, turnover=0.2)
+    _, controller, optimizer, *_ = patched(margin=1.0, turnover=0.2)
     names, start = list(controller.ranks), controller.ranks
     controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
     play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
-    controller._start(None)
+    controller._start(None, optimizer)
     controller._close_interval()
     assert controller._bank.weight.nonzero().flatten().tolist() == pressed
     controller._bank.value[:2] = 0.0

@@ -151,7 +151,7 @@ def test_loaded_gates_are_read_without_their_share():
 def test_only_what_is_rescaled_is_read_and_written_again(monkeypatch, scale_with_rank):
     """Quantised state is rounded each time."""
     factors = []
-    monkeypatch.setattr("l1ra.controller.scale_state", lambda optimizer, param, factor: factors.append(factor))
+    monkeypatch.setattr("l1ra.reallocation.scale_state", lambda optimizer, param, factor: factors.append(factor))
     moved(scale_with_rank=scale_with_rank)
     assert 1.0 not in factors and bool(factors) == scale_with_rank
 
