@@ -199,7 +199,7 @@ def _row(name: str, layer: L1RALinear, controller: RankController | None, names:
         layer.in_features,
         layer.out_features,
         layer.rank,
-        controller.initial_ranks[name] if controller else layer.initial_rank,
+        controller.initial_ranks.get(name, layer.initial_rank) if controller else layer.initial_rank,
         layer.gate.detach()[: layer.rank].min().item() / layer.share,
         controller.history[-1]["coherence"].get(name) if controller else None,
         layer.rank * (layer.in_features + layer.out_features + 1),

@@ -8,6 +8,7 @@ from torch import nn
 
 import l1ra
 from l1ra.allocation import LayerPlan
+from l1ra.linear import L1RALinear
 from l1ra_kernels import choice
 
 
@@ -94,6 +95,14 @@ def test_without_a_controller_the_adapters_are_still_told():
     report = l1ra.report(Adapted(rank=4))
     assert [row.rank for row in report.rows] == [row.initial_rank for row in report.rows] == [4, 4]
     assert report.budget is None and "budget" not in str(report) and "2 adapters" in str(report)
+
+
+def test_an_adapter_that_came_after_the_controller_is_told_too():
+    model = MLP()
+    l1ra.patch(model, 9)
+    model.late = L1RALinear(4, 5, rank=2)
+    *_, late = l1ra.report(model).rows
+    assert (late.name, late.rank, late.initial_rank, late.coherence) == ("late", 2, 2, None)
 
 
 def test_a_model_without_adapters_is_an_error():
