@@ -36,7 +36,8 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = common.load(options.model)
-    model.to(torch.accelerator.current_accelerator() or "cpu")
+    # A build of torch for CUDA names that as its accelerator without a GPU, too.
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     loader = common.loader(options.data, tokenizer, batch_size=8)
     sizes = common.budget_and_reserve(model, options.budget, bool(options.compile))
     controller = l1ra.patch(model, **sizes, total_steps=options.steps)

@@ -29,7 +29,7 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     dtype = x.dtype if layers[0].output is None else layers[0].output.dtype
     lead = x.shape[:-1]
     x = _rows(x)
-    layers = [layer._replace(output=None if layer.output is None else _rows(layer.output)) for layer in layers]
+    layers = [_with_rows(layer) for layer in layers]
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
         # Writing behind the weight would have to be told to the compiler: chain is right as well.
@@ -48,6 +48,12 @@ def _rows(t: Tensor) -> Tensor:
     """``(M, F)`` with last stride 1, a view where that can be had."""
     flat = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(t.shape[:-1].numel(), t.shape[-1])
     return op._contiguous_rows(flat)
+
+
+def _with_rows(layer: Layer) -> Layer:
+    # Not by _replace, which torch.compile can't trace in torch 2.7.
+    *others, output, augmented = layer
+    return Layer(*others, None if output is None else _rows(output), augmented)
 
 
 def _layers(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Layer]:

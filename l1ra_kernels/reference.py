@@ -30,9 +30,10 @@ def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scalin
         ``(..., N)`` in the dtype of ``y0``.
     """
     dtype = y0.dtype
-    # The dtype is settled by y0; an enclosing autocast region must not lower it further. The meta device has none.
+    # The dtype is settled by y0; an enclosing autocast region must not lower it further. The meta device has none, and
+    # torch.compile can't trace is_autocast_available in torch 2.11.
     kind = y0.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         live = (gate != 0).unsqueeze(1)
         c = (torch.where(live, b, 0.0) * (scaling * gate).unsqueeze(1)).to(dtype)
         h = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), torch.where(live, a, 0.0).to(dtype))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from benchmarks.gpu.bench import LeftOut
+from l1ra_kernels.choice import interpreting
 
 try:
     import triton
@@ -186,7 +187,7 @@ class LoRAFusionStyle(nn.Module):
         super().__init__()
         if triton is None:
             raise LeftOut("triton can't be imported")
-        if linear.weight.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        if linear.weight.device.type != "cuda" and not interpreting():
             raise LeftOut("its kernel needs a GPU, or TRITON_INTERPRET=1")
         self.base, self.a, self.b, self.scaling = linear, a, b, scaling
 

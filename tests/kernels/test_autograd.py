@@ -127,7 +127,7 @@ def test_a_rank_that_changes_within_its_tile_is_traced_anew_at_most_once():
             torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-4)
             seen[rank] = counter.frame_count
     assert all(seen[rank] == seen[7] <= 2 for rank in (3, 9, 12, 16, 2, 11))
-    assert seen[17] == seen[20] == seen[30] == seen[7] + 1  # the next tile
+    assert seen[17] == seen[20] == seen[30] <= seen[7] + 1  # the next tile
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
