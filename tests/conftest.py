@@ -1,6 +1,7 @@
 """What every test starts from: one seed, one thread; without a GPU, Triton kernels in the interpreter."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ if not torch.cuda.is_available():
 def _same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    with mock.patch.dict(os.environ):  # where transformers' Trainer tells accelerate of bf16 and the compiler
+        yield
 
 
 @pytest.fixture(scope="session")
