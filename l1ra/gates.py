@@ -10,6 +10,7 @@ from torch import Tensor
 
 from l1ra.allocation import Plan
 from l1ra.linear import L1RALinear
+from l1ra.precision import widest
 from l1ra.row_moves import RowMoves, row_sources
 from l1ra_kernels import dispatch
 
@@ -50,13 +51,14 @@ class GateBank:
     def _measure(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
         # A changed rank divides B by what the gates of a float64 adapter must take to the last bit.
-        shares = torch.tensor([layer.share for layer in self.layers], dtype=torch.float64)
-        self._share = shares.repeat_interleave(torch.tensor(self.ranks)).to(device)
+        shares = [layer.share for layer, rank in zip(self.layers, self.ranks, strict=True) for _ in range(rank)]
+        self._share = torch.tensor(shares, dtype=widest(device)).to(device)
 
     def _follow(self, device: torch.device) -> None:
         if self.value.device != device:
-            for name in (*STATE, "skipped", "_share"):
+            for name in (*STATE, "skipped"):
                 setattr(self, name, getattr(self, name).to(device))
+            self._share = self._share.to(device, widest(device))
 
     def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
         """Remove the gradients from the gates: flat, of the masters, and a mask of the gates that had one.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.base_layers import FLOATS, bnb_kind, has_own_forward
+from l1ra.precision import widest
 
 __all__ = ["Kept", "Rounding", "add_to_weight", "give_back", "refuse_merge"]
 
@@ -102,7 +103,7 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[Kept, Rounding | None
     wanted = wanted + delta.to(wanted.dtype)
     new = _quantised_like(old, wanted)
     error, change, weight = (
-        part.double().square().sum().item() for part in (_dequantised(new, base) - wanted, delta, wanted)
+        part.to(widest(part.device)).square().sum().item() for part in (_dequantised(new, base) - wanted, delta, wanted)
     )
     base.weight = new
     if kind == "4-bit":

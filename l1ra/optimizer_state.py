@@ -103,14 +103,14 @@ def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, ro
 
     Args:
         rows: their ``(n,)`` indices.
-        rotation: ``(n, n)``, float64, orthogonal.
+        rotation: ``(n, n)``, orthogonal, in the widest dtype of the device.
     """
     state = optimizer.state.get(param, {})
     for name in state:
         if _kind(state, name, param.shape) == "rows":
             values = read(state, name)
             matrix = rotation.square() if _never_negative(name, values) else rotation
-            values.index_copy_(0, rows, (matrix @ values[rows].double()).to(values.dtype))
+            values.index_copy_(0, rows, (matrix @ values[rows].to(matrix)).to(values.dtype))
             write(state, name, values)
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from l1ra.linear import L1RALinear
 from l1ra.optimizer_state import turn_state, turns
+from l1ra.precision import widest
 
 __all__ = ["principal_rotation", "turn_adapters"]
 
@@ -68,7 +69,7 @@ def turn_adapters(
     for (layer, _), gram in zip(layers, grams, strict=True):
         rotation = None
         if gram is not None and all(turns(optimizer, p) for optimizer in optimizers for p in _params(layer)):
-            gram_a, gram_b = gram = gram.cpu()
+            gram_a, gram_b = gram = gram.cpu().double()
             if torch.isfinite(gram).all() and gram_a.trace() > 0 and gram_b.trace() > 0:
                 rotation = principal_rotation(gram_a, gram_b)
         rotations.append(rotation)
@@ -76,12 +77,12 @@ def turn_adapters(
     for (layer, rows), rotation in zip(layers, rotations, strict=True):
         if rotation is None:
             continue
-        there = rotation.to(layer.lora_A.device)
+        there = rotation.to(layer.lora_A.device, widest(layer.lora_A.device))
         index = torch.tensor(rows, device=there.device)
         for param in _params(layer):
             for tensor in (param, param.grad):
                 if tensor is not None:
-                    tensor.index_copy_(0, index, (there @ tensor.detach()[index].double()).to(tensor.dtype))
+                    tensor.index_copy_(0, index, (there @ tensor.detach()[index].to(there)).to(tensor.dtype))
             for optimizer in optimizers:
                 turn_state(optimizer, param, index, there)
     return rotations
@@ -92,5 +93,5 @@ def _params(layer: L1RALinear) -> tuple[Tensor, Tensor]:
 
 
 def _gram(param: Tensor, rows: Sequence[int]) -> Tensor:
-    some = param.detach()[list(rows)].double()
+    some = param.detach()[list(rows)].to(widest(param.device))
     return some @ some.T
