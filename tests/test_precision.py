@@ -36,9 +36,9 @@ def without_float64(monkeypatch):
     return NoFloat64()
 
 
-def test_float64_is_the_widest_but_on_apples_gpus():
+def test_float64_is_the_widest_where_it_is_to_be_had():
     assert widest(torch.device("cpu")) == widest(torch.device("cuda:1")) == torch.float64
-    assert widest(torch.device("mps:0")) == torch.float32
+    assert widest(torch.device("mps:0")) == widest(torch.device("xpu")) == torch.float32
 
 
 def test_a_training_that_moves_ranks_does_without_float64(without_float64):
