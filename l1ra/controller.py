@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 import weakref
@@ -16,20 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.adapted import CONTROLLER, controller_of, listed
-from l1ra.allocation import LayerPlan, Plan, allocate, returned, surplus
-from l1ra.budget import check_budget, rank_cap, rank_cost
+from l1ra.allocation import returned
+from l1ra.budget import check_budget, rank_cost
 from l1ra.checkpoint import save
 from l1ra.config import L1RAConfig
 from l1ra.controller_state import load_state, state_of
-from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
+from l1ra.interval import Interval, Moves
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.listener import BackwardCounter, OptimizerListener
-from l1ra.principal import turn_adapters
-from l1ra.probing import Probing
-from l1ra.reallocation import move_ranks
-from l1ra.replicas import NotReplicas, Replicas, join, processes, sharded
+from l1ra.replicas import NotReplicas, join, processes, sharded
 from l1ra.rules import Moment, make_rule
 from l1ra.schedule import Schedule
 
@@ -100,21 +96,16 @@ class RankController:
         self.history: list[dict[str, Any]] = []
         self.total_steps = config.total_steps
         self._costs = costs
-        caps = [rank_cap(a.in_features, a.out_features, config) for a in adapters.values()]
-        self._caps = [min(cap, a.reserve or cap) for cap, a in zip(caps, adapters.values(), strict=True)]
         self._rule = make_rule(config)
         self._bank = GateBank(self._layers)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._interval = Interval(adapters, self._bank, budget, costs, config)
         self._schedule: Schedule | None = None
-        self._closing = False
-        self._probing = Probing(adapters)
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._resting = self._sharded = False
-        self._replicas = Replicas()
         self.initial_ranks = self.ranks
-        self._record(0, 0, {})
+        self._record(Moves(0, 0, {}))
 
         self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
         self._auto_off: list[Optimizer] = []
@@ -239,7 +230,7 @@ class RankController:
             self._listener.close()
         self._backwards.close()
         self._resuming.remove()
-        self._probing.stop()
+        self._interval.probing.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
@@ -309,17 +300,13 @@ class RankController:
                 )
             else:
                 self._reallocate()
-        if self._closing:
+        if self._interval.closing:
             return
-        self._probing.take_step()
+        self._interval.probing.take_step()
         if schedule.closes(self.steps):
-            self._close_interval()
-        elif not self._probing and schedule.looks(self.steps) and self._asks_probes:
-            self._probing.begin(self._generator)
-
-    @property
-    def _asks_probes(self) -> bool:
-        return self.config.rule == "adaptive-l1" or self.config.new_rows == "gradient"
+            self._interval.close(self._importance(), self._moment().progress, self._given_back())
+        elif schedule.looks(self.steps):
+            self._interval.look()
 
     def _moment(self) -> Moment:
         schedule = self._schedule
@@ -343,59 +330,17 @@ class RankController:
     def _join_replicas(self, optimizer: Optimizer) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
-        where = {"whether ranks fade": self._closing, "whether probes look": bool(self._probing)}
+        where = {"whether ranks fade": self._interval.closing, "whether probes look": bool(self._interval.probing)}
         try:
-            self._replicas = join(self._layers, optimizer, {**settings, **numbers, **where})
+            self._interval.join(join(self._layers, optimizer, {**settings, **numbers, **where}))
         except NotReplicas as why:
             self._resting = True
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
-            return
-        self._generator.set_state(self._replicas.agreed(self._generator.get_state()))
-        self._drop_copied_probes()
-
-    def _drop_copied_probes(self) -> None:
-        # A checkpoint holds what one process has seen: loaded into all of them, it must not count for each.
-        if self._replicas.number and not self._closing:
-            self._probing.empty()
 
     # --- reallocation
 
-    def _close_interval(self) -> None:
-        """In the last half interval before a reallocation the gates of ranks that shall go fade."""
-        self._closing = True
-        self._probing.stop()
-        self._probing.add_up(self._replicas)
-        importance = self._rule.importance(self._bank, self._moment())
-        if importance is not None:
-            chosen = surplus(
-                importance,
-                self._costs,
-                margin=self.config.margin ** self._moment().progress,
-                most=int(self.config.turnover * len(self._bank.value)),
-                min_rank=self.config.min_rank,
-                caps=self._caps,
-                given_back=self._given_back(),
-                learning=self._learning(self._probing.coherence()),
-            )
-            self._bank.press(self._replicas.agreed(chosen))
-
-    def _learning(self, coherence: dict[str, float]) -> list[bool]:
-        return [coherence.get(name, math.inf) >= self.config.min_coherence for name in self.adapters]
-
-    def _plan(self, coherence: dict[str, float]) -> Plan:
-        bank = self._bank
-        return allocate(
-            bank.rows(bank.value),
-            self._rule.importance(bank, self._moment()),
-            self._costs,
-            self.budget,
-            min_rank=self.config.min_rank,
-            caps=self._caps,
-            prune_threshold=self.config.prune_threshold,
-            exclude_pruned=self.config.exclude_pruned,
-            given_back=self._given_back(),
-            learning=self._learning(coherence),
-        )
+    def _importance(self) -> list[list[float | None]] | None:
+        return self._rule.importance(self._bank, self._moment())
 
     def _given_back(self) -> list[int]:
         return returned([list(entry["ranks"].values()) for entry in self.history])
@@ -403,26 +348,9 @@ class RankController:
     def _reallocate(self) -> None:
         if len(self.history) == 1:
             self._warn_of_unseen()
-        coherence = self._probing.coherence()
-        plan = self._replicas.agreed(self._plan(coherence))
-        pruned, moved = move_ranks(self.adapters, plan, self._bank, self._optimizers(), self._new_rows)
-        self._bank.press([()] * len(self._layers))
-        if self.config.principal_axes and self.config.rule == "adaptive-l1":
-            settled = self._bank.settled()
-            turned = turn_adapters(zip(self._layers, settled, strict=True), self._optimizers(), self._replicas.agreed)
-            self._bank.turn(settled, turned)
-        self._closing = False
-        self._probing.forget()
-        self.moved += moved
-        self._record(pruned, moved, coherence)
-
-    def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
-        layer = self.adapters[name]
-        rows = layer.initial_rows(change.grow, self._generator)
-        if change.grow and self.config.new_rows == "gradient":
-            rows = leading_rows(self._probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
-            rows = self._replicas.agreed(rows)
-        return rows
+        moves = self._interval.end(self._importance(), self._given_back(), self._optimizers())
+        self.moved += moves.moved
+        self._record(moves)
 
     def _warn_of_unseen(self) -> None:
         seen = self._bank.rows(self._bank.age > 0)
@@ -438,6 +366,6 @@ class RankController:
     def _optimizers(self) -> list[Optimizer]:
         return list(self._listener.optimizers) if self._listener is not None else self._auto_off
 
-    def _record(self, pruned: int, moved: int, coherence: dict[str, float]) -> None:
+    def _record(self, moves: Moves) -> None:
         now = {"step": self.steps, "ranks": self.ranks, "spare": self.spare, "gates": self._bank.summary()}
-        self.history.append({**now, "pruned": pruned, "moved": moved, "coherence": coherence})
+        self.history.append({**now, **moves._asdict()})

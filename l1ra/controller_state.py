@@ -55,10 +55,10 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "history": [dict(entry) for entry in controller.history],
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
         "scale_with_rank": {name: layer.scale_with_rank for name, layer in controller.adapters.items()},
-        "closing": controller._closing,
-        "probes": controller._probing.state_dict(),
+        "closing": controller._interval.closing,
+        "probes": controller._interval.probing.state_dict(),
         "gates": controller._bank.state_dict(),
-        "generator": controller._generator.get_state(),
+        "generator": controller._interval.generator.get_state(),
     }
 
 
@@ -70,10 +70,7 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     for name, layer in controller.adapters.items():
         layer.initial_rank = state["initial_ranks"][name]
     controller._bank.load_state_dict(state["gates"])
-    controller._generator.set_state(state["generator"])
-    controller._closing = state["closing"]
-    controller._probing.load_state_dict(state["probes"], looking=not state["closing"])
-    controller._drop_copied_probes()
+    controller._interval.load(state["probes"], state["generator"], state["closing"])
     controller.initial_ranks = dict(state["initial_ranks"])
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]
@@ -108,7 +105,7 @@ def check_state(controller: RankController, state: dict[str, Any], ranks: dict[s
                 f"the state has scale_with_rank={scaled} at {name}, this model {layer.scale_with_rank}: patch it with "
                 "the same."
             )
-    controller._probing.check(state["probes"])
+    controller._interval.probing.check(state["probes"])
     _check_tensors(controller, state)
 
 

@@ -8,5 +8,5 @@ __all__ = ["widest"]
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64 on CPUs and on GPUs of NVIDIA and AMD; float32 elsewhere, as Apple's (MPS) and some of Intel's lack it."""
+    """float64 on CPUs and on GPUs of NVIDIA and AMD; float32 elsewhere: Apple's (MPS) and some of Intel's lack it."""
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32

@@ -108,7 +108,7 @@ def test_the_form_names_all_of_a_state():
 
 
 def snapshot(controller):
-    return copy.deepcopy({**controller.state_dict(), "generator": controller._generator.get_state().tolist()})
+    return copy.deepcopy({**controller.state_dict(), "generator": controller._interval.generator.get_state().tolist()})
 
 
 @pytest.mark.parametrize(

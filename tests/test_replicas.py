@@ -85,7 +85,7 @@ def resume(number):
     model, controller, optimizer, x, y, replica = begin(number, name)
     for _ in range(25):
         step(replica, optimizer, x, y)
-    looking = bool(controller._probing) and not controller._closing
+    looking = bool(controller._interval.probing) and not controller._interval.closing
     saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))]
     distributed.broadcast_object_list(saved, src=0)
     model, controller, optimizer, x, y, replica = begin(number, name, seed=1)
@@ -94,7 +94,7 @@ def resume(number):
         for part, state in zip((model, optimizer, controller), saved[0], strict=True):
             part.load_state_dict(copy.deepcopy(state))
         step(replica, optimizer, x, y)
-        seen += [{probe.seen.item() for probe in controller._probing._probes.values()}]
+        seen += [{probe.seen.item() for probe in controller._interval.probing._probes.values()}]
     for _ in range(26, STEPS):
         step(replica, optimizer, x, y)
     return told(model, controller, []) | {"looking": looking, "seen": seen}

@@ -163,7 +163,7 @@ def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(cam
     controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
     play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
     controller._start(None, optimizer)
-    controller._close_interval()
+    controller._interval.close(controller._importance(), controller._moment().progress, controller._given_back())
     assert controller._bank.weight.nonzero().flatten().tolist() == pressed
     controller._bank.value[:2] = 0.0
     controller._bank.write()
@@ -201,7 +201,7 @@ def test_probes_ride_along_in_the_first_half_of_an_interval():
         probes = [layer.probe for layer in controller.adapters.values()]
         riding += [number] if all(probes) else []
         assert any(probes) == all(probes)
-        seen = {probe.seen.item() for probe in controller._probing._probes.values()}
+        seen = {probe.seen.item() for probe in controller._interval.probing._probes.values()}
         if number < 48:  # the step at which they stop is the last that they have seen
             assert seen == {number - 1 if number < 3 else 2 if number < 6 else min(number % 6, 3)}
     # The first interval begins with the first step: the controller does not know before how long the training is.
@@ -244,10 +244,10 @@ def test_an_overflow_does_not_hide_that_gradients_are_noise():
     for number in range(60):
         (model(torch.randn_like(x)) * torch.randn_like(y)).sum().backward()
         if number == 45:  # as GradScaler: the step is left out, and no hook of the optimizer runs
-            for probe in controller._probing._probes.values():
+            for probe in controller._interval.probing._probes.values():
                 probe.gradient.fill_(torch.inf)
         else:
             optimizer.step()
         optimizer.zero_grad()
-    agreed = [probe.coherence.item() for probe in controller._probing._probes.values()]
+    agreed = [probe.coherence.item() for probe in controller._interval.probing._probes.values()]
     assert len(agreed) == 4 and all(abs(c) < 0.9 for c in agreed)
