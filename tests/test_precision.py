@@ -30,8 +30,8 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    for module in list(sys.modules.values()):
-        if getattr(module, "widest", None) is widest:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("l1ra.") and hasattr(module, "widest"):
             monkeypatch.setattr(module, "widest", lambda device: torch.float32)
     return NoFloat64()
 
