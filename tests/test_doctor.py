@@ -14,6 +14,7 @@ from helpers import little_room
 import l1ra
 from l1ra import self_check
 from l1ra.controller import RankController
+from l1ra.interval import Moves
 from l1ra_kernels import choice, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,7 @@ def test_a_reallocation_that_changes_the_model_is_found(monkeypatch):
 
     monkeypatch.setattr(RankController, "_reallocate", wrong)
     assert self_check._try("a reallocation", self_check._reallocation, CPU).told.startswith("it changes the model's")
-    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(0, 0, {}))
+    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(Moves(0, 0, {})))
     assert "0 ranks have moved" in self_check._try("a reallocation", self_check._reallocation, CPU).told
 
 
