@@ -60,7 +60,8 @@ class L1RAConfig:
         turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.3.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
-            Default 0.05.
+            The adaptive rule judges ranks that have been trained for one; the first ones in the middle of the first
+            one already, unless anything beside the adapters is trained, such as a fresh head. Default 0.05.
         min_interval: shortest interval in steps when it is given as a share: in fewer, the worth of a rank can't be
             told from noise, and what is dealt has no time to learn. Default 40.
         warmup: share of the total at the start without reallocation. Default 0.05.

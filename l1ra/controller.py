@@ -310,7 +310,8 @@ class RankController:
 
     def _moment(self) -> Moment:
         schedule = self._schedule
-        return Moment(schedule.interval, schedule.progress(self.steps), schedule.over(self.steps))
+        at = self.steps
+        return Moment(schedule.interval, schedule.progress(at), schedule.over(at), schedule.trial(at))
 
     def _meet(self, optimizer: Optimizer) -> None:
         self._met.add(optimizer)
@@ -321,7 +322,10 @@ class RankController:
     def _start(self, trainer_steps: int | None, optimizer: Optimizer) -> None:
         if self.total_steps is None:
             self.total_steps = trainer_steps
-        self._schedule = Schedule.from_config(self.config, self.total_steps)
+        # Beside a fresh head the first gradients tell about the head, not about the layers.
+        mine = self._parameter_ids()
+        alone = not any(p.requires_grad for p in self.model.parameters() if id(p) not in mine)
+        self._schedule = Schedule.from_config(self.config, self.total_steps, early=alone)
         if processes() > 1:
             self._join_replicas(optimizer)
         if not self._resting:

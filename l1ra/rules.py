@@ -30,11 +30,13 @@ class Moment:
         interval: steps between two reallocations.
         progress: share, from 0 to 1, of the way to the last reallocation; 1 while the total is unknown.
         over: whether no reallocation will come any more.
+        trial: steps for which a rank must have been trained to be judged.
     """
 
     interval: int
     progress: float
     over: bool
+    trial: int
 
 
 class Rule(Protocol):
@@ -82,7 +84,7 @@ class AdaptiveL1:
         return dict(zip(("value", "importance_sq", "age", "skipped"), new, strict=True))
 
     def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]]:
-        judged = bank.rows((bank.age >= at.interval) & (bank.value > 0))
+        judged = bank.rows((bank.age >= at.trial) & (bank.value > 0))
         values = bank.rows(bank.importance_sq.sqrt())
         return [[v if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, judged, strict=True)]
 

@@ -17,14 +17,16 @@ class Schedule:
     Attributes:
         interval: steps between two reallocations.
         first, last: the first and last step after which there may be one; ``last`` None means for ever.
+        early: whether ranks are judged in the first interval already, see :meth:`trial`.
     """
 
     interval: int
     first: int
     last: int | None
+    early: bool
 
     @classmethod
-    def from_config(cls, config: L1RAConfig, total_steps: int | None) -> Schedule:
+    def from_config(cls, config: L1RAConfig, total_steps: int | None, *, early: bool) -> Schedule:
         """The schedule of a training of ``total_steps``; None, unknown: shares of the total then fall away.
 
         An interval given as a share of an unknown total becomes 100 steps.
@@ -32,7 +34,7 @@ class Schedule:
         interval = config.interval
         if total_steps is None:
             steps = 100 if isinstance(interval, float) else interval
-            return cls(steps, steps, None)
+            return cls(steps, steps, None, early)
 
         def share(part: float) -> int:
             return int(part * total_steps + 1e-6)  # 0.29 * 100 is 28.999... in floats
@@ -40,7 +42,7 @@ class Schedule:
         steps = max(config.min_interval, share(interval)) if isinstance(interval, float) else interval
         # Not after the very last step: ranks that are dealt then would never be trained.
         last = min(total_steps - 1, share(1 - config.cooldown)) // steps * steps
-        return cls(steps, max(1, share(config.warmup)), last)
+        return cls(steps, max(1, share(config.warmup)), last, early)
 
     def warn(self, config: L1RAConfig, total_steps: int | None) -> None:
         """Say what a user may not expect of the schedule that was made from ``config`` and ``total_steps``."""
@@ -65,8 +67,19 @@ class Schedule:
 
     @property
     def judges(self) -> bool:
-        """Whether before some reallocation, when its interval closes, the first ranks have seen a whole interval."""
-        return self.last is None or (not self.empty and self.last - max(1, self.interval // 2) >= self.interval)
+        """Whether before some reallocation, when its interval closes, the first ranks can be judged."""
+        if self.last is None or self.empty:
+            return self.last is None
+        closes = self.last - max(1, self.interval // 2)
+        return closes >= self.trial(closes)
+
+    def trial(self, step: int) -> int:
+        """For how many steps a rank must have been trained to be judged at ``step``: an interval.
+
+        If ``early``, a quarter of one is enough in the first interval: it closes after half of one, and a step or
+        another may have been skipped.
+        """
+        return max(1, self.interval // 4) if self.early and step <= self.interval else self.interval
 
     def reallocates(self, step: int) -> bool:
         """Whether there is a reallocation after ``step``."""

@@ -25,7 +25,7 @@ def bank(ranks=(4, 4), gates=None):
 def run(rule, made, grads, progress=0.0, over=False):
     for grad in grads:
         grad = torch.as_tensor(grad)
-        made.update(rule.step(made, grad, Moment(INTERVAL, progress, over)), grad, None)
+        made.update(rule.step(made, grad, Moment(INTERVAL, progress, over, INTERVAL)), grad, None)
     return made
 
 
@@ -48,23 +48,24 @@ def test_the_papers_rule_is_adam_e(settings):
     for age, grad in enumerate(grads):
         gate, m, v = adam_elastic_net_step(gate, grad, m, v, torch.full((8,), float(age)), lr=lr, l1=l1, l2=l2)
     torch.testing.assert_close(made.value, gate, rtol=0, atol=0)
-    assert PaperL1(L1RAConfig(rule="l1")).importance(made, Moment(INTERVAL, 0.0, False)) is None
+    assert PaperL1(L1RAConfig(rule="l1")).importance(made, Moment(INTERVAL, 0.0, False, INTERVAL)) is None
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 20, 75])
 def test_gates_that_are_pressed_fade_to_exactly_zero_within_half_an_interval(interval):
     made = bank()
     made.press([(0, 2), (3,)])
-    rule, at = AdaptiveL1(L1RAConfig()), Moment(interval, 0.3, False)
+    rule, at = AdaptiveL1(L1RAConfig()), Moment(interval, 0.3, False, interval)
     for steps in range(max(1, interval // 2)):
         assert steps == 0 or (made.value[[0, 2, 7]] > 0).all()
         made.update(rule.step(made, grad := torch.randn(8), at), grad, None)
     assert made.value.tolist() == [0, 1, 0, 1, 1, 1, 1, 0]
 
 
-def test_ranks_are_not_judged_before_they_have_seen_an_interval():
-    rule, at = AdaptiveL1(L1RAConfig()), Moment(INTERVAL, 0.0, False)
-    made = run(rule, bank(), weak_and_strong(INTERVAL - 1))
+@pytest.mark.parametrize("trial", [INTERVAL, INTERVAL // 4])
+def test_ranks_are_not_judged_before_their_trial_is_over(trial):
+    rule, at = AdaptiveL1(L1RAConfig()), Moment(INTERVAL, 0.0, False, trial)
+    made = run(rule, bank(), weak_and_strong(trial - 1))
     assert rule.importance(made, at) == [[None] * 4, [None] * 4]
     weak, strong = rule.importance(run(rule, made, weak_and_strong(1)), at)
     assert weak[:3] == pytest.approx([1e-3] * 3) and strong == pytest.approx([1.2, 0.9, 1.1, 1.0])
@@ -218,11 +219,13 @@ def test_no_rank_moves_where_all_matter_alike():
     assert len(controller.history) > 5 and controller.moved == 0 and set(controller._bank.value.tolist()) == {1.0}
 
 
-def test_the_first_ranks_move_at_the_second_reallocation():
+@pytest.mark.parametrize("head, moves", [(False, [False, True, True]), (True, [False, False, True])])
+def test_the_first_ranks_move_at_once_but_beside_a_head_at_the_second_reallocation(head, moves):
     model, controller, optimizer, x, y = patched(interval=6)
+    model.head = nn.Parameter(torch.zeros(()), requires_grad=head)
     for _ in range(12):
         step(model, optimizer, x, y)
-    assert [entry["pruned"] > 0 for entry in controller.history] == [False, False, True]
+    assert [entry["pruned"] > 0 for entry in controller.history] == moves
 
 
 def test_no_rank_goes_to_an_adapter_that_the_model_never_calls():
