@@ -64,13 +64,13 @@ def spec(tmp_path, method="lora", multiplier=2, seed=0, rate=1e-2, task="bert", 
 
 
 def put_tiny_tasks(monkeypatch, folders):
-    """Tasks ``bert`` and ``llama`` on the models in ``folders``, and ``damaged``, which is BERT rounded to 3 bits."""
-    for name, metric in (("bert", "accuracy"), ("llama", "perplexity")):
-        task = TinyTask(name, name, lambda name=name: folders[name], None, STEPS, 4, 10, metric, 10.0)
-        monkeypatch.setitem(TASKS, name, task)
+    """Tasks ``bert`` and ``llama`` on the models in ``folders``, and ``damaged-...``, which were rounded to 3 bits."""
     damage = partial(damages.round_weights, bits=3)
-    task = TinyTask("damaged", "bert", lambda: folders["bert"], None, STEPS, 4, 10, "agreement", 10.0, damage=damage)
-    monkeypatch.setitem(TASKS, "damaged", task)
+    for name, metric in (("bert", "accuracy"), ("llama", "perplexity")):
+        terms = (name, lambda name=name: folders[name], None, STEPS, 4, 10)
+        monkeypatch.setitem(TASKS, name, TinyTask(name, *terms, metric, 10.0))
+        damaged = TinyTask(f"damaged-{name}", *terms, "agreement", 10.0, damage=damage)
+        monkeypatch.setitem(TASKS, damaged.name, damaged)
 
 
 class InProcess:

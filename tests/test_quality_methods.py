@@ -21,7 +21,7 @@ def _tiny_tasks(monkeypatch, folders):
     put_tiny_tasks(monkeypatch, folders)
 
 
-@pytest.mark.parametrize("task", ["bert", "llama", "damaged"])
+@pytest.mark.parametrize("task", ["bert", "llama", "damaged-bert", "damaged-llama"])
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, monkeypatch):
     seen = []
@@ -32,7 +32,7 @@ def test_every_method_trains_on_equal_terms(method, task, tmp_path, folders, mon
     expected = training.batch_numbers(examples(1).train.lengths, 4, STEPS, 0)
     assert all((a == b).all() for a, b in zip(seen[:STEPS], expected, strict=True))
 
-    layers = {"bert": 13, "llama": 14, "damaged": 12}[task]
+    layers = {"bert": 13, "llama": 14, "damaged-bert": 12, "damaged-llama": 14}[task]
     assert record["adapted_layers"] == len(record["ranks"]) == layers
     uniform = 2 * sum(map(sum, record["layer_sizes"].values()))
     assert record["budget"] == (uniform if method == "l1ra-params" else 2 * layers)

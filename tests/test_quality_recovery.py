@@ -81,11 +81,25 @@ def test_padding_and_batches_make_no_difference_to_the_error(folders, monkeypatc
     assert recovery.judge(model, found.test, found) == (pytest.approx(error, rel=1e-4), agreement)
 
 
+def test_a_language_model_agrees_where_the_same_token_is_the_likeliest(folders):
+    whole, broken = (recovery.load(folders["llama"], damage) for damage in (nothing, shake))
+    found = examples(0)
+    assert recovery.judge(whole, found.test, found) == (0.0, 1.0)
+    error, agreement = recovery.judge(broken, found.test, found)
+    same = []
+    for n in range(len(found.test)):
+        ids = torch.tensor(found.test.tokens(n))[None]
+        told = broken(ids, torch.ones_like(ids))
+        same += (told.head(told.hidden).argmax(-1) == told.head(told.wanted).argmax(-1)).flatten().tolist()
+    assert error > 0 and 0 < agreement < 1 and agreement == pytest.approx(sum(same) / len(same))
+
+
 @pytest.mark.filterwarnings("ignore:no rank will move")  # so few steps
-def test_adapters_mend_what_was_damaged(tmp_path, monkeypatch, folders):
+@pytest.mark.parametrize("task", ["damaged-bert", "damaged-llama"])
+def test_adapters_mend_what_was_damaged(task, tmp_path, monkeypatch, folders):
     put_tiny_tasks(monkeypatch, folders)
-    frozen = runs.run(spec(tmp_path, "frozen", 0, rate=0.0, task="damaged"))
+    frozen = runs.run(spec(tmp_path, "frozen", 0, rate=0.0, task=task))
     for method in ("lora", "l1ra"):
-        record = runs.run(spec(tmp_path, method, task="damaged", multiplier=4))
+        record = runs.run(spec(tmp_path, method, task=task, multiplier=4))
         assert record["metric"] == "agreement" and record["head_parameters"] == 0
         assert record["test_loss"] < 0.9 * frozen["test_loss"]

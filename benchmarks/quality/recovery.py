@@ -23,22 +23,29 @@ __all__ = ["Recovered", "Recovery", "judge", "load"]
 
 @dataclass
 class Recovered:
-    """What :class:`Recovery` returns: ``loss``, and both models' last hidden states ``(batch, length, hidden)``."""
+    """What :class:`Recovery` returns: ``loss``, both models' last hidden states ``(batch, length, hidden)``, and a
+    language model's head, which makes logits of them."""
 
     loss: Tensor
     hidden: Tensor
     wanted: Tensor
+    head: nn.Module | None
 
 
 class Recovery(nn.Module):
     """The damaged copy, with the original beside it, which is no submodule: nobody adapts, trains or saves it."""
 
-    def __init__(self, original: nn.Module, damage: Callable[[nn.Module], None]) -> None:
+    def __init__(self, original: nn.Module, damage: Callable[[nn.Module], None], head: nn.Module | None = None) -> None:
+        """
+        Args:
+            head: of a language model, which is not damaged; for :func:`judge` alone.
+        """
         super().__init__()
         self.student = copy.deepcopy(original)
         damage(self.student)
         self.config = self.student.config
         self._original = [original.requires_grad_(False).eval()]
+        self._head = [head]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Recovered:
         """Its ``loss`` is the squared error of all tokens' states, relative to the original's squares.
@@ -50,7 +57,7 @@ class Recovery(nn.Module):
             wanted = self._original[0].to(input_ids.device)(**inputs).last_hidden_state.float()
         hidden = self.student(**inputs).last_hidden_state.float()
         error, size = squares(hidden, wanted, attention_mask)
-        return Recovered(error / size, hidden, wanted)
+        return Recovered(error / size, hidden, wanted, self._head[0])
 
 
 def squares(hidden: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,12 +70,16 @@ def squares(hidden: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
 
 
 def load(folder: Path, damage: Callable[[nn.Module], None]) -> Recovery:
-    """A pretrained encoder in float32, without dropout and pooler, beside its damaged copy."""
-    from transformers import AutoConfig, AutoModel
+    """A pretrained encoder or language model in float32, without dropout and pooler, beside its damaged copy."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = AutoConfig.from_pretrained(folder, **still)
-    return Recovery(AutoModel.from_pretrained(folder, config=config, add_pooling_layer=False).float(), damage)
+    if not any(name.endswith("ForCausalLM") for name in config.architectures):
+        return Recovery(AutoModel.from_pretrained(folder, config=config, add_pooling_layer=False).float(), damage)
+    config.use_cache = False
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config).float()
+    return Recovery(model.base_model, damage, model.get_output_embeddings().requires_grad_(False))
 
 
 # --- how much of it is recovered
@@ -76,25 +87,33 @@ def load(folder: Path, damage: Callable[[nn.Module], None]) -> Recovery:
 
 @torch.no_grad()
 def judge(model: nn.Module, part: Part, examples: Examples) -> tuple[float, float]:
-    """Relative squared error, and agreement: the share of the part's texts with the same nearest neighbour as by the
-    original.
+    """Relative squared error, and agreement with the original, from 0 to 1.
 
-    Neighbours are looked for in the part itself, by the cosine of mean states, as this kind of model is used.
+    Of an encoder: the share of the part's texts with the same nearest neighbour in the part, by the cosine of mean
+    states, as this kind of model is used. Of a language model: the share of tokens after which the same is the
+    likeliest.
     """
     model.eval()
     device = next(model.parameters()).device
     error = size = 0.0
-    sums = []
+    kept = []
     for _, batch in reading(part, examples, device):
         with precision(device):
             found = model(**batch)
         mask = batch["attention_mask"]
         missing, whole = squares(found.hidden, found.wanted, mask)
         error, size = error + missing.item(), size + whole.item()
-        states = torch.stack([found.hidden, found.wanted]) * mask.unsqueeze(-1)
-        sums.append(states.sum(2).cpu())  # a cosine does not see the number of tokens
-    mended, original = torch.cat(sums, dim=1)
-    return error / size, (_neighbours(mended) == _neighbours(original)).double().mean().item()
+        both = (found.hidden, found.wanted)
+        if found.head is None:
+            # Sums for means: a cosine does not see the number of tokens.
+            kept.append(torch.stack([(states * mask.unsqueeze(-1)).sum(1) for states in both]).cpu())
+        else:
+            head = found.head.to(device)
+            kept.append(torch.stack([head(states[mask == 1]).argmax(-1) for states in both]).cpu())
+    mended, original = torch.cat(kept, dim=1)
+    if found.head is None:
+        mended, original = _neighbours(mended), _neighbours(original)
+    return error / size, (mended == original).double().mean().item()
 
 
 def _neighbours(rows: Tensor) -> Tensor:

@@ -161,10 +161,11 @@ ROUNDED = (
     "gained may be the damage undone, by every method alike."
 )
 RECOVERY = (
-    "It learns to give back the original's hidden states on WordNet's glosses. The loss is the squared error of all "
-    "tokens' states relative to the original's squares; agreement is the share of test texts with the same nearest "
-    "neighbour among them as by the original. Frozen is the damaged model as it is."
+    "It learns to give back the original's last hidden states on WordNet's glosses. The loss is the squared error of "
+    "all tokens' states relative to the original's squares. Frozen is the damaged model as it is."
 )
+NEIGHBOURS = "Agreement is the share of test texts with the same nearest neighbour among them as by the original."
+LIKELIEST = "Agreement is the share of tokens after which the same token is the likeliest as by the original."
 LANGUAGE = {"metric": "perplexity", "note": ROUNDED, "default": False}
 # Sizes for which all methods with five seeds take about an hour a task on two cores; the language models take days.
 TASKS: dict[str, Task] = {
@@ -176,14 +177,21 @@ TASKS: dict[str, Task] = {
         Task(
             "rounded",
             *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 110),
-            note=f"Its weights were rounded to 3 bits. {RECOVERY}",
+            note=f"Its weights were rounded to 3 bits. {RECOVERY} {NEIGHBOURS}",
             damage=partial(damages.round_weights, bits=3),
         ),
         Task(
             "shortened",
             *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 90),
-            note=f"The third and the fourth of its six layers were taken out. {RECOVERY}",
+            note=f"The third and the fourth of its six layers were taken out. {RECOVERY} {NEIGHBOURS}",
             damage=partial(damages.without_layers, numbers=(2, 3)),
+        ),
+        Task(
+            "rounded-lm",
+            *(SMOLLM2, models.smollm2, texts.glosses, 200, 8, 48, "agreement", 900),
+            note=f"Its weights were rounded once more, to 3 bits. {RECOVERY} {LIKELIEST}",
+            default=False,
+            damage=partial(damages.round_weights, bits=3),
         ),
         # 200 steps: in fewer L1RA's own settings move ranks once or not at all.
         Task("glosses", SMOLLM2, models.smollm2, texts.glosses, 200, 16, 64, guess=1500, **LANGUAGE),
