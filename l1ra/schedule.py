@@ -68,10 +68,10 @@ class Schedule:
     @property
     def judges(self) -> bool:
         """Whether before some reallocation, when its interval closes, the first ranks can be judged."""
-        if self.last is None or self.empty:
-            return self.last is None
+        if self.last is None:
+            return True
         closes = self.last - max(1, self.interval // 2)
-        return closes >= self.trial(closes)
+        return not self.empty and closes >= self.trial(closes)
 
     def trial(self, step: int) -> int:
         """For how many steps a rank must have been trained to be judged at ``step``: an interval.
