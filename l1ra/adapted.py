@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from l1ra.linear import L1RALinear, find_adapters
+from l1ra.base_layers import base_features
+from l1ra.linear import PARTS, L1RALinear, find_adapters
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["CONTROLLER", "SEVERAL", "check_plain", "controller_of", "listed", "trained_modules", "trained_tensors"]
+__all__ = [
+    "CONTROLLER",
+    "SEVERAL",
+    "carried_tensors",
+    "check_plain",
+    "controller_of",
+    "listed",
+    "trained_modules",
+    "trained_tensors",
+]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model
 SEVERAL = (
@@ -64,6 +74,21 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters outside of the adapters that are trained, each by its first name."""
-    adapters = tuple(f"{name}." for name, _ in find_adapters(model))
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(adapters)}
+    """What a training changes outside of the adapters, by names in the state dict, each tensor by its first one: the
+    parameters that are trained, those of an adapted layer too, and buffers, such as a normalisation's statistics."""
+    adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in PARTS}
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
+    for name, module in model.named_modules():
+        # Those of a linear layer are its quantised weight, which no training changes.
+        if base_features(module) is None:
+            for key, value in module._buffers.items():
+                if value is not None and key not in module._non_persistent_buffers_set:
+                    found[f"{name}.{key}" if name else key] = value
+    return found
+
+
+def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a training changes, by names in the state dict: the adapters, all rows of them, and what
+    :func:`trained_tensors` finds."""
+    adapters = {f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in PARTS}
+    return {**adapters, **trained_tensors(model)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from l1ra.adapted import trained_tensors
@@ -18,15 +19,15 @@ from l1ra.aside import PARTIAL, replaced
 from l1ra.config import L1RAConfig
 from l1ra.controller_state import FORM as STATE
 from l1ra.form import misfit
+from l1ra.linear import PARTS
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
 
-__all__ = ["PARTS", "Checkpoint", "read", "save"]
+__all__ = ["Checkpoint", "read", "save"]
 
 FORMAT = 1
 INDEX = "l1ra.json"
-PARTS = ("lora_A", "gate", "lora_B")
 TENSOR_FILES = ("adapters", "controller")
 IN_TENSORS = ("gates", "generator", "probes")  # of the controller's state; the rest is in the index
 FORM = {
@@ -47,7 +48,7 @@ class Checkpoint:
     Attributes:
         config: of the controller.
         adapters: module name -> ``(in_features, out_features)``.
-        trained: names of the parameters that are trained besides the adapters.
+        trained: names of what else a training changes, see ``trained_tensors``.
         tensors: by their names in the model's state dict: live rows of the adapters, and what ``trained`` names.
         controller: its ``state_dict()``.
     """
@@ -155,7 +156,8 @@ def _adapters(controller: RankController) -> dict[str, Tensor]:
         for part in PARTS
     }
     # A tied head may share its memory with what else is trained; in the file each has its own.
-    return {name: value.cpu().clone() for name, value in {**rows, **trained_tensors(controller.model)}.items()}
+    found = {**rows, **trained_tensors(controller.model)}
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in found.items()}
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:

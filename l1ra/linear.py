@@ -32,7 +32,9 @@ from l1ra.row_moves import RowMoves, row_sources
 from l1ra.sharing import SharedInput
 from l1ra_kernels import dispatch
 
-__all__ = ["L1RALinear", "find_adapters"]
+__all__ = ["PARTS", "L1RALinear", "find_adapters"]
+
+PARTS = ("lora_A", "gate", "lora_B")  # an adapter's parameters
 
 
 class L1RALinear(nn.Module):
@@ -409,7 +411,7 @@ class L1RALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
-        params = {name: getattr(self, name) for name in ("lora_A", "gate", "lora_B")}
+        params = {name: getattr(self, name) for name in PARTS}
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
         ranks = {rows.shape[:1] for rows in found.values()}
         same_layer = all(rows.shape[1:] == params[name].shape[1:] for name, rows in found.items())

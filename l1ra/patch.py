@@ -16,6 +16,7 @@ from l1ra.base_layers import base_features
 from l1ra.budget import check_budget, rank_cap, rank_cost
 from l1ra.config import L1RAConfig
 from l1ra.controller import RankController
+from l1ra.integrations import saving
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.merge import merge as merge_adapters
 from l1ra.room import Room, has_use_for_room
@@ -144,6 +145,7 @@ def patch(
         # transformers.Trainer refuses quantised models whose adapters it does not know.
         setattr(model, QUANTISED, False)
     object.__setattr__(model, UNDO, undo)
+    saving.take_over(model)
     if left:
         warnings.warn(left, stacklevel=2)
     return controller
@@ -181,6 +183,7 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
         undo.hook.remove()
     if undo.quantised:
         setattr(model, QUANTISED, True)
+    saving.give_back(model)
     object.__delattr__(model, UNDO)
     return model
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from l1ra.adapted import controller_of
 from l1ra.base_layers import base_features
-from l1ra.checkpoint import PARTS, Checkpoint, read
+from l1ra.checkpoint import Checkpoint, read
 from l1ra.controller import RankController
 from l1ra.controller_state import check_state
-from l1ra.linear import find_adapters
+from l1ra.linear import PARTS, find_adapters
 from l1ra.patch import patch, unpatch
 
 __all__ = ["load"]
@@ -58,8 +58,9 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
         else:
             controller.load_state_dict(kept)
         raise
-    for name in checkpoint.trained:
-        model.get_parameter(name).requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() & set(checkpoint.trained):
+        parameters[name].requires_grad_(True)
     return controller
 
 
@@ -94,14 +95,20 @@ def _check_model(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> Non
                 f"this model has {there} there."
             )
         _check_adapter(name, size, checkpoint, module.reserve if adapted else checkpoint.config.reserve)
-    parameters = dict(model.named_parameters())
+    there = model.state_dict()
     adapters = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in PARTS}
     for name in checkpoint.trained:
         found = checkpoint.tensors.get(name)
-        fits = name in parameters and found is not None and parameters[name].shape == found.shape
+        here = there.get(name if adapted else _before_patch(name, checkpoint))
+        fits = here is not None and found is not None and here.shape == found.shape
         if not fits or name in adapters:
             shape = None if found is None else tuple(found.shape)
             raise ValueError(f"the checkpoint is of another model: it has a trained {name} of shape {shape}.")
+
+
+def _before_patch(name: str, checkpoint: Checkpoint) -> str:
+    owner, within, rest = name.partition(".base_layer.")
+    return f"{owner}.{rest}" if within and owner in checkpoint.adapters else name
 
 
 def _check_adapter(name: str, size: tuple[int, int], checkpoint: Checkpoint, reserve: int | None) -> None:

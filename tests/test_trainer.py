@@ -171,7 +171,7 @@ def test_a_classifier_is_trained_with_its_head(tmp_path):
 def test_a_checkpoint_of_the_trainer_can_be_loaded_into_a_fresh_patched_model(tmp_path):
     controller, trainer, _ = train(tmp_path, save_strategy="steps", save_steps=15)
     assert len(set(controller.ranks.values())) > 1
-    fresh = llama()
+    fresh = livelier(llama())
     l1ra.patch(fresh, 28)
     from safetensors.torch import load_file
 

@@ -2,8 +2,8 @@
 
 A Trainer can't be told of the controller, since the user passes it nothing; but it is on the call stack when its
 optimizer steps. There it is found, at an optimizer's first step: it knows the number of steps, and gets callbacks that
-put the rank statistics into its logs and the controller into its checkpoints. When it resumes from one, it is found
-once more, on the call stack of the model's ``load_state_dict``.
+put the rank statistics into its logs and the controller into its checkpoints. When it reads one, to resume or because
+it was the best, it is found once more, on the call stack of the model's ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from l1ra.adapted import controller_of
+from l1ra.adapted import carried_tensors, controller_of
 from l1ra.checkpoint import read
 
-__all__ = ["ResumeWithTrainer", "join_trainer"]
+__all__ = ["FOLDER", "WEIGHTS", "ResumeWithTrainer", "join_trainer", "trainer_in"]
 
 FOLDER = "l1ra"  # inside a checkpoint
+WEIGHTS = "model.safetensors"  # without it a Trainer takes no folder for a checkpoint
 
 
 def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Path], None]) -> int | None:
@@ -31,7 +32,7 @@ def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Pat
     Returns:
         The Trainer's total number of steps; None if no Trainer is at work.
     """
-    trainer = _trainer("train")
+    trainer = trainer_in("train")
     if trainer is None:
         return None
     # First, so that the integrations that report logs see what it adds.
@@ -40,15 +41,16 @@ def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Pat
 
 
 class ResumeWithTrainer:
-    """A hook of the model's ``load_state_dict``: if a Trainer is resuming from a checkpoint right now, the model's
-    controller goes on from where it was saved. It holds no controller: so that a copy of the model has none.
+    """A hook of the model's ``load_state_dict``: if a Trainer is reading a checkpoint right now, to resume or as the
+    best one, the model's controller goes back to where it was saved. It holds no controller: so that a copy of the
+    model has none.
     """
 
     def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
-        controller, trainer = controller_of(model), _trainer("_load_from_checkpoint")
-        if controller is None or trainer is None:
+        controller = controller_of(model)
+        checkpoint = _checkpoint_being_read()
+        if controller is None or checkpoint is None:
             return
-        checkpoint = Path(trainer[1]["resume_from_checkpoint"])
         try:
             found = read(checkpoint / FOLDER)
         except FileNotFoundError:
@@ -57,9 +59,20 @@ class ResumeWithTrainer:
                 "without L1RA. Resume from an older checkpoint."
             ) from None
         controller.load_state_dict(found.controller)
+        # Frozen weights are not in a checkpoint, and the Trainer would list them in a warning.
+        carried = carried_tensors(model)
+        incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name in carried]
 
 
-def _trainer(method: str) -> tuple[Any, dict[str, Any]] | None:
+def _checkpoint_being_read() -> Path | None:
+    if (found := trainer_in("_load_from_checkpoint")) is not None:
+        return Path(found[1]["resume_from_checkpoint"])
+    if (found := trainer_in("_load_best_model")) is not None:
+        return Path(found[0].state.best_model_checkpoint)
+    return None
+
+
+def trainer_in(method: str) -> tuple[Any, dict[str, Any]] | None:
     """The Trainer that is in ``method``, and the locals of that call."""
     module = sys.modules.get("transformers.trainer")
     if module is None:
