@@ -7,6 +7,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +41,7 @@ FORM = {
     "controller": {name: form for name, form in STATE.items() if name not in IN_TENSORS},
     "files": {kind: {"name": str, "sha256": str} for kind in TENSOR_FILES},
 }
+LEFT = 600.0  # seconds
 # Of older checkpoints, or left by a process that was killed while it wrote.
 OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(" + PARTIAL + ")?")
 
@@ -64,7 +69,8 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
     """Write the adapters, whatever else of the model is trained, and the controller into ``folder``.
 
     Only live rows are written. The folder is never without a whole checkpoint: files of the new one lie beside those of
-    the old one until the index is replaced, in one step.
+    the old one until the index is replaced, in one step. Of several processes one is enough; if all of them save into
+    one folder, the last one's checkpoint stays.
 
     Raises:
         OSError: it can't be written; an older checkpoint in the folder is still whole.
@@ -83,19 +89,22 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
         "controller": {name: value for name, value in state.items() if name not in IN_TENSORS},
         "files": {},
     }
-    for kind in TENSOR_FILES:
-        data = to_bytes(tensors[kind])
-        digest = hashlib.sha256(data).hexdigest()
-        name = f"{kind}-{digest[:16]}.safetensors"
-        with replaced(folder / name) as (aside,):
-            aside.write_bytes(data)
-        index["files"][kind] = {"name": name, "sha256": digest}
-    with replaced(folder / INDEX) as (aside,):
-        aside.write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
-    kept = {INDEX, *(file["name"] for file in index["files"].values())}
-    for file in folder.iterdir():
-        if OURS.fullmatch(file.name) and file.name not in kept:
-            file.unlink()
+    before, written = _named(folder / INDEX), []
+    try:
+        for kind in TENSOR_FILES:
+            data = to_bytes(tensors[kind])
+            # A name that no other process takes: each clears away what it has replaced.
+            name = f"{kind}-{secrets.token_hex(8)}.safetensors"
+            written.append(name)
+            with replaced(folder / name) as (aside,):
+                aside.write_bytes(data)
+            index["files"][kind] = {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
+        with replaced(folder / INDEX) as (aside,):
+            aside.write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
+    except BaseException:
+        _clear(folder, set(written) - _named(folder / INDEX))
+        raise
+    _clear(folder, (before | _left(folder)) - {INDEX, *written})
 
 
 def read(folder: str | os.PathLike) -> Checkpoint:
@@ -147,6 +156,30 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         tensors["adapters"],
         _state(index, tensors["controller"]),
     )
+
+
+def _named(index: Path) -> set[str]:
+    """The files of the checkpoint that is there, none if it can't be read."""
+    try:
+        names = {file["name"] for file in json.loads(index.read_bytes())["files"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and OURS.fullmatch(name)}
+
+
+def _clear(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _left(folder: Path) -> set[str]:
+    """What killed processes have left: so old that no other process is writing it now."""
+    found = set()
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process clears away too
+            if OURS.fullmatch(file.name) and time.time() - file.stat().st_mtime > LEFT:
+                found.add(file.name)
+    return found
 
 
 def _adapters(controller: RankController) -> dict[str, Tensor]:

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["L1RAConfig"]
+__all__ = ["LAYER_SETTINGS", "L1RAConfig"]
 
 RULES = ("adaptive-l1", "l1")
 INITS = ("kaiming", "gaussian")
 NEW_ROWS = ("gradient", "random")
 BUDGET_UNITS = ("ranks", "params")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Settings that only ``patch`` reads, for the layers that it makes.
+LAYER_SETTINGS = {"alpha", "rank_stabilized", "scale_with_rank", "dropout", "init", "adapter_dtype", "reserve"}
+LAYER_SETTINGS |= {"augment", "strict"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from l1ra.adapted import CONTROLLER, controller_of, listed
 from l1ra.allocation import returned
 from l1ra.budget import check_budget, rank_cost
 from l1ra.checkpoint import save
-from l1ra.config import L1RAConfig
+from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.controller_state import load_state, state_of
 from l1ra.gates import GateBank
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
@@ -65,15 +65,21 @@ class RankController:
 
         Args:
             budget: what all adapters' ranks together may cost: ranks, or parameters (``config.budget_unit``).
-            config: settings; the default preset if None. ``overrides`` replace single fields of it.
+            config: settings; the default preset if None. ``overrides`` replace single fields of it. What the layers
+                alone have (``LAYER_SETTINGS``) is not read: it is as they were made.
             auto: listen to optimizers; False: call ``step(optimizer)`` yourself.
 
         Raises:
             ValueError: no adapter in the model, another controller on it, or adapters that already cost more
                 than the budget.
-            TypeError: a budget that is no int.
+            TypeError: a budget that is no int, or a setting of the layers among the ``overrides``.
         """
         check_budget(budget)
+        if own := sorted(overrides.keys() & LAYER_SETTINGS):
+            raise TypeError(
+                f"{', '.join(own)}: the layers have that already. Pass it to L1RALinear when they are made, or to "
+                "l1ra.patch, which makes them."
+            )
         config = (config or L1RAConfig()).replace(**overrides)
         adapters = dict(find_adapters(model))
         if not adapters:
@@ -141,10 +147,12 @@ class RankController:
 
     def gates(self) -> dict[str, list[float]]:
         """Module name -> the master gates, in row order."""
+        self._bank.refresh()
         return dict(zip(self.adapters, self._bank.rows(self._bank.value), strict=True))
 
     def statistics(self) -> dict[str, float]:
         """A few numbers for a log."""
+        self._bank.refresh()
         ranks = list(self.ranks.values())
         return {
             "l1ra/rank_min": min(ranks),
@@ -248,8 +256,7 @@ class RankController:
             for layer in self._layers:
                 layer.gate.grad = None
             return
-        if self._bank.stale():
-            self._bank.read()
+        self._bank.refresh()
         taken = self._bank.take_gradients()
         if taken is None:
             return

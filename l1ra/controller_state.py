@@ -44,6 +44,7 @@ FORM = {
 
 def state_of(controller: RankController) -> dict[str, Any]:
     """See ``RankController.state_dict``."""
+    controller._bank.refresh()
     return {
         "ranks": controller.ranks,
         "initial_ranks": dict(controller.initial_ranks),
@@ -65,8 +66,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
 def load_state(controller: RankController, state: dict[str, Any]) -> None:
     """See ``RankController.load_state_dict``."""
     check_state(controller, state, controller.ranks)
-    if controller._bank.stale():
-        controller._bank.read()
+    controller._bank.refresh()
     for name, layer in controller.adapters.items():
         layer.initial_rank = state["initial_ranks"][name]
     controller._bank.load_state_dict(state["gates"])

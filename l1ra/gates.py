@@ -105,8 +105,12 @@ class GateBank:
     def _written(self) -> list[Tensor]:
         return list((self.value * self._share).split(self.ranks))
 
-    def stale(self) -> bool:
-        """Whether somebody else has resized a layer or loaded other gates into it since this was asked last."""
+    def refresh(self) -> None:
+        """Start anew from the layers' gates if somebody else has resized a layer, or loaded other gates into it."""
+        if self._stale():
+            self.__init__(self.layers)
+
+    def _stale(self) -> bool:
         loaded = [layer.gate_loaded for layer in self.layers]
         for layer in self.layers:
             layer.gate_loaded = False
@@ -116,10 +120,6 @@ class GateBank:
             new and not torch.equal(layer.gate[: layer.rank], gate.to(layer.gate))
             for new, layer, gate in zip(loaded, self.layers, self._written(), strict=True)
         )
-
-    def read(self) -> None:
-        """Start anew from the layers' gates, which somebody else has loaded or resized."""
-        self.__init__(self.layers)
 
     def press(self, chosen: Sequence[Sequence[int]]) -> None:
         """From now on an L1 penalty presses these rows of each adapter, and no others."""

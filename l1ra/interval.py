@@ -34,6 +34,9 @@ class Moves(NamedTuple):
     coherence: dict[str, float]
 
 
+AFRESH = 0x9E3779B9  # new rows from the stream of the first ones would be the same rows again
+
+
 class Interval:
     """The decisions of one interval after the other; when they are due, its caller knows.
 
@@ -58,7 +61,7 @@ class Interval:
         """
         self.probing = Probing(adapters)
         self.closing = False
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed + AFRESH)
         self._adapters = adapters
         self._layers = list(adapters.values())
         self._bank = bank

@@ -197,9 +197,9 @@ class L1RALinear(nn.Module):
     def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""
         if self.init == "gaussian":
-            return torch.randn(count, self.in_features, generator=generator) / self.initial_rank
+            return torch.randn(count, self.in_features, generator=generator, device="cpu") / self.initial_rank
         bound = 1 / math.sqrt(self.in_features)
-        return torch.empty(count, self.in_features).uniform_(-bound, bound, generator=generator)
+        return torch.empty(count, self.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
 
     @property
     def rank(self) -> int:
@@ -298,8 +298,9 @@ class L1RALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``s * (g * B).T @ A`` in the layout of the base weight and the dtype of A."""
-        delta = (self.lora_B * (self.scaling * self.gate).unsqueeze(1)).T.to(self.lora_A.dtype) @ self.lora_A
+        """``s * (g * B).T @ A`` in the layout of the base weight, float32, or float64 where A is."""
+        exact = self.gate.dtype  # adapters in 16 bits would be rounded twice on the way
+        delta = (self.lora_B.to(exact) * (self.scaling * self.gate).unsqueeze(1)).T @ self.lora_A.to(exact)
         return delta.T if is_conv1d(self.base_layer) else delta
 
     def merge_quietly(self) -> Rounding | None:
@@ -432,6 +433,12 @@ class L1RALinear(nn.Module):
         if self.probe is not None:
             self.probe.follow(self.lora_A.detach())
         return self
+
+    def _replicate_for_data_parallel(self) -> L1RALinear:
+        # nn.DataParallel's replicas live for one forward, on their own devices: nothing of theirs is to be kept.
+        replica = super()._replicate_for_data_parallel()
+        replica.room = replica.sharing = None
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.

@@ -37,7 +37,7 @@ class Probe:
     @classmethod
     def start(cls, count: int, a: Tensor, b: Tensor, generator: torch.Generator) -> Probe:
         """A new one of ``count`` ranks beside an adapter's A and B; ``generator`` is of the CPU."""
-        mix = torch.randn(count, b.shape[1], generator=generator).to(a) / math.sqrt(count)
+        mix = torch.randn(count, b.shape[1], generator=generator, device="cpu").to(a) / math.sqrt(count)
         sketch = torch.zeros(count, a.shape[1], dtype=torch.float32, device=a.device)
         return cls(mix, sketch, sketch.new_zeros(()))
 
@@ -65,9 +65,12 @@ class Probe:
         return self._zeros.grad
 
     def beside(self, a: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """An adapter's A, gate and B with these ranks appended, their gates 1."""
+        """An adapter's A, gate and B with these ranks appended, their gates 1.
+
+        The adapter may be a replica of nn.DataParallel's on another device: what it learns comes back to this one.
+        """
         ones = gate.new_ones(self.mix.shape[0])
-        return torch.cat([a, self._zeros]), torch.cat([gate, ones]), torch.cat([b, self.mix])
+        return torch.cat([a, self._zeros.to(a.device)]), torch.cat([gate, ones]), torch.cat([b, self.mix.to(b.device)])
 
     def state(self) -> dict[str, Tensor]:
         """Copies of ``"mix"``, ``"sketch"`` and ``"seen"``."""

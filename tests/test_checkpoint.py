@@ -24,7 +24,7 @@ from helpers import (
 from torch import nn
 
 import l1ra
-from l1ra.checkpoint import _digest
+from l1ra.checkpoint import _digest, read
 from l1ra.linear import find_adapters
 
 
@@ -333,5 +333,90 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint_and_what_it_l
     controller = l1ra.load(fresh(), tmp_path)
     assert said[-1] <= controller.steps <= said[-1] + 1
     (tmp_path / "adapters-0123456789abcdef.safetensors.77.partial").write_bytes(b"left")
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
     controller.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+SAVE_TOGETHER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+from helpers import patched
+from l1ra.checkpoint import read
+torch.manual_seed(0)
+_, controller, *_ = patched()
+folder = Path(sys.argv[1])
+for turn in range(40):
+    controller.steps += 1
+    controller.gates()
+    print(turn, flush=True)
+    sys.stdin.readline()
+    controller.save(folder)
+print("done", flush=True)
+"""
+
+
+def test_processes_that_save_into_one_folder_at_once_leave_a_whole_checkpoint(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", SAVE_TOGETHER, str(tmp_path), str(root / "tests")]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    pair = [subprocess.Popen(command, env=environment, **streams) for _ in range(2)]
+    for turn in range(40):
+        assert [process.stdout.readline() for process in pair] == [f"{turn}\n"] * 2
+        if turn:
+            read(tmp_path)
+        for process in pair:
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert [process.communicate()[0] for process in pair] == ["done\n"] * 2
+    assert l1ra.load(fresh(), tmp_path).steps == 40
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_model_put_back_to_an_earlier_state_is_what_is_saved(tmp_path):
+    """As early stopping does: the best state dict, then the end of the training, then the best once more."""
+    model, controller, *rest = run_to(22, *made())
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    ranks = dict(controller.ranks)
+    run_to(60, model, controller, *rest)
+    assert controller.ranks != ranks
+    model.load_state_dict(best)
+    assert {name: len(row) for name, row in controller.gates().items()} == controller.ranks == ranks
+    controller.save(tmp_path)
+    again = fresh()
+    l1ra.load(again, tmp_path)
+    assert_same(again, model)
+
+
+def test_what_is_trained_beside_an_adapter_is_saved(tmp_path):
+    model, controller, *rest = made()
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            param.requires_grad_(True)
+    rest[0].add_param_group({"params": [p for n, p in model.named_parameters() if n.endswith("base_layer.bias")]})
+    run_to(10, model, controller, *rest)
+    controller.save(tmp_path)
+    for again in (fresh(), made(seed=9)[0]):
+        l1ra.load(again, tmp_path)
+        assert_same(again, model)
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_buffers_and_tensors_in_another_order_are_saved(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 4))
+        return body.to(memory_format=torch.channels_last)
+
+    first = model()
+    controller = l1ra.patch(first, 2, modules_to_save=["0", "1"])
+    first(torch.randn(8, 3, 4, 4) + 3)
+    controller.save(tmp_path)
+    again = model()
+    l1ra.load(again, tmp_path)
+    assert torch.equal(again[1].running_mean, first[1].running_mean) and first[1].running_mean.abs().sum() > 0
+    assert_same(again, first)

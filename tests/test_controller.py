@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import l1ra
 from l1ra import RankController
+from l1ra.allocation import LayerPlan
 from l1ra.linear import find_adapters
 from l1ra.listener import BackwardCounter
 from l1ra.targets import saved_modules, select_targets
@@ -424,3 +425,20 @@ def test_ranks_wait_while_an_adapter_is_merged():
     for _ in range(6):
         step(model, optimizer, x, y)
     assert list(controller.ranks.values()) == [3, 5, 4, 4]
+
+
+@pytest.mark.parametrize("settings", [{"reserve": 8}, {"strict": True, "alpha": 4.0}, {"scale_with_rank": False}])
+def test_settings_of_the_layers_are_refused_where_the_layers_are_made_already(settings):
+    names = ", ".join(sorted(settings))
+    with pytest.raises(TypeError, match=f"{names}: the layers have that already. Pass it to L1RALinear"):
+        RankController(Adapted(), 8, **settings)
+
+
+def test_new_rows_are_not_the_first_ones_again():
+    """Nor are they those of another layer of the same width."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    controller = l1ra.patch(model, 12, preset="reference", total_steps=100)
+    first = torch.cat([layer.lora_A.detach() for layer in controller.adapters.values()])
+    new = controller._interval._new_rows("0", LayerPlan((0, 1), 24))
+    assert not (first.unsqueeze(1) == new).all(2).any()

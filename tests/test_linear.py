@@ -379,3 +379,33 @@ def test_shapes_can_be_inferred_on_the_meta_device():
 def test_settings_of_a_layer_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         L1RALinear(6, 5, rank=2, **wrong)
+
+
+def test_merging_16_bit_adapters_into_a_wider_weight_rounds_the_sum_alone():
+    torch.manual_seed(0)
+    layer = L1RALinear(64, 48, rank=8, adapter_dtype=torch.bfloat16)
+    nn.init.normal_(layer.lora_B)
+    exact = layer.base_layer.weight.double() + layer.scaling * layer.lora_B.double().T @ layer.lora_A.double()
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_replica_of_data_parallel_on_another_device_trains_with_probes():
+    """Two GPUs stood in for: a replica shares the probe, and must keep nothing of its own."""
+    torch.manual_seed(0)
+    layer = L1RALinear(6, 5, rank=2)
+    layer.probe = Probe.start(3, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(0))
+    layer.sharing = object()
+    replica = layer._replicate_for_data_parallel()
+    for name, param in layer.named_parameters(recurse=False):
+        setattr(replica, name, param.to("meta"))
+    assert replica.sharing is None and replica.room is None and layer.sharing is not None
+    a, gate, b = layer.probe.beside(replica.lora_A, replica.gate, replica.lora_B)
+    assert {part.device.type for part in (a, gate, b)} == {"meta"} and len(a) == len(gate) == len(b) == 5
+
+
+def test_patch_under_another_default_device_draws_rows_where_the_generator_is():
+    with torch.device("meta"):
+        layer = L1RALinear(6, 5, rank=2)
+        probe = Probe.start(3, torch.empty(2, 6), torch.empty(2, 5), torch.Generator())
+        assert layer.initial_rows(2, torch.Generator()).device.type == "cpu" and probe.mix.device.type == "meta"
