@@ -34,6 +34,9 @@ class Moves(NamedTuple):
     coherence: dict[str, float]
 
 
+# An adapter's rank grows by this factor at most in one reallocation: how much its weakest rank matters says something
+# of the next few, and nothing of the hundredth.
+REACH = 4
 AFRESH = 0x9E3779B9  # new rows from the stream of the first ones would be the same rows again
 
 
@@ -101,7 +104,7 @@ class Interval:
                 margin=self._config.margin**progress,
                 most=int(self._config.turnover * len(self._bank.value)),
                 min_rank=self._config.min_rank,
-                caps=self._caps,
+                caps=self._within_reach(),
                 given_back=given_back,
                 learning=self._learning(self.probing.coherence()),
             )
@@ -148,12 +151,16 @@ class Interval:
             self._costs,
             self._budget,
             min_rank=self._config.min_rank,
-            caps=self._caps,
+            caps=self._caps if importance is None else self._within_reach(),
             prune_threshold=self._config.prune_threshold,
             exclude_pruned=self._config.exclude_pruned,
             given_back=given_back,
             learning=learning,
         )
+
+    def _within_reach(self) -> list[int]:
+        """The largest rank that each adapter may have after the next reallocation."""
+        return [min(cap, REACH * layer.rank) for cap, layer in zip(self._caps, self._layers, strict=True)]
 
     def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
         layer = self._adapters[name]
