@@ -120,12 +120,27 @@ def test_climbs_come_first_and_seeds_are_the_outermost_loop(tmp_path):
     assert not a_plan.unsettled() and not a_plan.ready()
 
 
+def test_rates_are_tried_at_each_budget_where_a_task_asks_for_it(tmp_path):
+    a_plan = plan(tmp_path, ("lora", "l1ra"), seeds=1)
+    a_plan.tasks["posts"] = a_plan.tasks["posts"]._replace(climbs_each=True)
+    _, launched = work(a_plan)
+    tries = [(s.task, s.method, s.multiplier) for s in launched if s.seed == TUNING_SEED]
+    assert collections.Counter(t for t in tries if t[0] == "posts") == {
+        ("posts", method, m): 4 for method in ("lora", "l1ra") for m in (2, 4, 8)
+    }
+    for spec in a_plan._tries("posts", "lora", 8).values():  # another valley there
+        if spec.file.exists():
+            runs.write(spec.file, {"validation_loss": valley(2e-3)(spec.rate), "diverged": False})
+    assert [a_plan.chosen("posts", "lora", m) for m in (2, 4, 5.6, 8)] == [1e-3, 1e-3, 1e-3, 2e-3]
+    assert a_plan.chosen("words", "lora", 8) == a_plan.chosen("words", "lora", 2) == 1e-3
+
+
 def test_climbs_of_tasks_and_methods_go_side_by_side_once_the_head_has_its_rate(tmp_path):
     a_plan = plan(tmp_path, ("lora", "l1ra"), seeds=0)
     ready = [(s.task, s.method, s.rate, s.head_rate) for s in a_plan.ready()]
     posts = [("posts", method, rate, None) for method in ("lora", "l1ra") for rate in (2e-3, 4e-3)]
     assert ready == [("words", "lora", 2e-3, rate) for rate in (2e-3, 4e-3)] + posts
-    assert a_plan.chosen("words", "lora") is None and a_plan.tries("words", "lora") == []
+    assert a_plan.chosen("words", "lora", 4) is None and a_plan.tries("words", "lora") == []
     assert a_plan.unsettled() == ["words/lora", "words/l1ra", "posts/lora", "posts/l1ra"]
     climb_of_the_head(a_plan)
     ready = [(s.task, s.method, s.rate, s.head_rate) for s in a_plan.ready()]
@@ -184,18 +199,18 @@ def test_a_record_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypat
     monkeypatch.setattr(Path, "read_text", lambda file, **options: (read.append(file), read_text(file, **options))[1])
     a_plan = plan(tmp_path, ("lora",), seeds=0)
     work(a_plan)
-    assert a_plan.chosen("posts", "lora") == BOTTOMS["lora"]
+    assert a_plan.chosen("posts", "lora", 4) == BOTTOMS["lora"]
     # The queue reads a record too, to tell how a run has ended.
     assert set(collections.Counter(read).values()) == {2}
-    best = a_plan._tries("posts", "lora")[BOTTOMS["lora"]].file
+    best = a_plan._tries("posts", "lora", 4)[BOTTOMS["lora"]].file
     runs.write(best, {"validation_loss": None, "diverged": True})
     os.utime(best, (0, 0))  # a clock may be too coarse for two writes
-    assert a_plan.chosen("posts", "lora") != BOTTOMS["lora"] and read.count(best) == 3
+    assert a_plan.chosen("posts", "lora", 4) != BOTTOMS["lora"] and read.count(best) == 3
 
 
 def test_a_given_rate_needs_no_climb_but_the_heads(tmp_path):
     a_plan = plan(tmp_path, ("lora",), seeds=1, rate=3e-3, share=False)
-    assert a_plan.chosen("posts", "lora") == 3e-3 and a_plan.chosen("words", "lora") is None
+    assert a_plan.chosen("posts", "lora", 4) == 3e-3 and a_plan.chosen("words", "lora", 4) is None
     _, launched = work(a_plan)
     reported = [s for s in launched if s.seed != TUNING_SEED]
     assert {(s.task, s.rate, s.head_rate) for s in reported} == {("words", 3e-3, HEAD), ("posts", 3e-3, None)}
@@ -207,10 +222,10 @@ def test_a_method_that_always_diverges_shows_it_at_the_lowest_rate(tmp_path):
     a_plan = plan(tmp_path, ("lora",), rates=(1e-3, 2e-3))
     for spec in (a_plan._head_try("words", rate) for rate in a_plan.rates):
         runs.write(spec.file, {"validation_loss": None, "diverged": True})
-    for spec in a_plan._tries("posts", "lora").values():
+    for spec in a_plan._tries("posts", "lora", 4).values():
         runs.write(spec.file, {"validation_loss": None, "diverged": True})
     assert a_plan.head_rate("words") == 1e-3
-    assert a_plan.chosen("posts", "lora") == 1e-3 and a_plan.chosen("words", "lora") is None
+    assert a_plan.chosen("posts", "lora", 4) == 1e-3 and a_plan.chosen("words", "lora", 4) is None
 
 
 def test_runs_that_would_end_too_late_are_left(tmp_path):

@@ -96,8 +96,22 @@ def test_only_runs_at_the_chosen_rate_are_reported():
     records += [planted("lora", 2, 0, 0.9, rate=1e-3)]
     records += [planted("lora", 2, TUNING_SEED, value, rate) for rate, value in ((1e-3, 0.9), (4e-3, 0.5))]
     results = Results(records, methods.METHODS)
-    assert results.tuned("bert", "lora").rate == 1e-3
+    assert results.tuned("bert", "lora")[None].rate == 1e-3
     assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
+
+
+def test_a_rate_of_its_own_at_each_budget():
+    losses = {2: (0.4, 0.5), 8: (0.6, 0.3)}
+    records = [
+        planted("lora", m, TUNING_SEED, 1 - a, r) for m in losses for r, a in zip((1e-3, 4e-3), losses[m], strict=True)
+    ]
+    records += [planted("lora", m, 0, m / 100, rate=r) for m in (2, 8) for r in (1e-3, 4e-3)]
+    results = Results(records, methods.METHODS)
+    assert {m: tuned.rate for m, tuned in results.tuned("bert", "lora").items()} == {2: 1e-3, 8: 4e-3}
+    assert [len(results.runs("bert", "lora", m)) for m in (2, 8)] == [1, 1]
+    text = tables.markdown(results, [])
+    assert "| lora, 2 × | 0.001 |" in text and "| lora, 8 × | 0.004 |" in text
+    assert "at these budgets alone (bert: 2 × and 8 ×)" in text
 
 
 def head_tries(*losses):
@@ -114,7 +128,7 @@ def test_only_runs_beside_the_head_at_its_rate_are_reported():
     assert results.head("bert").rate == 3e-2
     assert results.head("bert").tried == pytest.approx({1e-2: 0.6, 3e-2: 0.5, 1e-1: 0.7})
     assert results.values("bert", "lora", 2, "test_metric") == {0: 0.9}
-    assert results.tuned("bert", "lora").tried == pytest.approx({1e-3: 0.4, 2e-3: 0.5})
+    assert results.tuned("bert", "lora")[None].tried == pytest.approx({1e-3: 0.4, 2e-3: 0.5})
     assert Results([planted("lora", 2, 0, 0.5)], methods.METHODS).head("bert") is None
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RATES", "START", "best", "loss_of", "start", "to_try"]
+__all__ = ["RATES", "START", "best", "loss_of", "nearest", "start", "to_try"]
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 START = 2e-3
@@ -14,7 +14,12 @@ START = 2e-3
 
 def start(rates: Iterable[float] = RATES) -> float:
     """The rate of the grid at which a climb begins: the one nearest to ``START``."""
-    return min(sorted(set(rates)), key=lambda rate: abs(math.log(rate / START)))
+    return nearest(START, rates)
+
+
+def nearest(value: float, choices: Iterable[float]) -> float:
+    """The one of ``choices`` that is nearest to ``value`` as a ratio, the lower of two."""
+    return min(sorted(set(choices)), key=lambda choice: abs(math.log(choice / value)))
 
 
 def to_try(losses: Mapping[float, float], rates: Iterable[float] = RATES) -> list[float]:

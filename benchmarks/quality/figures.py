@@ -155,7 +155,8 @@ class Results:
         found = {r["method"] for r in self.records}
         self.methods = [m for m in known if m in found] + sorted(found - set(known))
         self._head_rates = {task: self._head_rate(task) for task in {r["task"] for r in self.records}}
-        self._rates = {key: self._rate(*key) for key in {(r["task"], r["method"]) for r in self.records}}
+        runs = {(r["task"], r["method"], r["multiplier"]) for r in self.records if r["seed"] != TUNING_SEED}
+        self._rates = {run: self._rate(*run) for run in runs}
 
     def metric(self, task: str) -> str:
         """The name of what the task's runs report, a key of ``METRICS``."""
@@ -169,12 +170,12 @@ class Results:
         """Budgets at which anything was trained, in order."""
         return sorted({r["multiplier"] for r in self._final(task) if r["multiplier"]})
 
-    def tuned(self, task: str, method: str) -> Tuned | None:
-        """The rate of a method that has runs to report."""
-        rate = self._rates.get((task, method))
-        if rate is None:
-            return None
-        return Tuned(rate, self._tried(task, method))
+    def tuned(self, task: str, method: str) -> dict[float | None, Tuned]:
+        """Budget -> the rate of a method that has runs to report there; one for all budgets, None, as a rule."""
+        found = {m: rate for (t, n, m), rate in self._rates.items() if (t, n) == (task, method) and rate is not None}
+        tuned = {m: Tuned(rate, self._tried(task, method, m)) for m, rate in sorted(found.items())}
+        one = len(self._climbs(task, method)) < 2 and len(set(found.values())) == 1
+        return {None: next(iter(tuned.values()))} if one else tuned
 
     def head(self, task: str) -> Tuned | None:
         """The head's rate, beside whatever adapters; None if there are no such runs to report."""
@@ -207,14 +208,23 @@ class Results:
         return {r["seed"]: r[name] for r in self.runs(task, method, multiplier) if r.get(name) is not None}
 
     def _all_runs(self, task: str, method: str, multiplier: float) -> list[Record]:
-        wanted = (method, multiplier, self._rates.get((task, method)))
+        wanted = (method, multiplier, self._rates.get((task, method, multiplier)))
         found = [r for r in self._final(task) if (r["method"], r["multiplier"], r["rate"]) == wanted]
         return sorted(found, key=lambda r: r["seed"])
 
-    def _tried(self, task: str, method: str) -> dict[float, float]:
+    def _climbs(self, task: str, method: str) -> set[float]:
+        """The budgets at which rates were tried."""
+        return {r["multiplier"] for r in self._tries(task, method)}
+
+    def _tries(self, task: str, method: str) -> list[Record]:
         wanted = (task, method, TUNING_SEED)
-        found = [r for r in self.records if (r["task"], r["method"], r["seed"]) == wanted and self._counts(r)]
-        return {r["rate"]: climb.loss_of(r) for r in found}
+        return [r for r in self.records if (r["task"], r["method"], r["seed"]) == wanted and self._counts(r)]
+
+    def _tried(self, task: str, method: str, multiplier: float) -> dict[float, float]:
+        """Of the climb at the budget nearest to this one."""
+        climbs = self._climbs(task, method)
+        at = climb.nearest(multiplier, climbs) if climbs else None
+        return {r["rate"]: climb.loss_of(r) for r in self._tries(task, method) if r["multiplier"] == at}
 
     def _final(self, task: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED and self._counts(r)]
@@ -233,9 +243,10 @@ class Results:
         finals = [r["head_rate"] for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED]
         return _reported([rate for rate in finals if rate is not None], self._head_tried(task))
 
-    def _rate(self, task: str, method: str) -> float | None:
-        rates = [r["rate"] for r in self._final(task) if r["method"] == method]
-        return _reported(rates, self._tried(task, method))
+    def _rate(self, task: str, method: str, multiplier: float) -> float | None:
+        runs = [r for r in self._final(task) if (r["method"], r["multiplier"]) == (method, multiplier)]
+        tried = self._tried(task, method, multiplier) if multiplier else {}
+        return _reported([r["rate"] for r in runs], tried)
 
 
 def _reported(rates: list[float], tried: dict[float, float]) -> float | None:

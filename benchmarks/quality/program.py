@@ -1,8 +1,9 @@
 """Fine-tuning methods compared at equal budgets: LoRA, rsLoRA, AdaLoRA, L1RA, and the model as it is.
 
 Every run has the same layers, head, data order, steps and schedule, and one alpha at all budgets; each method's
-learning rate is found by the same climb on a grid, judged by the loss on a validation part, and what is reported comes
-from a test part. The head's learning rate is found first, beside LoRA, and is the same for all methods.
+learning rate is found by the same climb on a grid, at the middle budget or, for language models, at each, judged by the
+loss on a validation part, and what is reported comes from a test part. The head's learning rate is found first, beside
+LoRA, and is the same for all methods.
 
 Runs that are recorded are not done again: a call that is broken off, or has used up its minutes, goes on where it was.
 
@@ -108,7 +109,8 @@ def make_plan(arguments: argparse.Namespace, out: Path) -> Plan:
     for name in arguments.tasks:
         task = TASKS[name]
         budgets = tuple(arguments.budgets or task.budgets)
-        tasks[name] = PlannedTask(arguments.steps or task.steps, task.middle, budgets, task.has_head)
+        steps = arguments.steps or task.steps
+        tasks[name] = PlannedTask(steps, task.middle, budgets, task.has_head, task.climbs_each)
     experiment = arguments.label is not None
     return Plan(
         tasks,

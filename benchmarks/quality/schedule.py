@@ -26,12 +26,14 @@ POLL = 0.2
 
 
 class PlannedTask(NamedTuple):
-    """Of a task: the optimizer steps, the budget at which rates are tried, all budgets, whether it has a fresh head."""
+    """Of a task: the optimizer steps, the middle budget, all budgets, whether it has a fresh head, and whether rates
+    are tried at each budget instead of the middle one alone."""
 
     steps: int
     middle: float
     multipliers: tuple[float, ...]
     has_head: bool
+    climbs_each: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class Plan:
         pairs = [(task, method) for task in self.tasks for method in self.methods]
         found = [spec for task in self.tasks for spec in self.head_tries(task)]
         found += [spec for pair in pairs for spec in self.tries(*pair)]
-        rates = {pair: rate for pair in pairs if (rate := self.chosen(*pair)) is not None}
-        heads = {pair: None if pair[1] == FROZEN else self.head_rate(pair[0]) for pair in rates}
+        wanted = [(*pair, m) for pair in pairs for m in self._multipliers(*pair)]
+        rates = {run: rate for run in wanted if (rate := self.chosen(*run)) is not None}
+        heads = {task: self.head_rate(task) for task in self.tasks}
         for seed in range(self.seeds):
-            for (task, method), rate in rates.items():
-                head_rate = heads[task, method]
-                found += [self.spec(task, method, m, seed, rate, head_rate) for m in self._multipliers(task, method)]
+            for (task, method, m), rate in rates.items():
+                found.append(self.spec(task, method, m, seed, rate, None if method == FROZEN else heads[task]))
         return [spec for spec in dict.fromkeys(found) if not spec.file.exists()]
 
     def head_tries(self, task: str) -> list[Spec]:
@@ -98,24 +100,37 @@ class Plan:
         return self._best({rate: self._head_try(task, rate) for rate in self.rates})
 
     def tries(self, task: str, method: str) -> list[Spec]:
-        """The tries that come next in the climb: at the middle budget, with a seed of their own."""
+        """The tries that come next in the climbs, with a seed of their own."""
         if method == FROZEN or self.rate is not None or self._waits(task):
             return []
-        tries = self._tries(task, method)
-        return [tries[rate] for rate in climb.to_try(self._losses(tries), self.rates)]
+        return [spec for m in self._climbs(task) for spec in self._next(self._tries(task, method, m))]
 
-    def chosen(self, task: str, method: str) -> float | None:
-        """The learning rate of the runs that are reported; None while it is being looked for."""
+    def chosen(self, task: str, method: str, multiplier: float) -> float | None:
+        """The learning rate of the runs that are reported at a budget; None while it is being looked for."""
         if method == FROZEN:
             return 0.0
-        if self._waits(task) or self.tries(task, method):
+        if self._waits(task):
             return None
-        return self._best(self._tries(task, method)) if self.rate is None else self.rate
+        if self.rate is not None:
+            return self.rate
+        tries = self._tries(task, method, climb.nearest(multiplier, self._climbs(task)))
+        return None if self._next(tries) else self._best(tries)
 
     def unsettled(self) -> list[str]:
         """In words, what has no learning rate yet."""
         pairs = ((task, method) for task in self.tasks for method in self.methods)
-        return [f"{task}/{self.label or method}" for task, method in pairs if self.chosen(task, method) is None]
+        return [f"{task}/{self.label or method}" for task, method in pairs if self._unsettled(task, method)]
+
+    def _unsettled(self, task: str, method: str) -> bool:
+        return any(self.chosen(task, method, m) is None for m in self._multipliers(task, method))
+
+    def _climbs(self, task: str) -> tuple[float, ...]:
+        """The budgets at which rates are tried."""
+        planned = self.tasks[task]
+        return planned.multipliers if planned.climbs_each else (planned.middle,)
+
+    def _next(self, tries: dict[float, Spec]) -> list[Spec]:
+        return [tries[rate] for rate in climb.to_try(self._losses(tries), self.rates)]
 
     def _waits(self, task: str) -> bool:
         return bool(self.head_tries(task))
@@ -125,9 +140,9 @@ class Plan:
         terms = (planned.middle, TUNING_SEED, begin, planned.steps, self.out, self.device)
         return Spec(task, "lora", *terms, head_rate=rate)
 
-    def _tries(self, task: str, method: str) -> dict[float, Spec]:
-        middle, head_rate = self.tasks[task].middle, self.head_rate(task)
-        return {rate: self.spec(task, method, middle, TUNING_SEED, rate, head_rate) for rate in self.rates}
+    def _tries(self, task: str, method: str, multiplier: float) -> dict[float, Spec]:
+        head_rate = self.head_rate(task)
+        return {rate: self.spec(task, method, multiplier, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
         return {rate: loss for rate, spec in tries.items() if (loss := _loss(spec.file)) is not None}

@@ -71,10 +71,14 @@ def _terms(results: Results) -> list[str]:
             "rslora's is √(alpha / rank). At the budget of as many ranks as alpha, all methods begin at a scaling of 1."
         )
     if tunings:
-        budgets = ", ".join(f"{m:g} ×" for m in sorted({r["multiplier"] for r in tunings}))
+        budgets: dict[str, list[str]] = {}
+        for task in dict.fromkeys(r["task"] for r in tunings):
+            climbs = sorted({r["multiplier"] for r in tunings if r["task"] == task})
+            budgets.setdefault(" and ".join(f"{m:g} ×" for m in climbs), []).append(task)
+        told = "; ".join(f"{', '.join(tasks)}: {climbs}" for climbs, tasks in budgets.items())
         lines.append(
-            f"Learning rates were tried at {budgets} alone, with a single seed ({TUNING_SEED}): a rate beside the "
-            "chosen one may be the better one, above all at other budgets."
+            f"Learning rates were tried with a single seed ({TUNING_SEED}), at these budgets alone ({told}): a rate "
+            "beside the chosen one may be the better one, above all at other budgets."
         )
     if any(r["head_rate"] is not None for r in results.records):
         lines.append(
@@ -266,7 +270,10 @@ def _same_loss(results: Results, task: str) -> list[str]:
 
 def _rates(results: Results, task: str) -> list[str]:
     found = {"the head, beside lora": results.head(task)}
-    found |= {m: results.tuned(task, m) for m in results.methods if m != FROZEN}
+    for method in results.methods:
+        if method != FROZEN:
+            climbs = results.tuned(task, method).items()
+            found |= {method if m is None else f"{method}, {m:g} ×": tuned for m, tuned in climbs}
     found = {method: tuned for method, tuned in found.items() if tuned is not None}
     grid = sorted({rate for tuned in found.values() for rate in tuned.tried})
     rows = []

@@ -76,6 +76,7 @@ class Task:
         note: what to know before reading its results, in a sentence.
         default: whether a call on a CPU that names no tasks does it.
         damage: what is done to the model that shall be recovered.
+        climbs_each: whether learning rates are tried at each budget: where the middle one's is not good for the others.
     """
 
     name: str
@@ -91,10 +92,11 @@ class Task:
     note: str = ""
     default: bool = True
     damage: Callable[[nn.Module], None] | None = None
+    climbs_each: bool = False
 
     @property
     def middle(self) -> float:
-        """The budget at which learning rates are tried, and alpha, whatever the budget: there the scaling is 1."""
+        """Alpha, whatever the budget; at the budget of as many ranks the scaling is 1, and learning rates are tried."""
         return self.budgets[len(self.budgets) // 2]
 
     @property
@@ -166,7 +168,7 @@ RECOVERY = (
 )
 NEIGHBOURS = "Agreement is the share of test texts with the same nearest neighbour among them as by the original."
 LIKELIEST = "Agreement is the share of tokens after which the same token is the likeliest as by the original."
-LANGUAGE = {"metric": "perplexity", "note": ROUNDED, "default": False}
+LANGUAGE = {"metric": "perplexity", "note": ROUNDED, "default": False, "climbs_each": True}
 # Sizes for which all methods with five seeds take about an hour a task on two cores; the language models take days.
 TASKS: dict[str, Task] = {
     task.name: task
@@ -192,6 +194,7 @@ TASKS: dict[str, Task] = {
             note=f"Its weights were rounded once more, to 3 bits. {RECOVERY} {LIKELIEST}",
             default=False,
             damage=partial(damages.round_weights, bits=3),
+            climbs_each=True,
         ),
         # 200 steps: in fewer L1RA's own settings move ranks once or not at all.
         Task("glosses", SMOLLM2, models.smollm2, texts.glosses, 200, 16, 64, guess=1500, **LANGUAGE),
