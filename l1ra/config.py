@@ -43,7 +43,7 @@ class L1RAConfig:
             PEFT. ``"gaussian"``: normal with standard deviation ``1 / initial rank``, as the paper.
         new_rows: A of a rank that an adapter receives. ``"random"`` (default): as ``init``. ``"gradient"``: along the
             leading directions of the layer's weight gradients in the first half of the interval before the
-            reallocation, as long as makes them answer to these rows as to random ones.
+            reallocation, scaled so that the gradient's response to them is as large as to random rows.
         rule: how gates move. ``"adaptive-l1"`` (default): an L1 step weighted by each rank's measured importance.
             ``"l1"``: the paper's AdamE, Adam with a decoupled elastic net.
         l1_lambda: strength of the L1 penalty. Rule ``"l1"``: the step is ``gate_lr * l1_lambda`` (default 1e-3).
@@ -51,9 +51,8 @@ class L1RAConfig:
         l2_lambda: strength of the decoupled L2 penalty, rule ``"l1"`` only. Default 0.
         gate_lr: the gates' own learning rate, per step, constant. Rule ``"l1"``: default 2e-2. Rule
             ``"adaptive-l1"``: None (default) lets a useless gate fade from 1 to 0 within half an interval.
-        margin: how much less important than the need of another adapter a rank must be for the adaptive rule to give it
-            up, at the last reallocation: a share of that need. At the start the share is 1, in between it falls
-            geometrically. Default 0.25.
+        margin: at the last reallocation the adaptive rule gives a rank up only if its importance is below this share of
+            another adapter's need; the share starts at 1 and falls geometrically. Smaller moves fewer. Default 0.25.
         principal_axes: at a reallocation, turn each adapter's ranks onto the singular directions of what it adds:
             ranks that learned the same are then not taken for many important ones. Adaptive rule only; an adapter
             whose optimizer state can't be turned (quantised moments) stays as it is. Default True.
@@ -82,7 +81,7 @@ class L1RAConfig:
         reserve: rows that every adapter's tensors have for good, and so the largest rank; those beyond the rank are 0
             and cost memory only. Shapes and addresses never change then: ``torch.compile`` does not compile anew when
             ranks move, captured graphs stay valid, and DistributedDataParallel goes on, where ranks rest without it.
-            Take 2 to 4 times the mean rank. Default None: no reserve, the tensors have as many rows as ranks.
+            Begin with 4 times the mean rank. Default None: no reserve, the tensors have as many rows as ranks.
         augment: store the weights of layers that are wider than their input (out_features from 1.5 times in_features)
             with 128 columns of room, in which the kernels put the adapter: one product then does both. Costs memory
             (3 % of such a weight at 4096 inputs), saves a pass over the output. Default False.

@@ -107,8 +107,8 @@ def join(layers: Sequence[L1RALinear], optimizer: Optimizer, same: Mapping[str, 
         )
     if any(layer.reserve is None for layer in layers):
         raise NotReplicas(
-            "DistributedDataParallel needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, two to "
-            "four times the mean rank"
+            "DistributedDataParallel needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin "
+            "with four times the mean rank"
         )
     if _zero(optimizer):
         raise NotReplicas("ZeroRedundancyOptimizer gives each process a part of the adapters. Take a plain optimizer")

@@ -83,7 +83,9 @@ class Report:
         looked_at = [row.coherence for row in self.rows if row.coherence is not None]
         if looked_at:
             learning, limit = sum(c >= self.min_coherence for c in looked_at), f"{self.min_coherence:g}"
-            lines.append(f"{learning} of {len(looked_at)} adapters had more to learn: a coherence of {limit} or more")
+            lines.append(
+                f"{learning} of {len(looked_at)} adapters could use more ranks: a coherence of {limit} or more"
+            )
         if self.trained_in_full:
             lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
         for number, path in enumerate(paths, 1):

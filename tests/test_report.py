@@ -52,7 +52,7 @@ def test_the_text_holds_every_layer_and_the_totals():
     assert "path: torch (plain PyTorch" in text
     limit = controller.config.min_coherence
     learning = [row.name for row in report.rows if row.coherence >= limit]
-    assert f"{len(learning)} of 4 adapters had more to learn: a coherence of {limit:g} or more" in text
+    assert f"{len(learning)} of 4 adapters could use more ranks: a coherence of {limit:g} or more" in text
 
 
 def test_coherence_is_that_of_the_last_reallocation_once_there_was_one():

@@ -59,9 +59,10 @@ def read(folder, name):
 
 
 def test_ranks_moved_and_the_export_computes_what_the_model_did(page):
-    folder, _, logits = page
+    folder, names, logits = page
     assert json.loads((folder / "lora-uneven" / "adapter_config.json").read_text())["rank_pattern"]
     trained = after(logits, 'lora-uneven")   ')
+    torch.testing.assert_close(computed(names["tuned"]), trained, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(read(folder, "lora-uneven"), trained, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(read(folder, "lora-uneven"), read(folder, "lora"), atol=1e-3)
 
