@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Files that are whole or not there: written under another name, then renamed; and tensors ready to be written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["PARTIAL", "replaced"]
+import torch
+from torch import Tensor
+
+__all__ = ["PARTIAL", "replaced", "stored"]
 
 PARTIAL = r"\.\d+\.partial"  # what is added to the name of a file that is being written
 
@@ -37,3 +40,8 @@ def replaced(*files: Path) -> Iterator[list[Path]]:
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, contiguous, in a memory of its own: what safetensors asks for."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)

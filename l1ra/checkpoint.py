@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from l1ra.adapted import trained_tensors
-from l1ra.aside import PARTIAL, replaced
+from l1ra.aside import PARTIAL, replaced, stored
 from l1ra.config import L1RAConfig
 from l1ra.controller_state import FORM as STATE
 from l1ra.form import misfit
@@ -184,13 +183,11 @@ def _left(folder: Path) -> set[str]:
 
 def _adapters(controller: RankController) -> dict[str, Tensor]:
     rows = {
-        f"{name}.{part}": getattr(adapter, part).detach()[: adapter.rank]
+        f"{name}.{part}": getattr(adapter, part)[: adapter.rank]
         for name, adapter in controller.adapters.items()
         for part in PARTS
     }
-    # A tied head may share its memory with what else is trained; in the file each has its own.
-    found = {**rows, **trained_tensors(controller.model)}
-    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in found.items()}
+    return {name: stored(value) for name, value in {**rows, **trained_tensors(controller.model)}.items()}
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.adapted import trained_modules
-from l1ra.aside import replaced
+from l1ra.aside import replaced, stored
 from l1ra.base_layers import is_conv1d
 from l1ra.linear import L1RALinear, find_adapters
 from l1ra.targets import saved_modules
@@ -76,10 +76,10 @@ def export_peft(
     for name, (a, b) in layers.items():
         if uniform:
             a, b = (nn.functional.pad(rows, (0, 0, 0, largest - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _stored(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _stored(b.T)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = stored(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = stored(b.T)
     for name, module in saved.items():
-        tensors |= {f"{PREFIX}{_plain(name)}.{key}": _stored(value) for key, value in module.state_dict().items()}
+        tensors |= {f"{PREFIX}{_plain(name)}.{key}": stored(value) for key, value in module.state_dict().items()}
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     config = {
         "peft_type": "LORA",
@@ -123,11 +123,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _plain(name: str) -> str:
     """A module's name in the model as it was before parts of it were compiled."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    # A memory of its own: savers refuse tensors that share one.
-    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

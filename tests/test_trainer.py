@@ -7,13 +7,11 @@ import warnings
 import pytest
 import torch
 from helpers import bert, llama, shake
-from torch import nn
+from trainer_helpers import STEPS, arguments, labelled, livelier, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
 from l1ra.linear import find_adapters
-
-STEPS = 30
 
 
 class Board(TrainerCallback):
@@ -25,36 +23,6 @@ class Board(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name, value in logs.items():
             self.scalars.setdefault(name, []).append((state.global_step, value))
-
-
-def sentences(count=64, length=10):
-    generator = torch.Generator().manual_seed(3)
-    starts = torch.randint(0, 50, (count, 1), generator=generator)
-    ids = (starts + 3 * torch.arange(length)) % 50  # a pattern that can be learnt
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def livelier(model):
-    """Random tiny models have weights too small to learn anything from."""
-    torch.manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, 0, 0.2)
-    return model
-
-
-def arguments(path, **kwargs):
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 5,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return {"output_dir": str(path), **settings, **kwargs}
 
 
 def train(path, model=None, budget=28, patch=None, **kwargs):
@@ -275,10 +243,6 @@ def test_a_trainer_resumes_from_its_checkpoint_bit_for_bit(at, make, tmp_path):
     assert resumed.steps == whole.steps == 20 and resumed.history == whole.history and whole.moved > 0
     expected = dict(trainer.model.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
-
-
-def labelled():
-    return [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 3} for row in sentences()]
 
 
 def resumable(path, make, save_steps=10, resume=None, data=None, max_steps=20, patch=None):

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from l1ra.adapted import carried_tensors, controller_of
-from l1ra.aside import replaced
+from l1ra.aside import replaced, stored
 from l1ra.integrations.trainer import FOLDER, WEIGHTS, trainer_in
-from l1ra.linear import find_adapters
+from l1ra.linear import L1RALinear, find_adapters
 from l1ra.peft_export import export_peft
 
 __all__ = ["SavePretrained", "give_back", "take_over"]
@@ -97,7 +96,7 @@ class SavePretrained:
             )
 
 
-def _whole(layer: nn.Module) -> bool:
+def _whole(layer: L1RALinear) -> bool:
     a = layer.lora_A  # DTensors (FSDP 2), flat pieces (FSDP 1) and empty ones (ZeRO 3) are parts of it
     return type(a) is nn.Parameter and a.dim() == 2 and a.shape[1] == layer.in_features
 
@@ -106,8 +105,6 @@ def _write_trained(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    # A memory of its own for each, in order: what the format asks for.
-    form = torch.contiguous_format
-    tensors = {name: value.cpu().clone(memory_format=form) for name, value in carried_tensors(model).items()}
+    tensors = {name: stored(value) for name, value in carried_tensors(model).items()}
     with replaced(folder / WEIGHTS) as (aside,):
         aside.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
