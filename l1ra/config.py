@@ -56,9 +56,9 @@ class L1RAConfig:
         principal_axes: at a reallocation, turn each adapter's ranks onto the singular directions of what it adds:
             ranks that learned the same are then not taken for many important ones. Adaptive rule only; an adapter
             whose optimizer state can't be turned (quantised moments) stays as it is. Default True.
-        min_coherence: where the gradients of different batches agree less than this, an adapter is not needy, whatever
-            its ranks are worth: a new one would learn noise. A cosine, see ``Probe.coherence``; at -1 all of them may
-            be needy. Adaptive rule only. Default 0.2.
+        min_coherence: where the gradients of different batches agree less than this, or less than half as much as where
+            they agree most, an adapter is not needy, whatever its ranks are worth: a new one would learn noise. A
+            cosine, see ``Probe.coherence``; at -1 all of them may be needy. Adaptive rule only. Default 0.1.
         turnover: largest share of all ranks that the adaptive rule gives up in an interval. Default 0.3.
         total_steps: optimizer steps of the whole training; None (default) takes it from the Trainer.
         interval: between two reallocations: optimizer steps (an int), or a share of the total (a float in (0, 1)).
@@ -104,7 +104,7 @@ class L1RAConfig:
     gate_lr: float | None = None
     margin: float = 0.25
     principal_axes: bool = True
-    min_coherence: float = 0.2
+    min_coherence: float = 0.1
     turnover: float = 0.3
     total_steps: int | None = None
     interval: int | float = 0.05

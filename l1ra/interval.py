@@ -17,6 +17,7 @@ from l1ra.directions import leading_rows
 from l1ra.gates import GateBank
 from l1ra.linear import L1RALinear
 from l1ra.principal import turn_adapters
+from l1ra.probe import least_coherence
 from l1ra.probing import Probing
 from l1ra.reallocation import move_ranks
 from l1ra.replicas import Replicas
@@ -142,7 +143,8 @@ class Interval:
             self.probing.empty()
 
     def _learning(self, coherence: dict[str, float]) -> list[bool]:
-        return [coherence.get(name, math.inf) >= self._config.min_coherence for name in self._adapters]
+        least = least_coherence(coherence.values(), self._config.min_coherence)
+        return [coherence.get(name, math.inf) >= least for name in self._adapters]
 
     def _plan(self, importance: Importance | None, given_back: Sequence[int], learning: list[bool]) -> Plan:
         return allocate(

@@ -6,14 +6,26 @@ It says where a new rank should look, and whether one would have anything to lea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Probe", "take_step"]
+__all__ = ["Probe", "least_coherence", "take_step"]
 
 SHORTEST = 1e-18  # squares of shorter gradients vanish in float32
+# All gradients agree the less the further the training is, the higher its rate and the smaller its batches. Who has
+# something to learn stands out against the others: half of the greatest coherence, not a number for all trainings.
+STANDS_OUT = 0.5
+
+
+def least_coherence(found: Collection[float], floor: float) -> float:
+    """What the coherence of an adapter must be at least for it to be needy, where those of all are ``found``.
+
+    Args:
+        floor: ``L1RAConfig.min_coherence``; -1 lets all of them be needy.
+    """
+    return floor if floor <= -1 else max(floor, STANDS_OUT * max(found, default=floor))
 
 
 class Probe:

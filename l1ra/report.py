@@ -12,6 +12,7 @@ from torch import nn
 from l1ra.adapted import controller_of, listed
 from l1ra.controller import RankController
 from l1ra.linear import L1RALinear, find_adapters
+from l1ra.probe import least_coherence
 from l1ra.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
 
 __all__ = ["Report", "ReportRow", "plot_ranks", "report"]
@@ -26,8 +27,8 @@ class ReportRow:
         in_features, out_features: of the layer.
         rank, initial_rank: now and at the start.
         smallest_gate: of its ranks.
-        coherence: how much its gradients agreed before the last reallocation: below ``min_coherence`` it got no rank
-            that another adapter could take. None where nobody has looked yet.
+        coherence: how much its gradients agreed before the last reallocation: below ``least_coherence`` of the report
+            it got no rank that another adapter could take. None where nobody has looked yet.
         params: adapter parameters now, gates included.
         path: ``"fused (chain)"``, ``"fused (aug)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or
             around the base layer's own forward, or ``"torch"``, with the reason; and which layers read their input
@@ -49,7 +50,8 @@ class ReportRow:
 class Report:
     """The adapters of a model; ``str()`` makes tables of it: by layer, by kind of projection, and a line by depth.
 
-    ``budget``, ``spare``, ``moved`` and ``min_coherence`` are None where no controller drives the model.
+    ``budget``, ``spare``, ``moved`` and ``least_coherence`` are None where no controller drives the model, and
+    ``least_coherence`` as long as nobody has looked.
     """
 
     rows: tuple[ReportRow, ...]
@@ -58,7 +60,7 @@ class Report:
     budget_unit: str = "ranks"
     spare: int | None = None
     moved: int | None = None
-    min_coherence: float | None = None
+    least_coherence: float | None = None
 
     @property
     def params(self) -> int:
@@ -82,7 +84,7 @@ class Report:
             lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
         looked_at = [row.coherence for row in self.rows if row.coherence is not None]
         if looked_at:
-            learning, limit = sum(c >= self.min_coherence for c in looked_at), f"{self.min_coherence:g}"
+            learning, limit = sum(c >= self.least_coherence for c in looked_at), f"{self.least_coherence:.2f}"
             lines.append(
                 f"{learning} of {len(looked_at)} adapters could use more ranks: a coherence of {limit} or more"
             )
@@ -159,8 +161,9 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     if controller is None:
         return Report(rows, others)
     config = controller.config
-    unit, limit = config.budget_unit, config.min_coherence
-    return Report(rows, others, controller.budget, unit, controller.spare, controller.moved, limit)
+    looked_at = [row.coherence for row in rows if row.coherence is not None]
+    limit = least_coherence(looked_at, config.min_coherence) if looked_at else None
+    return Report(rows, others, controller.budget, config.budget_unit, controller.spare, controller.moved, limit)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ import l1ra
 from l1ra import L1RAConfig, L1RALinear, RankController
 from l1ra.gates import GateBank
 from l1ra.probe import Probe
+from l1ra.probing import Probing
 from l1ra.rules import AdaptiveL1, Moment, PaperL1, make_rule
 from l1ra_kernels.reference import adam_elastic_net_step
 
@@ -184,10 +185,28 @@ def test_the_middle_of_an_interval_presses_what_is_worth_more_elsewhere():
     assert not controller._bank.weight.any() and controller.moved == 0  # the script has let no gate fall
 
 
-@pytest.mark.parametrize("coherence, pressed", [(0.19, []), (0.2, [4, 6, 8]), (torch.nan, [4, 6, 8])])
+@pytest.mark.parametrize("coherence, pressed", [(0.09, []), (0.1, [4, 6, 8]), (torch.nan, [4, 6, 8])])
 def test_no_rank_is_given_up_for_an_adapter_whose_gradients_are_noise(coherence, pressed, monkeypatch):
-    monkeypatch.setattr(Probe, "coherence", property(lambda probe: torch.tensor(coherence)))
+    monkeypatch.setattr(Probe, "coherence", property(lambda probe: torch.tensor(coherence, dtype=torch.float64)))
     model, controller, optimizer, x, y = patched(interval=10, turnover=0.2)
+    play(controller, {}, [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4])
+    for _ in range(5):
+        step(model, optimizer, x, y)
+    assert controller._bank.weight.nonzero().flatten().tolist() == pressed
+
+
+@pytest.mark.parametrize(
+    "coherence, floor, pressed",
+    [
+        ([0.29, 0.6, 0.29, 0.29], 0.1, []),  # the second alone stands out, and its weakest rank is the least of all
+        ([0.3, 0.6, 0.3, 0.3], 0.1, [4, 6, 8]),
+        ([0.29, 0.6, 0.29, 0.29], -1.0, [4, 6, 8]),
+        ([0.3, 0.6, 0.3, 0.3], 0.31, []),
+    ],
+)
+def test_no_rank_is_given_up_for_an_adapter_that_does_not_stand_out(coherence, floor, pressed, monkeypatch):
+    model, controller, optimizer, x, y = patched(interval=10, turnover=0.2, min_coherence=floor)
+    monkeypatch.setattr(Probing, "coherence", lambda probing: dict(zip(controller.adapters, coherence, strict=True)))
     play(controller, {}, [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4])
     for _ in range(5):
         step(model, optimizer, x, y)
