@@ -43,6 +43,19 @@ def test_rounding_leaves_few_levels_and_half_a_step_of_error(features, bits):
         assert torch.equal(model.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize(("features", "share", "gone"), [(64, 0.5, 32), (7, 0.5, 3), (10, 0.0, 0)])
+def test_pruning_takes_the_smallest_weights_of_each_row(features, share, gone):
+    model = nn.Sequential(nn.Linear(features, 5), nn.LayerNorm(5))
+    before = copy.deepcopy(model.state_dict())
+    damages.prune_weights(model, share)
+    for row, was in zip(model[0].weight, before["0.weight"], strict=True):
+        kept = row != 0
+        assert torch.equal(row[kept], was[kept]) and int((~kept).sum()) == gone
+        assert gone == 0 or was[~kept].abs().max() <= was[kept].abs().min()
+    for name in ("0.bias", "1.weight", "1.bias"):
+        assert torch.equal(model.state_dict()[name], before[name])
+
+
 def test_layers_are_taken_out_of_the_copy_alone(folders):
     model = recovery.load(folders["bert"], partial(damages.without_layers, numbers=(0,)))
     original = model._original[0]

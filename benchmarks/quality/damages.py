@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["round_weights", "without_layers"]
+__all__ = ["prune_weights", "round_weights", "without_layers"]
 
 GROUP = 64  # weights of a row that share a scale
 
@@ -23,6 +23,15 @@ def round_weights(model: nn.Module, bits: int) -> None:
 def _rounded(weight: Tensor, top: int) -> Tensor:
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
     return (weight / scale).round().clamp(-top - 1, top) * scale
+
+
+@torch.no_grad()
+def prune_weights(model: nn.Module, share: float) -> None:
+    """This share of each row of a linear layer's weight, the smallest ones, to 0."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            least = layer.weight.abs().topk(int(share * layer.in_features), dim=1, largest=False).indices
+            layer.weight.scatter_(1, least, 0.0)
 
 
 def without_layers(model: nn.Module, numbers: tuple[int, ...]) -> None:

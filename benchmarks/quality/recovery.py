@@ -1,8 +1,8 @@
 """Recovery: a damaged copy of a model learns to give back the hidden states of the original.
 
-It is what adapters are put to after a model was rounded to few bits (QLoRA's successors: LoftQ, arXiv:2310.08659) or
-lost some of its layers (arXiv:2403.17887). Nothing but text is needed, and the error of every token says what is still
-missing, so that little of what is measured is luck.
+It is what adapters are put to after a model was rounded to few bits (QLoRA's successors: LoftQ, arXiv:2310.08659),
+pruned (arXiv:2312.15230), or lost some of its layers (arXiv:2403.17887). Nothing but text is needed, and the error of
+every token says what is still missing, so that little of what is measured is luck.
 """
 
 from __future__ import annotations

@@ -163,9 +163,10 @@ ROUNDED = (
     "gained may be the damage undone, by every method alike."
 )
 RECOVERY = (
-    "It learns to give back the original's last hidden states on WordNet's glosses. The loss is the squared error of "
-    "all tokens' states relative to the original's squares. Frozen is the damaged model as it is."
+    "It learns to give back the original's last hidden states on {}. The loss is the squared error of all tokens' "
+    "states relative to the original's squares. Frozen is the damaged model as it is."
 )
+ON_GLOSSES, ON_REVIEWS = RECOVERY.format("WordNet's glosses"), RECOVERY.format("sentences of movie reviews")
 NEIGHBOURS = "Agreement is the share of test texts with the same nearest neighbour among them as by the original."
 LIKELIEST = "Agreement is the share of tokens after which the same token is the likeliest as by the original."
 LANGUAGE = {"metric": "perplexity", "note": ROUNDED, "default": False, "climbs_each": True}
@@ -179,19 +180,25 @@ TASKS: dict[str, Task] = {
         Task(
             "rounded",
             *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 110),
-            note=f"Its weights were rounded to 3 bits. {RECOVERY} {NEIGHBOURS}",
+            note=f"Its weights were rounded to 3 bits. {ON_GLOSSES} {NEIGHBOURS}",
             damage=partial(damages.round_weights, bits=3),
         ),
         Task(
             "shortened",
             *(MINILM, models.minilm, texts.supersense, 300, 16, 32, "agreement", 90),
-            note=f"The third and the fourth of its six layers were taken out. {RECOVERY} {NEIGHBOURS}",
+            note=f"The third and the fourth of its six layers were taken out. {ON_GLOSSES} {NEIGHBOURS}",
             damage=partial(damages.without_layers, numbers=(2, 3)),
+        ),
+        Task(
+            "pruned",
+            *(MINILM, models.minilm, texts.polarity, 300, 16, 32, "agreement", 90),
+            note=f"The smaller half of each row of its weights was set to 0. {ON_REVIEWS} {NEIGHBOURS}",
+            damage=partial(damages.prune_weights, share=0.5),
         ),
         Task(
             "rounded-lm",
             *(SMOLLM2, models.smollm2, texts.glosses, 200, 8, 48, "agreement", 900),
-            note=f"Its weights were rounded once more, to 3 bits. {RECOVERY} {LIKELIEST}",
+            note=f"Its weights were rounded once more, to 3 bits. {ON_GLOSSES} {LIKELIEST}",
             default=False,
             damage=partial(damages.round_weights, bits=3),
             climbs_each=True,
