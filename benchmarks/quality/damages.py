@@ -27,7 +27,7 @@ def _rounded(weight: Tensor, top: int) -> Tensor:
 
 @torch.no_grad()
 def prune_weights(model: nn.Module, share: float) -> None:
-    """This share of each row of a linear layer's weight, the smallest ones, to 0."""
+    """This share (0 to 1, rounded down to whole weights) of each row of a linear layer's weight to 0: the smallest."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             least = layer.weight.abs().topk(int(share * layer.in_features), dim=1, largest=False).indices
