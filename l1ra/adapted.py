@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from l1ra.base_layers import base_features
-from l1ra.linear import PARTS, L1RALinear, find_adapters
+from l1ra.linear import L1RALinear, find_adapters
+from l1ra.low_rank import PARTS
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController

@@ -22,7 +22,7 @@ from l1ra.aside import PARTIAL, replaced, stored
 from l1ra.config import L1RAConfig
 from l1ra.controller_state import FORM as STATE
 from l1ra.form import misfit
-from l1ra.linear import PARTS
+from l1ra.low_rank import PARTS
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController

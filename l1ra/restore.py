@@ -12,7 +12,8 @@ from l1ra.base_layers import base_features
 from l1ra.checkpoint import Checkpoint, read
 from l1ra.controller import RankController
 from l1ra.controller_state import check_state
-from l1ra.linear import PARTS, find_adapters
+from l1ra.linear import find_adapters
+from l1ra.low_rank import PARTS
 from l1ra.patch import patch, unpatch
 
 __all__ = ["load"]
