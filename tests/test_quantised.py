@@ -1,12 +1,12 @@
 """Adapters on quantised bases: the base's own forward runs, the adapter is added, nothing touches packed weights."""
 
-import copy
 import itertools
 import types
 
 import pytest
 import torch
 from helpers import BRISK, same_bits, shake, tokens, trainable
+from quantised_helpers import Packed4, dense, load, logits, quantised, same_state, stored
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,133 +16,7 @@ from l1ra.base_layers import base_features, foreign, main_tensor
 from l1ra.linear import find_adapters
 from l1ra_kernels import choice
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
 KINDS = ("nf4", "int8", "torchao")
-
-
-class Packed4(nn.Module):
-    """As GPTQ's and AWQ's layers: no Linear, no weight, eight 4-bit numbers in an int32, and a forward of its own."""
-
-    def __init__(self, linear, sizes=("in_features", "out_features"), differentiable=True):
-        super().__init__()
-        for name, size in zip(sizes, (linear.in_features, linear.out_features), strict=True):
-            setattr(self, name, size)
-        weight = linear.weight.detach()
-        scales = weight.abs().amax(1, keepdim=True) / 7
-        shifts = 4 * torch.arange(8)
-        nibbles = ((weight / scales).round().long() + 8).view(len(weight), -1, 8)
-        self.register_buffer("qweight", (nibbles << shifts).sum(-1).sub(2**31).to(torch.int32))
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self.differentiable = differentiable
-
-    def dense(self):
-        nibbles = (self.qweight.long() + 2**31).unsqueeze(-1) >> 4 * torch.arange(8) & 15
-        return (nibbles.flatten(1) - 8) * self.scales
-
-    def forward(self, x):
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            return F.linear(x, self.dense().to(x.dtype), self.bias)
-
-
-class Float8(nn.Linear):
-    """As the fp8 layers of transformers: a Linear whose weight means nothing without its scale."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features)
-        self.weight_scale_inv = nn.Parameter(linear.weight.detach().abs().amax() / 448)
-        self.weight = nn.Parameter((linear.weight.detach() / self.weight_scale_inv).to(torch.float8_e4m3fn))
-        self.bias = linear.bias
-
-    def dense(self):
-        return self.weight.float() * self.weight_scale_inv
-
-    def forward(self, x):
-        return F.linear(x, self.dense(), self.bias)
-
-
-def quantised(linear, kind):
-    """A layer of the ``kind`` that holds the weight of ``linear``."""
-    if kind == "torchao":
-        torchao = pytest.importorskip("torchao.quantization")
-        twin = nn.Sequential(copy.deepcopy(linear))
-        torchao.quantize_(twin, torchao.Int8WeightOnlyConfig())
-        return twin[0]
-    if kind in ("nf4", "int8"):
-        bnb = pytest.importorskip("bitsandbytes").nn
-        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-        layer = bnb.Linear4bit(*sizes, quant_type="nf4") if kind == "nf4" else bnb.Linear8bitLt(*sizes, False)
-        layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu")
-    return {"packed4": Packed4, "float8": Float8}[kind](linear)
-
-
-def dense(base):
-    """The weight that a quantised layer computes with."""
-    if hasattr(base, "dense"):
-        return base.dense()
-    if type(base) is nn.Linear:
-        return base.weight.dequantize()
-    from bitsandbytes import functional
-
-    if type(base).__name__ == "Linear4bit":
-        return functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
-    return base.weight.data * scales[:, None] / 127
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny Llama on disk."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
-    return folder
-
-
-def load(folder, kind, **settings):
-    """That Llama with weights of the ``kind``, as users load it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-
-    pytest.importorskip("torchao" if kind == "torchao" else "bitsandbytes")
-    if kind == "nf4":
-        double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **double, **settings)
-    elif kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, **settings)
-    else:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    return model.train()
-
-
-def logits(model):
-    return model(tokens()).logits
-
-
-def stored(model):
-    """Copies of the state dict, the parts of tensor subclasses one by one."""
-    found = {}
-    for name, value in model.state_dict().items():
-        inner = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
-        found |= {f"{name}.{part}": getattr(value, part).clone() for part in inner} or {name: value.clone()}
-    return found
-
-
-def same_state(a, b):
-    return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("sizes", [("in_features", "out_features"), ("infeatures", "outfeatures")])
@@ -203,8 +77,8 @@ def test_output_and_gradients_are_those_of_the_dequantised_weight(kind, path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_linear_finds_every_layer_and_patch_changes_no_bit(folder, kind):
-    model = load(folder, kind)
+def test_all_linear_finds_every_layer_and_patch_changes_no_bit(llama_folder, kind):
+    model = load(llama_folder, kind)
     state, before = stored(model), logits(model)
     l1ra.patch(model, 56)
     layers = dict(find_adapters(model))
@@ -218,9 +92,9 @@ def test_all_linear_finds_every_layer_and_patch_changes_no_bit(folder, kind):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_recipe_trains_and_moves_ranks_and_leaves_the_base_alone(folder, kind, reentrant):
+def test_the_recipe_trains_and_moves_ranks_and_leaves_the_base_alone(llama_folder, kind, reentrant):
     peft = pytest.importorskip("peft")
-    model = load(folder, kind)
+    model = load(llama_folder, kind)
     model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     bases = [module for name, module in model.named_modules() if name.endswith("proj")]
     before = [stored(base) for base in bases]
@@ -239,8 +113,8 @@ def test_the_recipe_trains_and_moves_ranks_and_leaves_the_base_alone(folder, kin
     assert len(bases) == 14 and all(itertools.starmap(same_state, zip(map(stored, bases), before, strict=True)))
 
 
-def test_ranks_move_between_adapters_that_were_cast_as_sft_trainer_casts_them(folder):
-    model = load(folder, "nf4")
+def test_ranks_move_between_adapters_that_were_cast_as_sft_trainer_casts_them(llama_folder):
+    model = load(llama_folder, "nf4")
     controller = l1ra.patch(model, 28, **{**BRISK, "total_steps": 24}, min_interval=1)
     for param in trainable(model):
         param.data = param.data.bfloat16()
@@ -255,14 +129,14 @@ def test_ranks_move_between_adapters_that_were_cast_as_sft_trainer_casts_them(fo
     assert {p.dtype for p in trainable(model)} == {torch.bfloat16}
 
 
-def test_a_trainer_takes_the_model_evaluates_it_between_and_resumes(folder, tmp_path):
+def test_a_trainer_takes_the_model_evaluates_it_between_and_resumes(llama_folder, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     pytest.importorskip("accelerate")
     data = [{"input_ids": t, "labels": t} for t in tokens(8)]
 
     def run(out, **resume):
-        model = load(folder, "nf4")
+        model = load(llama_folder, "nf4")
         controller = l1ra.patch(model, 28, interval=2, warmup=0.0, min_interval=1, total_steps=6)
         common = {"per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True}
         when = {"save_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2}
@@ -281,107 +155,28 @@ def test_a_trainer_takes_the_model_evaluates_it_between_and_resumes(folder, tmp_
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_peft_computes_the_same_on_the_same_quantised_base(folder, kind, tmp_path):
+def test_peft_computes_the_same_on_the_same_quantised_base(llama_folder, kind, tmp_path):
     peft = pytest.importorskip("peft")
-    model = load(folder, kind)
+    model = load(llama_folder, kind)
     l1ra.patch(model, 21)
     l1ra.export_peft(shake(model), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(load(folder, kind), tmp_path).train()
+    theirs = peft.PeftModel.from_pretrained(load(llama_folder, kind), tmp_path).train()
     mine = logits(model)
     torch.testing.assert_close(logits(theirs), mine, rtol=1e-5, atol=1e-5 * float(mine.detach().abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_adapters_are_saved_and_go_onto_a_fresh_quantised_base(folder, kind, tmp_path):
+def test_only_the_adapters_are_saved_and_go_onto_a_fresh_quantised_base(llama_folder, kind, tmp_path):
     from safetensors.torch import load_file
 
-    model = load(folder, kind)
+    model = load(llama_folder, kind)
     l1ra.patch(model, 21, total_steps=10).save(tmp_path)
     shake(model)._l1ra_controller.save(tmp_path)
     (file,) = tmp_path.glob("adapters-*")
     assert {name.rsplit(".", 1)[-1] for name in load_file(file)} == {"lora_A", "gate", "lora_B"}
-    fresh = load(folder, kind)
+    fresh = load(llama_folder, kind)
     l1ra.load(fresh, tmp_path)
     assert same_bits(logits(fresh), logits(model))
-
-
-# The largest distance to the nearest number, relative to the largest one. 8-bit numbers are made from float16.
-HALF_STEPS = {"nf4": (1 - 0.69619) / 2, "int8": 0.5 / 127 + 2**-11}
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("called", [False, True])
-def test_merging_rounds_to_the_nearest_and_says_by_how_much(kind, called):
-    base = quantised(nn.Linear(64, 32), kind)
-    layer, x = shake(L1RALinear.from_linear(base, rank=3)), torch.randn(4, 64)
-    if called:
-        layer(x)  # the scales of 8-bit weights move at the first call
-    state, wanted, old = stored(layer), dense(base) + layer.delta_weight(), base.weight
-    first = layer(x) if called else None
-    with pytest.warns(UserWarning, match=r"merged into [48]-bit weights") as caught:
-        layer.merge()
-    error = dense(base) - wanted
-    blocks = (error / wanted.abs().amax(1, keepdim=True)).abs()  # a row of 64 is one block, and has one scale
-    assert blocks.max() <= HALF_STEPS[kind] * 1.001
-    told = error.norm() / wanted.norm(), layer.delta_weight().norm() / wanted.norm()
-    assert all(f"{share:.2%}" in str(caught[0].message) for share in told)
-    torch.testing.assert_close(layer(x), F.linear(x, dense(base), layer.bias), rtol=1e-5, atol=1e-5)
-    layer.unmerge()
-    assert base.weight is old and same_state(stored(layer), state)
-    assert first is None or same_bits(layer(x), first)
-
-
-def test_a_merged_4_bit_weight_has_the_settings_it_had():
-    linear, bnb = nn.Linear(64, 32), pytest.importorskip("bitsandbytes").nn
-    settings = {"compress_statistics": False, "quant_type": "fp4", "quant_storage": torch.bfloat16}
-    base = bnb.Linear4bit(64, 32, **settings)
-    base.load_state_dict(linear.bfloat16().state_dict(), assign=True)
-    base.weight = bnb.Params4bit(linear.weight.data, blocksize=128, module=base, **settings)
-    layer = shake(L1RALinear.from_linear(base.to("cpu"), rank=3))
-    old, state = base.weight, base.quant_state
-    with pytest.warns(UserWarning, match="merged into 4-bit"):
-        layer.merge()
-    assert base.weight is not old and base.quant_state is base.weight.quant_state is not state
-    assert {name: getattr(base.weight, name) for name in settings} == settings and base.weight.module is base
-    for name in ("blocksize", "quant_type", "nested", "dtype", "shape"):
-        assert getattr(base.quant_state, name) == getattr(state, name)
-    assert base.weight.dtype == torch.bfloat16 and base.weight.shape == old.shape
-    layer.unmerge()
-    assert base.weight is old and base.quant_state is state is old.quant_state
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_merged_model_says_once_what_rounding_cost_and_can_be_copied(folder, kind):
-    model = load(folder, kind)
-    l1ra.patch(model, 21)
-    before, first = stored(shake(model, 0.02)), logits(model)
-    plain = logits(l1ra.unpatch(copy.deepcopy(model)))
-    with pytest.warns(UserWarning, match="l1ra.export_peft keeps the adapters apart") as caught:
-        l1ra.merge(model)
-    assert len(caught) == 1
-    merged = logits(model)
-    assert (merged - first).norm() < (plain - first).norm()
-    twin = copy.deepcopy(model)
-    assert same_bits(logits(twin), merged)
-    for one in (model, twin):
-        l1ra.unmerge(one)
-        assert same_state(stored(one), before) and same_bits(logits(one), first)
-    with pytest.warns(UserWarning, match="merged into"):
-        l1ra.unpatch(model, merge=True)
-    assert same_bits(logits(model), merged) and not any(True for _ in find_adapters(model))
-
-
-@pytest.mark.parametrize(
-    "kind, reason",
-    [("torchao", "its weight is a Int8Tensor"), ("packed4", "a Packed4 has"), ("float8", "a Float8 has")],
-)
-def test_where_nothing_can_be_merged_no_layer_is(kind, reason):
-    model = nn.Sequential(nn.Linear(16, 16), quantised(nn.Linear(16, 32), kind))
-    l1ra.patch(model, 4)
-    before = stored(shake(model))
-    with pytest.raises(TypeError, match=f"1 can't be merged: {reason}.*l1ra.export_peft"):
-        l1ra.merge(model)
-    assert same_state(stored(model), before) and not model[0].merged and not model[1].merged
 
 
 def test_kernels_without_a_backward_are_an_error_in_training_alone():
