@@ -212,7 +212,9 @@ def test_a_new_process_finds_what_a_worker_is_given():
     assert pickle.loads(pickle.dumps(job)) == job
 
 
-@pytest.mark.parametrize("wrong", [["--set", "margn=0.3"], ["--set", "margin"], ["--label", "name"]])
+@pytest.mark.parametrize(
+    "wrong", [["--set", "margn=0.3"], ["--set", "margin"], ["--set", "seed=1"], ["--label", "name"]]
+)
 def test_wrong_settings_end_before_anything_runs(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--cases", "mlp", "--out", str(tmp_path / "none"), *wrong])

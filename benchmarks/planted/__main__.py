@@ -60,9 +60,11 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
     """The runs that are asked for. With settings, the methods that take any are named after the label.
 
     Raises:
-        TypeError, ValueError: a setting that ``L1RAConfig`` refuses.
+        TypeError, ValueError: a setting that ``L1RAConfig`` refuses, or its seed, which is the run's.
     """
     overrides = dict(arguments.set)
+    if "seed" in overrides:
+        raise ValueError("every run has a seed of its own, from 0 on: write --seeds and how many.")
     L1RAConfig().replace(**overrides)
     found = []
     for case in arguments.cases:
