@@ -137,11 +137,12 @@ class L1RALinear(GatedLowRank):
         return layer
 
     def _adapt(self, base: nn.Module, dropout: float, **adapter: Any) -> None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, not {dropout!r}: at 1 the adapter would see nothing.")
         super().__init__(*base_features(base), device=main_tensor(base).device, **adapter)
-        drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self._repacks = keep_unpacked(base)
         self.base_layer = base.requires_grad_(False)
-        self.dropout = drop
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.train(base.training)
         self._merged_from: Kept | None = None
         self.probe: Probe | None = None

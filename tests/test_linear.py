@@ -375,9 +375,15 @@ def test_shapes_can_be_inferred_on_the_meta_device():
     assert out.shape == (3, 4, 5) and out.dtype == torch.bfloat16 and out.is_meta
 
 
-@pytest.mark.parametrize("wrong", [{"init": "zeros"}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.5}])
-def test_settings_of_a_layer_are_checked(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    "wrong", [{"init": "zeros"}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.5}, {"dropout": 1.0}]
+)
+def test_settings_of_a_layer_are_checked_before_its_base_is_frozen(wrong):
+    base, message = nn.Linear(6, 5), f"{next(iter(wrong))} must be"
+    with pytest.raises(ValueError, match=message):
+        L1RALinear.from_linear(base, rank=2, **wrong)
+    assert base.weight.requires_grad and base.bias.requires_grad
+    with pytest.raises(ValueError, match=message):
         L1RALinear(6, 5, rank=2, **wrong)
 
 
