@@ -24,6 +24,7 @@ from l1ra.base_layers import (
 from l1ra.low_rank import GatedLowRank
 from l1ra.merged_weight import Kept, Rounding, add_to_weight, give_back
 from l1ra.probe import Probe
+from l1ra.recompute import in_backward, saving_hooks
 from l1ra.room import Room
 from l1ra.row_moves import RowMoves
 from l1ra.sharing import SharedInput
@@ -150,6 +151,7 @@ class L1RALinear(GatedLowRank):
         self.disabled = False
         self.room: Room | None = None
         self.sharing: SharedInput | None = None
+        self._replayed: dict[tuple[torch.dtype, str], dispatch.Path | None] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -173,10 +175,10 @@ class L1RALinear(GatedLowRank):
             RuntimeError: ``strict`` is set and no fused kernel can run; or a quantised base gives no gradient in
                 training. The message says why.
         """
-        if self.merged or self.disabled:
-            return self.base_layer(x, *args, **kwargs)
         more = "it was called with more than its input" if args or kwargs else ""
-        path, output = self.path_on(x, more), None
+        path, output = self.path_of_call(x, more), None
+        if path is None:
+            return self.base_layer(x, *args, **kwargs)
         if not path.dense:
             output = self.base_layer(x, *args, **kwargs)
             if self.training:
@@ -191,6 +193,23 @@ class L1RALinear(GatedLowRank):
                 return shared
         return dispatch.gated_linears(x, [self.parts(output)], self.dropout_now, path)[0]
 
+    def path_of_call(self, x: Tensor, more: str = "") -> dispatch.Path | None:
+        """The path of a call with ``x``, now; None: the base layer alone. ``more`` as of :meth:`path_on`.
+
+        A recompute takes that of the layer's last forward in a checkpointed region: what has come or gone since, a hook
+        on the base layer or a block in which adapters are disabled, would make it another computation.
+        """
+        if self.merged:
+            return None
+        checkpointed = not torch.compiler.is_compiling() and torch.is_grad_enabled() and saving_hooks() is not None
+        call = x.dtype, more
+        if checkpointed and in_backward() and call in self._replayed:
+            return self._replayed[call]
+        path = None if self.disabled else self.path_on(x, more)
+        if checkpointed:
+            self._replayed[call] = path
+        return path
+
     def path_on(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
         """How the layer is computed for ``x``; None stands for an input like its weight, outside of autocast.
 
@@ -201,6 +220,11 @@ class L1RALinear(GatedLowRank):
         dtype = like.dtype if like.dtype in FLOATS else self.lora_A.dtype
         path = dispatch.path_for(like.device, dtype, more or foreign(self.base_layer, like.device, dtype))
         return path if self.room is None or path.name != "chain" else dispatch.AUG
+
+    @property
+    def writes(self) -> int:
+        """Rises whenever the adapter's parameters are written to, as an optimizer's step does."""
+        return self.lora_A._version + self.gate._version + self.lora_B._version
 
     @property
     def version(self) -> tuple:
@@ -299,11 +323,12 @@ class L1RALinear(GatedLowRank):
         # nn.DataParallel's replicas live for one forward, on their own devices: nothing of theirs is to be kept.
         replica = super()._replicate_for_data_parallel()
         replica.room = replica.sharing = None
+        replica._replayed = {}
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.
-        return {**self.__dict__, "probe": None, "disabled": False}
+        return {**self.__dict__, "probe": None, "disabled": False, "_replayed": {}}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")

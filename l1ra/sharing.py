@@ -1,70 +1,101 @@
-"""Adapted layers that read the same input, computed together: x is read once for all of them, forward and backward."""
+"""Adapted layers that read the same input, computed together: x is read once for all of them, forward and backward.
+
+Nothing but the time may tell. So who is computed together with a graph changes only once the parameters have been
+stepped: until then, a recompute does what its forward did. And with dropout each layer computes alone: its mask is
+drawn when it is called, whoever is called besides.
+"""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from l1ra.recompute import in_backward, saving_hooks
 from l1ra_kernels import dispatch
 
 __all__ = ["SharedInput", "share_inputs"]
 
-MISSES = 3  # computed for nothing so many times in a row, a layer computes alone from then on
+MISSES = 3  # computed for nothing so many times in a row, a layer computes alone after the next step
 
 
 class Sharer(Protocol):
     """What is asked of a layer: ``L1RALinear`` has it."""
 
     in_features: int
-    merged: bool
     dropout_now: float
+    writes: int
     version: tuple
+    lora_A: Tensor
     weight: Tensor
     sharing: SharedInput | None
 
-    def path_on(self, x: Tensor) -> dispatch.Path: ...
+    def path_of_call(self, x: Tensor) -> dispatch.Path | None: ...
 
     def parts(self) -> dispatch.Layer: ...
 
 
-class _Group:
-    """A layer that leads, those that follow it, and what it has computed for them."""
-
-    def __init__(self) -> None:
-        self.followers: list[Sharer] = []
-        self.seen: _Seen | None = None
-        # Output and version of the layer; an output of parameters that have been stepped since is no good.
-        self.ready: dict[Sharer, tuple[Tensor, tuple]] = {}
-
-
 class _Seen:
-    """An input, to be recognised: the same tensor, not written to since, and gradients wanted or not as before."""
+    """An input, to be recognised: the same tensor, not written to since, and with the graph kept by the same one."""
 
     def __init__(self, x: Tensor) -> None:
+        hooks = saving_hooks()
         self._x = weakref.ref(x)
-        self._state = x._version, torch.is_grad_enabled()
+        # Weakly: the hooks of a checkpointed region hold its inputs.
+        self._hooks = (lambda: None) if hooks is None else weakref.ref(hooks)
+        self._state = self._state_of(x)
+
+    @staticmethod
+    def _state_of(x: Tensor) -> tuple:
+        return x._version, torch.is_grad_enabled(), threading.get_ident()
 
     def __call__(self, x: Tensor) -> bool:
-        return self._x() is x and self._state == (x._version, torch.is_grad_enabled())
+        return self._x() is x and self._state == self._state_of(x) and self._hooks() is saving_hooks()
+
+
+class _Group:
+    """A layer that leads, and those that follow it."""
+
+    def __init__(self, leader: Sharer) -> None:
+        self.seen: _Seen | None = None
+        self.learned: list[Sharer] = []  # as far as the calls have shown
+        self._settled: tuple[Sharer, ...] = ()  # what was learned when the parameters were stepped the last time
+        self._writes = leader.writes
+
+    def followers(self, leader: Sharer) -> Sequence[Sharer]:
+        """Who is computed together with ``leader`` now."""
+        if leader.writes != self._writes and not in_backward():
+            self._settled, self._writes = tuple(self.learned), leader.writes
+        return self._settled if torch.is_grad_enabled() else self.learned
+
+
+class _Offer:
+    """Outputs that a leader has computed for its followers."""
+
+    def __init__(self, seen: _Seen, outputs: dict[Sharer, tuple[Tensor, tuple]]) -> None:
+        self.seen = seen
+        # With the version of the layer; an output of parameters that have been written to since is no good.
+        self.outputs = outputs
 
 
 class SharedInput:
     """The adapted layers of one parent module, such as q, k, v and o of an attention.
 
     Who shares with whom is learned from the calls: a layer that gets the very tensor that another one got just before
-    follows that one. From the next forward on, the leader computes the outputs of its followers along with its own,
-    and they take them when they are called with the same tensor. A follower whose outputs go unused several times in a
-    row computes alone again.
+    follows that one. Once the parameters have been stepped, or at once where no graph is kept, the leader computes the
+    outputs of its followers along with its own, and they take them when they are called with the same tensor. A
+    follower whose outputs go unused several times in a row computes alone again.
     """
 
     def __init__(self) -> None:
         self._groups: dict[Sharer, _Group] = {}
         self._misses: dict[Sharer, int] = {}
         self._last: Sharer | None = None
+        self._offer: _Offer | None = None
 
     def __reduce__(self) -> tuple:
         # What was learned names layers of one model; a copy learns anew.
@@ -72,41 +103,53 @@ class SharedInput:
 
     def take(self, layer: Sharer, x: Tensor) -> Tensor | None:
         """The output of ``layer``, or None if it has to compute alone. Called with a fused dense path only."""
-        # Tensors of inference mode don't tell whether they were written to.
-        if torch.compiler.is_compiling() or x.is_inference() or layer.weight.is_inference():
+        if torch.compiler.is_compiling() or layer.dropout_now:
             return None
-        for group in self._groups.values():
-            if layer in group.ready and group.seen(x):
-                output, version = group.ready.pop(layer)
-                if version == layer.version:
-                    self._misses[layer] = 0
-                    return output
+        # Tensors of inference mode don't tell whether they were written to.
+        if x.is_inference() or layer.weight.is_inference() or layer.lora_A.is_inference():
+            return None
+        offer = self._offer
+        if offer is not None and layer in offer.outputs and offer.seen(x):
+            output, version = offer.outputs.pop(layer)
+            if version == layer.version:
+                self._misses[layer] = 0
+                return output
         last = self._groups.get(self._last)
         if last is not None and self._last is not layer and last.seen(x):
-            if layer not in last.followers and not self.gave_up(layer):
-                last.followers.append(layer)
+            if not (layer in last.learned or self.gave_up(layer) or in_backward()):
+                last.learned.append(layer)
             return None
         return self._lead(layer, x)
 
     def _lead(self, layer: Sharer, x: Tensor) -> Tensor | None:
-        group = self._groups.setdefault(layer, _Group())
-        for unused in group.ready:
-            self._misses[unused] = self._misses.get(unused, 0) + 1
-            if self.gave_up(unused):
-                group.followers.remove(unused)
-        group.ready, group.seen, self._last = {}, _Seen(x), layer
-        fit = [layer, *(follower for follower in group.followers if self._fits(follower, layer, x))]
+        group = self._groups.setdefault(layer, _Group(layer))
+        group.seen, self._last = _Seen(x), layer
+        fit = [layer, *(follower for follower in group.followers(layer) if self._fits(follower, layer, x))]
         if len(fit) == 1:
             return None
-        outputs = dispatch.gated_linears(x, [m.parts() for m in fit], layer.dropout_now, dispatch.CHAIN)
-        group.ready = {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)}
+        _withdraw_last()
+        outputs = dispatch.gated_linears(x, [m.parts() for m in fit], 0.0, dispatch.CHAIN)
+        self._offer = _Offer(group.seen, {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
+        _offering.last = weakref.ref(self)
         return outputs[0]
+
+    def withdraw(self) -> None:
+        """Drop the outputs that nobody has taken."""
+        unused, self._offer = () if self._offer is None else self._offer.outputs, None
+        if in_backward():
+            return
+        for layer in unused:
+            self._misses[layer] = self._misses.get(layer, 0) + 1
+            if self.gave_up(layer):
+                for group in self._groups.values():
+                    if layer in group.learned:
+                        group.learned.remove(layer)
 
     def partners(self, layer: Sharer) -> list[Sharer]:
         """The layers that share an input with ``layer``, as far as the calls have shown."""
         for leader, group in self._groups.items():
-            if group.followers and (layer is leader or layer in group.followers):
-                return [other for other in (leader, *group.followers) if other is not layer]
+            if group.learned and (layer is leader or layer in group.learned):
+                return [other for other in (leader, *group.learned) if other is not layer]
         return []
 
     def gave_up(self, layer: Sharer) -> bool:
@@ -115,14 +158,20 @@ class SharedInput:
 
     @staticmethod
     def _fits(layer: Sharer, leader: Sharer, x: Tensor) -> bool:
-        path = layer.path_on(x)
-        return (
-            not layer.merged
-            and layer.sharing is leader.sharing
-            and layer.dropout_now == leader.dropout_now
-            and path.fused
-            and path.dense
-        )
+        path = layer.path_of_call(x)
+        dense = path is not None and path.fused and path.dense
+        return dense and not layer.dropout_now and layer.sharing is leader.sharing
+
+
+# An output that nobody takes holds the graph of its forward. There is one offer at a time, so that a forward which was
+# broken off, by an out-of-memory error say, takes no memory any more when the batch is tried again.
+_offering = threading.local()
+
+
+def _withdraw_last() -> None:
+    last = getattr(_offering, "last", lambda: None)()
+    if last is not None:
+        last.withdraw()
 
 
 def share_inputs(model: nn.Module, adapters: Iterable[Sharer]) -> None:

@@ -39,13 +39,21 @@ def attention(**settings):
     return shake(model)
 
 
+def as_stepped(model):
+    """Write to the adapters' parameters, as an optimizer's step does, but leave their values."""
+    with torch.no_grad():
+        for p in trainable(model):
+            p.mul_(1)
+
+
 def both(model, *inputs):
-    """Outputs and gradients (torch, fused): of the second forward, at which layers share their input."""
+    """Outputs and gradients (torch, fused): of the second forward, after a step, at which layers share their input."""
     found = []
     for name in ("torch", "fused"):
         with choice.using(name):
             for _ in range(2):
                 model.zero_grad()
+                as_stepped(model)
                 args = [x.detach().clone().requires_grad_() for x in inputs]
                 y = model(*args)
                 y.square().sum().backward()
