@@ -11,6 +11,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-circumstance", action="store_true", help="whole trainings under each circumstance with each model"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.set_num_threads(1)

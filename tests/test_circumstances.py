@@ -1,0 +1,132 @@
+"""Whole trainings with ranks that move, under the circumstances of users' loops: the fused path against plain PyTorch.
+
+The table is in ``circumstances.py``. On a GPU it runs in bfloat16. ``--every-circumstance``: each with each model.
+"""
+
+import copy
+import dataclasses
+from datetime import timedelta
+
+import circumstances
+import pytest
+import torch
+from circumstances import CIRCUMSTANCES, DTYPE, MODELS, gradients, train
+from torch import distributed, multiprocessing
+
+from l1ra_kernels import choice
+
+if not (choice.interpreting() or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+EXACT = torch.float32 == DTYPE
+LOSSES = 2e-4 if EXACT else 3e-2  # by how much losses may differ, relatively
+
+
+def pairs(every, several):
+    """Circumstance and model; ``several``: those of several processes."""
+    chosen = {c: MODELS if every else how.models for c, how in CIRCUMSTANCES.items() if (how.processes > 1) == several}
+    return [(circumstance, name) for circumstance, names in chosen.items() for name in names]
+
+
+def pytest_generate_tests(metafunc):
+    if "circumstance" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-circumstance")
+        metafunc.parametrize(("circumstance", "name"), pairs(every, "processes" in metafunc.fixturenames))
+
+
+class Audit:
+    """Holds the gradients of each step against those of copies of the model, in float64 and in plain torch: they err by
+    no more than plain torch does, and a rounding of each adapted layer on the way."""
+
+    def __init__(self):
+        self.probing = self.steps = 0
+
+    def __call__(self, training):
+        self.steps += 1
+        self.probing += any(layer.probe is not None for layer in training.controller.adapters.values())
+        copies = [copy.deepcopy(training.model), copy.deepcopy(training.model).double()]
+        for model in copies:
+            if model.is_gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+        with choice.using("torch"):
+            exact = gradients(copies[1], training.rows)
+            with torch.autocast(circumstances.DEVICE, training.autocast, enabled=training.autocast is not None):
+                plain = gradients(copies[0], training.rows)
+        found = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
+        assert found.keys() == exact.keys()
+        roundings = len(training.controller.adapters) * torch.finfo(training.autocast or training.model.dtype).eps
+        for name, expected in exact.items():
+            mine, theirs = ((grads[name].double() - expected).abs().max() for grads in (found, plain))
+            size = expected.abs().max()
+            if name.endswith(".gate"):  # a sum of B * dB, whose terms may cancel
+                b = name.removesuffix("gate") + "lora_B"
+                size = max(size, (copies[1].get_parameter(b) * exact[b]).abs().sum(1).max())
+            assert mine <= 1.2 * theirs + roundings * size, name
+
+
+class Record:
+    """Keeps the gradients of each step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def __call__(self, training):
+        grads = {name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None}
+        self.gradients.append(grads)
+
+
+def assert_same(found, expected):
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
+    if EXACT:
+        assert found["ranks"] == expected["ranks"]
+    assert found["moved"] > 0 and expected["moved"] > 0
+
+
+def test_the_fused_path_trains_as_plain_torch_does(circumstance, name):
+    how = CIRCUMSTANCES[circumstance]
+    if "dropout" in how.settings:
+        checkpointing_changes_nothing(how, name)
+        return
+    audit = Audit()
+    found = train(name, how, "fused", audit)
+    assert audit.steps == circumstances.STEPS and 0 < audit.probing < audit.steps
+    assert_same(found, train(name, how, "torch", lambda training: None))
+
+
+def checkpointing_changes_nothing(how, name):
+    """Where masks are drawn, which differ between the paths: the same seed, with checkpointing and without."""
+    records = [Record(), Record()]
+    kinds = (how, dataclasses.replace(how, checkpointing=""))
+    found, expected = (train(name, kind, "fused", record) for kind, record in zip(kinds, records, strict=True))
+    assert_same(found, expected)
+    for mine, theirs in zip(*(record.gradients for record in records), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, grad in theirs.items():
+            assert (mine[key] - grad).abs().max() <= 8 * torch.finfo(DTYPE).eps * grad.abs().max(), key
+
+
+def work(process, chosen, folder):
+    torch.set_num_threads(1)
+    meeting = {"init_method": f"file://{folder}/meeting", "rank": process, "world_size": 2}
+    distributed.init_process_group("gloo", **meeting, timeout=timedelta(seconds=120))
+    found = {
+        pair: [train(pair[1], CIRCUMSTANCES[pair[0]], k, lambda _: None, process) for k in ("torch", "fused")]
+        for pair in chosen
+    }
+    torch.save(found, f"{folder}/{process}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, (pairs(request.config.getoption("--every-circumstance"), True), folder), nprocs=2)
+    return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(2)]
+
+
+def test_several_processes_train_on_the_fused_path_as_on_plain_torch(processes, circumstance, name):
+    first, second = (found[circumstance, name] for found in processes)
+    for torch_path, fused_path in (first, second):
+        assert_same(fused_path, torch_path)
+    assert first[1]["ranks"] == second[1]["ranks"]
