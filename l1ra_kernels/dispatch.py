@@ -113,8 +113,14 @@ def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path
 def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:
     base = layer.output
     if base is None:
-        # Tracers and transforms of functions see through operations, not through a Function of our own.
-        if not (dropout or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        if not (dropout or _watched()):
             return plain_linear(x, layer)
         base = F.linear(x, layer.weight, layer.bias)
     return gated_lora(base, F.dropout(x, dropout) if dropout else x, layer.a, layer.gate, layer.b, layer.scaling)
+
+
+def _watched() -> bool:
+    """Whether somebody sees through operations, but not through a Function of our own that writes in place: a tracer, a
+    transform of functions, or a mode such as that of selective checkpointing, which keeps the results of some."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tracing or torch._C._len_torch_dispatch_stack() > 0

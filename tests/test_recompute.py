@@ -25,14 +25,21 @@ KINDS = {
 }
 
 
+BOTH = pytest.mark.parametrize("kernels", ["fused", "torch"])
+
+
 @pytest.fixture(autouse=True)
-def _fused():
-    with choice.using("fused"):
+def _path(request):
+    with choice.using(request.getfixturevalue("kernels") if "kernels" in request.fixturenames else "fused"):
         yield
 
 
 def attention(**settings):
     return test_fused_layers.attention(**settings).to(DEVICE)
+
+
+def wide(**settings):
+    return test_fused_layers.wide(**settings).to(DEVICE)
 
 
 def gradients(model, run, x, seed=0):
@@ -190,7 +197,8 @@ def test_a_hook_that_comes_before_the_backward_was_not_there(name):
         assert not torch.equal(model(x), plain(x))
 
 
-def test_what_was_disabled_is_disabled_in_its_recompute():
+@BOTH
+def test_what_was_disabled_is_disabled_in_its_recompute(kernels):
     torch.manual_seed(0)
     model = Attention().to(DEVICE)
     expected = gradients(model, model, torch.ones(5, 16, device=DEVICE))[:2]
