@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
+from benchmarks.gpu import green
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING
+from benchmarks.gpu.table import FROZEN, OURS
 from benchmarks.gpu.unsloth_style import UnslothStyle
 from l1ra.room import has_use_for_room
 
-__all__ = ["PROVIDERS", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
+__all__ = ["PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 
 
 @dataclass
@@ -58,11 +60,13 @@ class Adapted:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     path: str = ""
 
+    def parameters(self) -> list[nn.Parameter]:
+        adapters = self.adapters.values()
+        return [p for adapter in adapters for p in (adapter.a, adapter.b, adapter.gate) if p is not None]
+
     def clear(self) -> None:
-        for adapter in self.adapters.values():
-            for param in (adapter.a, adapter.b, adapter.gate):
-                if param is not None:
-                    param.grad = None
+        for param in self.parameters():
+            param.grad = None
 
 
 def linears(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -174,9 +178,7 @@ def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> A
     return Adapted(module, adapters, path)
 
 
-FROZEN, OURS = "frozen", "ours"
-
-# In the order of the tables. Rows are compared with the first one.
+# In the order of the tables.
 PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     FROZEN: frozen,
     "PEFT default": peft_lora(fp32=True),
@@ -188,3 +190,4 @@ PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     OURS: ours,
     f"{OURS}, aug": partial(ours, augment=True),
 }
+TESTED_BY = {OURS: green.LAYER, f"{OURS}, aug": green.AUGMENT}
