@@ -30,6 +30,7 @@ from benchmarks.gpu import (  # noqa: E402
     timing,
     writeup,
 )
+from benchmarks.gpu.problem import decoder_layer  # noqa: E402
 
 TINY = ["--tiny", "--device", "cpu"]
 SKIP = [*TINY, "--skip-correctness"]
@@ -401,6 +402,41 @@ def test_a_competitor_that_breaks_or_is_missing_is_left_out_by_name(monkeypatch)
         assert problem["left_out"] == {"broken": "failed: RuntimeError: out of luck", "missing": "not on this machine"}
     assert len(found.failed) == 3
     assert "Left out: missing: not on this machine." in table.markdown(found.results)
+
+
+def test_what_is_timed_launches_the_very_kernels_that_were_checked(monkeypatch):
+    pytest.importorskip("triton")
+    from l1ra_kernels import choice, launch
+
+    if not choice.interpreting():
+        pytest.skip("needs triton's interpreter: TRITON_INTERPRET=1")
+    launched, passes = [], []
+
+    def seen(call):
+        launched.clear()
+        call()
+        passes.append(sorted(launched))
+
+    def spy(kernel, grid, *args, **meta):
+        launched.append((kernel.fn.__name__, meta.get("G", 1)))
+        kernel[grid](*args, **meta)
+
+    def interleave(clock, works, rounds, budget):
+        for _ in range(2):
+            seen(lambda: samples.append(clock.measure(works["ours"])))
+        return dict.fromkeys(works, samples)
+
+    samples, check = [], linears.check
+    monkeypatch.setattr(providers, "PROVIDERS", {"ours": providers.ours})
+    monkeypatch.setattr(linears, "check", lambda *args: seen(lambda: check(*args)) or {})
+    monkeypatch.setattr(linears, "interleave", interleave)
+    given = skipping()
+    layer = decoder_layer(given, sizes.LITTLE, 8, 4)
+    with choice.using("fused"), launch.redirected(spy):
+        linears.one_problem(given, layer, timing.Budget(100))
+    checked, *timed = passes
+    assert timed == [checked, checked]
+    assert {G for name, G in checked if name == "_shrink"} == {1, 2, 3}
 
 
 def test_without_peft_its_providers_are_left_out(monkeypatch):
