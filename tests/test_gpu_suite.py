@@ -507,19 +507,25 @@ def test_on_a_gpu_the_device_is_kept_busy_while_the_host_queues(monkeypatch):
         def elapsed_time(self, later):
             return later.at - self.at
 
-    class Buffer:
-        def zero_(self):
-            log.append("flush")
+    def read(buffer, dim, out, real=torch.sum):
+        log.append("flush")
+        return real(buffer, dim, out=out)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(timing.Clock, "cuda", property(lambda self: True))
-    clock = timing.Clock(torch.device("cpu"), 1)
-    monkeypatch.setattr(clock, "_flush", Buffer())
+    monkeypatch.setattr(torch, "sum", read)
+    clock = timing.Clock(torch.device("cpu"), 1 << 16)
+    clock._prepare()
     monkeypatch.setattr(clock, "_flush_ms", 0.5)
+    assert clock._flush.nbytes == 1 << 16
+    log.clear()
+    written = clock._flush._version
     work = timing.Work({"forward": lambda: log.append("forward"), "backward": lambda: log.append("backward")})
     sample = clock.measure(work, host_ms=1.0)
+    # 1.2 times what the host is expected to take; by reads alone.
     assert log == ["wait", *["flush"] * 4, "event", "forward", "event", "backward", "event", "wait"]
+    assert clock._flush._version == written
     assert sample.parts == {"forward": 1, "backward": 1} and sample.total == 2
 
 
