@@ -6,8 +6,8 @@ The real launchers are called with CPU tensors of real shapes, and each launch i
 specialisations that the same tensors would bring about on a GPU. One row for each kernel and configuration: registers,
 spills, stack, shared memory and its limit, tensor-core instructions, async copies.
 
-The file keeps the rows that other versions of triton gave; those of the running one are replaced, or, with --only or
---arch, those of the same kernels and architectures.
+The file keeps the rows of other versions of triton, and those of kernels and architectures that --only and --arch leave
+out; the others are replaced.
 
 A second run takes the kernels from triton's cache, .cache/triton unless TRITON_CACHE_DIR says where.
 """
@@ -237,7 +237,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into a table; only rows of the same triton, architecture and kernel give way. Sorted by version."""
+    """Put rows into a table; only rows of the same triton, architecture and kernel give way."""
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
@@ -247,15 +247,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda row: _order(row["triton"])))
+        writer.writerows(sorted([*kept, *rows], key=_order))
 
 
 def _place(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["triton"], row["architecture"], row["kernel"]
 
 
-def _order(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
+def _order(row: dict[str, Any]) -> tuple[list[int], int, int]:
+    version = [int(part) for part in re.findall(r"\d+", row["triton"])]
+    return version, list(ARCHITECTURES).index(row["architecture"]), list(CALLS).index(row["kernel"])
 
 
 def main() -> int:
