@@ -118,7 +118,8 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
         assert rows and all(row["device"] == "CPU (tiny sizes)" for row in rows)
     text = (out / "table.md").read_text()
     assert "No figure here says anything about the kernels" in text and "Won and lost" in text
-    assert "Kernels alone" in text and str(tmp_path) not in text
+    assert "Kernels alone" in text and "- LoRAFusion-style: its published structure" in text
+    assert str(tmp_path) not in text
     assert "reallocation" in (out / "log.txt").read_text()
 
 

@@ -24,7 +24,7 @@ LAYER_SHARE = 0.35
 def run(bench: Bench) -> dict[str, Any]:
     """A table for each problem."""
     sizes = bench.sizes
-    found: dict[str, Any] = {"tables": [], "left_out": []}
+    found: dict[str, Any] = {"tables": [], "left_out": [], "notes": providers.NOTES}
     bench.results["linears"] = found
     makers: list[Callable[[], Problem]] = [
         lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),

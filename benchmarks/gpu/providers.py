@@ -17,12 +17,12 @@ import l1ra
 from benchmarks.gpu import green
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
-from benchmarks.gpu.problem import SCALING
+from benchmarks.gpu.problem import SCALING, DecoderLinears
 from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.unsloth_style import UnslothStyle
+from benchmarks.gpu.unsloth_style import UnslothStyle, together
 from l1ra.room import has_use_for_room
 
-__all__ = ["PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
+__all__ = ["NOTES", "PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 
 
 @dataclass
@@ -156,7 +156,10 @@ def compiled(bench: Bench, module: nn.Module, rank: int) -> Adapted:
 
 
 def unsloth_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
-    return Adapted(module, swap(module, lambda linear: UnslothStyle(linear, *rows(linear, rank), SCALING)))
+    adapters = swap(module, lambda linear: UnslothStyle(linear, *rows(linear, rank), SCALING))
+    if isinstance(module, DecoderLinears):
+        module.together = together
+    return Adapted(module, adapters)
 
 
 def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
@@ -189,5 +192,15 @@ PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     "LoRAFusion-style": lorafusion_style,
     OURS: ours,
     f"{OURS}, aug": partial(ours, augment=True),
+}
+# What stands in for a package, and how far.
+NOTES = {
+    "torch.compile": "plain LoRA, all linears in one graph, the default mode with static shapes.",
+    "Unsloth-style": "its published structure, in our code: products onto the output by cuBLAS, a backward written by "
+    "hand, one function for linears that read one input. Its kernels between the linears are not in it, nor does it "
+    "write dX over X.",
+    "LoRAFusion-style": "its published structure, in our code: X W^T + s H B is one Triton product, so is dX; one more "
+    "kernel makes P and dB from one read of dY; X A^T and dA are cuBLAS's. Each linear by itself, without its batches "
+    "of several adapters and without dropout.",
 }
 TESTED_BY = {OURS: green.LAYER, f"{OURS}, aug": green.AUGMENT}

@@ -21,6 +21,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [head(results)]
     for problem in results.get("linears", {}).get("tables", []):
         parts.append(linear_table(results, problem))
+    parts.append(notes(results))
     for model in results.get("step", {}).get("tables", []):
         parts.append(step_table(results, model))
     if results.get("kernels", {}).get("rows") or results.get("kernels", {}).get("left_out"):
@@ -99,6 +100,13 @@ def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += left_out(problem)
     return "\n".join(lines)
+
+
+def notes(results: dict[str, Any]) -> str:
+    """What the stand-ins of the tables above do."""
+    found = results.get("linears", {})
+    shown = {row["provider"] for problem in found.get("tables", []) for row in problem["rows"]}
+    return "\n".join(f"- {name}: {text}" for name, text in found.get("notes", {}).items() if name in shown)
 
 
 def step_table(results: dict[str, Any], model: dict[str, Any]) -> str:
