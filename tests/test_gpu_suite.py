@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import (  # noqa: E402
     bench,
+    child,
     environment,
     green,
     linears,
@@ -324,23 +325,28 @@ def test_every_test_file_that_a_figure_hangs_on_is_there():
     assert needed <= set(green.ORDER)
 
 
-def test_without_a_green_test_nothing_of_ours_is_timed_and_the_competitors_are(tmp_path, monkeypatch):
-    tests = write(tmp_path, "def test_wrong(): assert False")
-    out = tmp_path / "out"
-    argv = [*TINY, "--only", "linears", "kernels", "step", "reallocation", "--tests", tests, "--out", str(out)]
-    assert program.main(argv) == 1
-    found = read(out)
-    assert "unfinished" not in found
-    for problem in found["linears"]["tables"]:
-        assert [row["provider"] for row in problem["rows"]] == [
-            name for name in providers.PROVIDERS if not name.startswith("ours")
-        ]
-        assert problem["left_out"]["ours"].startswith("untested")
+def test_without_a_green_test_nothing_of_ours_is_timed_and_the_competitors_are(monkeypatch):
+    files = {file: {**FINE, "failed": 1} for file in green.ORDER}
+    failures = [{"test": "test_shrink.py::test_it", "why": ""}]
+    red = {"outcome": "failed", **FINE, "failed": len(files), "files": files, "failures": failures}
+    given = tiny_bench(results={"correctness": red}, budget=timing.Budget(100))
+    chosen = ("frozen", "Unsloth-style", "ours", "ours, aug")
+    monkeypatch.setattr(providers, "PROVIDERS", {name: providers.PROVIDERS[name] for name in chosen})
+    for section, measure in child.SECTIONS.items():
+        if section != "environment":
+            given.results[section] = measure(given)
+    found = given.results
+    for layers in found["linears"]["tables"]:
+        assert [row["provider"] for row in layers["rows"]] == ["frozen", "Unsloth-style"]
+        assert all(layers["left_out"][name].startswith("its tests fail") for name in ("ours", "ours, aug"))
     assert {row["name"] for row in found["kernels"]["rows"]} == {"torch: adapter forward"}
-    assert not any(row["provider"].startswith("ours") for model in found["step"]["tables"] for row in model["rows"])
-    assert "ranks_moved" not in found["reallocation"]
-    text = (out / "table.md").read_text()
-    assert "**Kernel tests before: 1 failed" in text and "- failed: " in text and "Left out: ours: untested" in text
+    for model in found["step"]["tables"]:
+        assert model["rows"] and not any(row["provider"].startswith("ours") for row in model["rows"])
+    assert "ranks_moved" not in found["reallocation"] and found["ceilings"]["products"]
+    assert not given.failed
+    text = table.markdown(found)
+    assert f"**Kernel tests before: {len(files)} failed" in text and "- failed: test_shrink.py::test_it" in text
+    assert "Left out: ours: its tests fail" in text and "Left out: shrink" in text
 
 
 def test_skipped_tests_are_said_in_the_results(tmp_path, monkeypatch):

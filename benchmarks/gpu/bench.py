@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import green
+from benchmarks.gpu.processes import poisoned
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
 from benchmarks.gpu.table import OURS
 from benchmarks.gpu.timing import Budget, Clock
@@ -99,7 +100,11 @@ class Bench:
             raise LeftOut(why)
 
     def leave_out(self, left_out: dict[str, str], where: str, name: str, error: Exception) -> None:
-        """Note why ``name`` takes no part; what is wrong of ours, and what broke, is a failure of the run."""
+        """Note why ``name`` takes no part; what is wrong of ours, and what broke, is a failure of the run.
+
+        Raises:
+            RuntimeError: nothing else can be measured in this process either.
+        """
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, LeftOut):
             left_out[name] = str(error)
@@ -109,6 +114,8 @@ class Bench:
                 self.failed.append(str(error))
         else:
             traceback.print_exception(error)
+            if poisoned():
+                raise RuntimeError(f"{where}: {name} broke this process's use of the GPU: {reason}") from error
             left_out[name] = f"failed: {reason}"
             self.failed.append(f"{where}: {name}: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from benchmarks.gpu import ROOT, green, pytest_runs
 
 __all__ = ["TRAININGS", "correctness", "trainings"]
 
-WORKERS = 8
+LEAST_WORKERS, MOST_WORKERS = 8, 14
 FEW = 1
 TRAININGS = "tests/test_circumstances.py"
 
@@ -32,6 +33,11 @@ def trainings(options: dict[str, Any], seconds: float, folder: Path, say: Say, s
     return tests(options, [path], [] if options["tiny"] else ["--every-circumstance"], seconds, folder, say, save)
 
 
+def workers() -> int:
+    """What the tests wait for on a GPU is the compiler, on the CPU; each process takes half a GB of the GPU."""
+    return max(LEAST_WORKERS, min(MOST_WORKERS, (os.cpu_count() or 1) - 2))
+
+
 def tests(
     options: dict[str, Any],
     paths: list[str],
@@ -46,7 +52,7 @@ def tests(
         seconds,
         folder,
         options["device"],
-        workers=WORKERS if options["device"] == "cuda" else 1,
+        workers=workers() if options["device"] == "cuda" else 1,
         few=FEW if options["tiny"] else 0,
         arguments=arguments,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from typing import Any
 
@@ -42,6 +43,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "capability": f"{card.major}.{card.minor}",
             "cuda": torch.version.cuda,
             "nvidia_smi": nvidia_smi(),
+            "c_compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),  # triton needs one
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     for key, value in found.items():

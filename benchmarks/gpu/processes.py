@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
 from benchmarks.gpu import ROOT
 
-__all__ = ["environment", "kill", "kill_all", "start"]
+__all__ = ["environment", "kill", "kill_all", "poisoned", "start"]
 
 _started: list[subprocess.Popen] = []
 
@@ -44,6 +45,18 @@ def start(command: Sequence[str], output: IO | int, device: str) -> subprocess.P
     )
     _started.append(process)
     return process
+
+
+def poisoned() -> bool:
+    """Whether this process can't use its GPU any more, as after an illegal address."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import collections
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu.processes import poisoned
 
 __all__ = ["POISONED", "read"]
 
@@ -89,15 +90,3 @@ class Recorder:
         self.write("end", test=report.nodeid, outcome=outcome, why=why)
         if failed and poisoned():
             os._exit(POISONED)
-
-
-def poisoned() -> bool:
-    """Whether this process can't use its GPU any more, as after an illegal address."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False

@@ -182,11 +182,12 @@ class Run:
             self.fail(name, f"could not be run: {type(error).__name__}: {error}")
             return
         self.results[name] = found
-        outcome = found["outcome"]
-        self.sections[name]["state"] = {"left out": "left out", "unfinished": "unfinished"}.get(outcome, "complete")
-        failed = [failure["test"] for failure in found.get("failures", [])]
-        self.sections[name]["failed"] += [f"{name}: {test}" for test in failed]
-        if outcome == "unfinished":
+        if found["outcome"] == "left out":
+            return
+        self.sections[name]["failed"] += [f"{name}: {failure['test']}" for failure in found["failures"]]
+        self.sections[name]["state"] = "complete"
+        if found["unfinished"] or found["outcome"] == "unfinished":
+            self.sections[name]["state"] = "unfinished"
             self.fail(name, f"{found['unfinished']} tests did not run to an end, {found['passed']} passed")
 
     def child(self, name: str, budget: float) -> int | None:
