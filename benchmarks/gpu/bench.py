@@ -16,7 +16,7 @@ from benchmarks.gpu import green
 from benchmarks.gpu.processes import poisoned
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
 from benchmarks.gpu.table import OURS
-from benchmarks.gpu.timing import Budget, Clock
+from benchmarks.gpu.timing import Budget, Clock, Failed
 
 __all__ = ["SEED", "Bench", "LeftOut", "Wrong"]
 
@@ -39,6 +39,7 @@ class Bench:
         results: section -> what it found; sections read what earlier ones left here.
         failed: what broke, or was wrong of ours; the program goes on, and its exit code tells.
         late: whether something was left out for lack of time.
+        at: who has the process now: should it die, another one goes on without them.
         section, part: whose results :meth:`save` writes, and the file; None: to nowhere.
     """
 
@@ -49,6 +50,7 @@ class Bench:
     failed: list[str] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0))
     late: bool = False
+    at: str | None = None
     section: str = ""
     part: Path | None = None
 
@@ -79,7 +81,7 @@ class Bench:
         """Leave what the section has found so far where the parent process finds it."""
         if self.part is None:
             return
-        content = {"result": self.results.get(self.section), "failed": self.failed, "done": done}
+        content = {"result": self.results.get(self.section), "failed": self.failed, "at": self.at, "done": done}
         aside = self.part.with_suffix(".new")
         aside.write_text(json.dumps(content, default=str))
         aside.replace(self.part)
@@ -91,13 +93,16 @@ class Bench:
         self.say(f"  left out: {what}: no time left")
         return "no time left"
 
-    def require_green(self, files: Sequence[str]) -> None:
-        """
+    def admit(self, name: str, files: Sequence[str] = ()) -> None:
+        """Let ``name`` have the process.
+
         Raises:
-            LeftOut: the kernels' tests in ``files`` did not all pass.
+            LeftOut: the kernels' tests in ``files`` did not all pass, or an earlier process died of it.
         """
-        if why := green.untested(self.results, files):
+        if why := self.results.get("avoid", {}).get(name) or green.untested(self.results, files):
             raise LeftOut(why)
+        self.at = name
+        self.save()
 
     def leave_out(self, left_out: dict[str, str], where: str, name: str, error: Exception) -> None:
         """Note why ``name`` takes no part; what is wrong of ours, and what broke, is a failure of the run.
@@ -105,6 +110,8 @@ class Bench:
         Raises:
             RuntimeError: nothing else can be measured in this process either.
         """
+        if isinstance(error, Failed):
+            error = error.__cause__
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, LeftOut):
             left_out[name] = str(error)
@@ -115,9 +122,11 @@ class Bench:
         else:
             traceback.print_exception(error)
             if poisoned():
+                self.at = self.at or name
                 raise RuntimeError(f"{where}: {name} broke this process's use of the GPU: {reason}") from error
             left_out[name] = f"failed: {reason}"
             self.failed.append(f"{where}: {name}: {reason}")
+        self.at = None
 
     def randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Random numbers on the device: products of zeros take less power and run faster than real ones."""

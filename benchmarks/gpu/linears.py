@@ -13,7 +13,7 @@ from benchmarks.gpu.check import check
 from benchmarks.gpu.problem import Problem, decoder_layer, single
 from benchmarks.gpu.providers import Adapted
 from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.timing import Budget, Sample, Work, interleave, ratios, spread
+from benchmarks.gpu.timing import Budget, Failed, Sample, Work, interleave, ratios, spread
 
 __all__ = ["run"]
 
@@ -24,13 +24,14 @@ LAYER_SHARE = 0.35
 def run(bench: Bench) -> dict[str, Any]:
     """A table for each problem."""
     sizes = bench.sizes
-    found: dict[str, Any] = {"tables": [], "left_out": [], "notes": providers.NOTES}
-    bench.results["linears"] = found
+    empty = {"tables": [], "left_out": [], "notes": providers.NOTES}
+    found: dict[str, Any] = bench.results.setdefault("linears", empty)
     makers: list[Callable[[], Problem]] = [
         lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),
         *(lambda shape=shape: single(bench, shape) for shape in sizes.shapes),
     ]
-    for i, make in enumerate(makers):
+    # Not those that an earlier process came to before it died.
+    for i, make in list(enumerate(makers))[len(found["tables"]) :]:
         if bench.budget.left <= 0:
             what = f"{len(makers) - i} of {len(makers)} tables of linear layers"
             found["left_out"] = [f"{what}: {bench.no_time(what)}"]
@@ -52,7 +53,7 @@ def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any
     left_out: dict[str, str] = {}
     for name, adapt in providers.PROVIDERS.items():
         try:
-            bench.require_green(providers.TESTED_BY.get(name, ()))
+            bench.admit(name, providers.TESTED_BY.get(name, ()))
             candidate = adapt(bench, problem.build(), problem.shape.rank)
             for linear, adapter in candidate.adapters.items():
                 adapter.set(*problem.rows[linear])
@@ -61,10 +62,18 @@ def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any
             adapted[name] = candidate
         except Exception as error:
             bench.leave_out(left_out, problem.title, name, error)
+    bench.at = None
+    bench.save()
     problem.forget()
     bench.clock.release()
     works = {name: work(candidate, problem) for name, candidate in adapted.items()}
-    samples = interleave(bench.clock, works, bench.sizes.rounds, budget)
+    samples = None
+    while samples is None:
+        try:
+            samples = interleave(bench.clock, works, bench.sizes.rounds, budget)
+        except Failed as failure:
+            bench.leave_out(left_out, problem.title, failure.name, failure)
+            del works[failure.name]
     peaks = {name: bench.clock.peak_bytes(works[name]) for name in works}
     base = [s.total for s in samples[FROZEN]] if FROZEN in samples else None
     rows = [

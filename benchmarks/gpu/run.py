@@ -25,6 +25,7 @@ __all__ = ["Refused", "Run", "child_command"]
 TESTS = {"correctness": correctness.correctness, "trainings": correctness.trainings}
 WRITE_UP = 15.0  # seconds kept for tables and pictures, of the usual total
 GRACE = 20.0  # a child's start, and what its last round may take beyond its time
+CULPRITS = 3  # competitors or kernels that a section may lose in this way
 LEAST = 2.0  # seconds with which a section is begun
 LAST = 2.0  # before the end: the watchdog writes and leaves
 USUAL = 560.0
@@ -56,6 +57,7 @@ class Run:
         self.results["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.sections: dict[str, dict[str, Any]] = self.results.setdefault("sections", {})
         self.now = ""
+        self.at: str | None = None  # what the section's process was at when it was last heard of
         self.log = Log()
         self.over = threading.Event()
 
@@ -160,6 +162,7 @@ class Run:
             self.tests(name, budget)
         else:
             code = self.child(name, budget)
+            self.without_the_culprits(name, code, start + budget)
         state["seconds"] = round(time.monotonic() - start, 1)
         self.say(f"  ({name}: {state['seconds']:.0f} s of {budget:.0f})")
         self.save("running, or killed between sections")
@@ -190,8 +193,26 @@ class Run:
             self.sections[name]["state"] = "unfinished"
             self.fail(name, f"{found['unfinished']} tests did not run to an end, {found['passed']} passed")
 
+    def without_the_culprits(self, name: str, code: int | None, end: float) -> None:
+        """As long as a section's process dies of one competitor or kernel, go on in a new one that leaves it out."""
+        avoid: dict[str, str] = {}
+        while code not in (0, NOTHING, None) and self.at not in (None, *avoid) and end - time.monotonic() > LEAST:
+            if len(avoid) == CULPRITS:
+                break
+            why = self.sections[name]["failed"][-1]
+            avoid[self.at] = f"its process died: {why}"
+            self.say(f"  once more, without {self.at}")
+            before = self.sections[name]["failed"]
+            self.results["avoid"] = avoid
+            self.sections[name]["failed"] = []
+            code = self.child(name, end - time.monotonic())
+            self.sections[name]["failed"] = [*before, *self.sections[name]["failed"]]
+        self.results.pop("avoid", None)
+
     def child(self, name: str, budget: float) -> int | None:
         """A section in a process of its own, until it ends or has to."""
+        (self.work / f"{name}.json").unlink(missing_ok=True)
+        self.at = None
         (self.work / "given.json").write_text(writeup.as_json(self.results))
         deadline = min(budget + GRACE * min(1.0, self.seconds / USUAL), max(LEAST, self.left))
         end = time.monotonic() + deadline
@@ -228,6 +249,7 @@ class Run:
         content = json.loads(part.read_text())
         if content["result"] is not None:
             self.results[name] = content["result"]
+        self.at = content.get("at")
         state = self.sections[name]
         state["failed"] = list(content["failed"])
         state["state"] = "complete" if content["done"] else "unfinished"
@@ -241,15 +263,15 @@ class Run:
         runs.append({"started": self.results["started"], "seconds": round(time.monotonic() - self.start, 1)})
         self.save("")
         self.say("\nwrite-up")
-        try:
-            for path in writeup.finished({**self.results, "failed": self.failed}, self.folder, self.say):
-                self.say(f"  {shown(path)}")
-            self.say("\n" + table.summary(self.results))
-        except Exception as error:
-            self.say(traceback.format_exc())
-            self.sections["write-up"] = {"state": "failed", "failed": [], "seconds": 0.0}
-            self.fail("write-up", f"{type(error).__name__}: {error}")
+        written, broken = writeup.finished({**self.results, "failed": self.failed}, self.folder, self.say)
+        for path in written:
+            self.say(f"  {shown(path)}")
+        self.sections.pop("write-up", None)
+        if broken:
+            self.sections["write-up"] = {"state": "failed", "failed": [f"write-up: {line}" for line in broken]}
             self.save("")
+        else:
+            self.say("\n" + table.summary(self.results))
 
 
 def earlier(folder: Path) -> dict[str, Any]:

@@ -18,12 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Budget", "Clock", "Sample", "Work", "interleave", "ratios", "spread"]
+__all__ = ["Budget", "Clock", "Failed", "Sample", "Work", "interleave", "ratios", "spread"]
 
 MIN_ROUNDS = 3
 WARM_UPS = 3
 MOST_FLUSHES = 400
 COLUMNS = 4096  # of the buffer: rows enough that each is summed within a block, and nothing is allocated for it
+
+
+class Failed(Exception):
+    """A work raised, as its cause says; ``name`` is its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class Budget:
@@ -146,12 +154,17 @@ def interleave(clock: Clock, works: Mapping[str, Work], rounds: int, budget: Bud
     """Each round measures each work once, a different one first in every round; at least three rounds.
 
     Afterwards no round begins that would outlast the budget.
+
+    Raises:
+        Failed: one of them can't be measured.
     """
     host = {}
-    for name, work in works.items():
+    for name in works:
         for _ in range(WARM_UPS):
-            host[name] = clock.measure(work).host
+            host[name] = measured(clock, works, name).host
     names = list(works)
+    if not names:
+        return {}
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     longest = 0.0
     for turn in range(rounds):
@@ -160,9 +173,16 @@ def interleave(clock: Clock, works: Mapping[str, Work], rounds: int, budget: Bud
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(clock.measure(works[name], host[name]))
+            samples[name].append(measured(clock, works, name, host[name]))
         longest = max(longest, time.monotonic() - start)
     return samples
+
+
+def measured(clock: Clock, works: Mapping[str, Work], name: str, host_ms: float = 0.0) -> Sample:
+    try:
+        return clock.measure(works[name], host_ms)
+    except Exception as error:
+        raise Failed(name) from error
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,32 @@ def clean(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def finished(results: dict[str, Any], folder: Path, say: Callable[[str], None]) -> list[Path]:
-    """Write all tables and pictures; the paths written."""
+def finished(results: dict[str, Any], folder: Path, say: Callable[[str], None]) -> tuple[list[Path], list[str]]:
+    """Write all tables and pictures; the paths written, and what could not be."""
     clean(folder)
-    texts = {
-        "linears.csv": as_csv(linear_rows(results)),
-        "step.csv": as_csv(step_rows(results)),
-        "kernels.csv": as_csv(kernel_rows(results)),
-        "table.md": table.markdown(results),
+    makers: dict[str, Callable[[], None]] = {
+        "linears.csv": lambda: write(folder / "linears.csv", as_csv(linear_rows(results))),
+        "step.csv": lambda: write(folder / "step.csv", as_csv(step_rows(results))),
+        "kernels.csv": lambda: write(folder / "kernels.csv", as_csv(kernel_rows(results))),
+        "table.md": lambda: write(folder / "table.md", table.markdown(results)),
+        "pictures.png": lambda: picture(results, folder, say),
     }
-    for name, text in texts.items():
-        if text:
-            replace(folder / name, text)
+    broken = []
+    for name, make in makers.items():
+        try:
+            make()
+        except Exception as error:  # one that can't be made must not take the others along
+            say(traceback.format_exc())
+            broken.append(f"{name}: {type(error).__name__}: {error}")
+    return [folder / name for name in FILES if (folder / name).exists()], broken
+
+
+def write(path: Path, text: str) -> None:
+    if text:
+        replace(path, text)
+
+
+def picture(results: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
     aside = folder / f".{os.getpid()}.png"
     try:
         if why := pictures.draw(results, aside):
@@ -58,7 +73,6 @@ def finished(results: dict[str, Any], folder: Path, say: Callable[[str], None]) 
             aside.replace(folder / "pictures.png")
     finally:
         aside.unlink(missing_ok=True)
-    return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def as_json(results: dict[str, Any]) -> str:
