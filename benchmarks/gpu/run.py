@@ -78,11 +78,13 @@ class Run:
         """The last resort: whatever hangs, in this process too, there is an end."""
         if self.over.wait(max(0.0, self.seconds - LAST)):
             return
-        processes.kill_all()
-        self.say(f"\nOUT OF TIME during {self.now}: {self.seconds:.0f} s are over.")
-        self.save(f"out of time during {self.now}")
-        shutil.rmtree(self.work, ignore_errors=True)
-        os._exit(1)
+        try:
+            processes.kill_all()
+            self.say(f"\nOUT OF TIME during {self.now}: {self.seconds:.0f} s are over.")
+            self.save(f"out of time during {self.now}")
+            shutil.rmtree(self.work, ignore_errors=True)
+        finally:
+            os._exit(1)
 
     @property
     def left(self) -> float:
