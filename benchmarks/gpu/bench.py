@@ -18,9 +18,10 @@ from benchmarks.gpu.sizes import FULL, TINY, Sizes
 from benchmarks.gpu.table import OURS
 from benchmarks.gpu.timing import Budget, Clock, Failed
 
-__all__ = ["SEED", "Bench", "LeftOut", "Wrong"]
+__all__ = ["SEED", "Bench", "LeftOut", "Wrong", "in_a_line"]
 
 SEED = 0
+LONGEST = 300  # characters of a reason
 
 
 class Wrong(Exception):
@@ -29,6 +30,16 @@ class Wrong(Exception):
 
 class LeftOut(Exception):
     """A competitor can't take part; the message says why, and the tables name it."""
+
+
+def one_line(text: str) -> str:
+    """For tables: some messages have pages."""
+    words = " ".join(text.split())
+    return words if len(words) <= LONGEST else words[:LONGEST] + " ..."
+
+
+def in_a_line(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 @dataclass
@@ -112,9 +123,9 @@ class Bench:
         """
         if isinstance(error, Failed):
             error = error.__cause__
-        reason = f"{type(error).__name__}: {error}"
+        reason = in_a_line(error)
         if isinstance(error, LeftOut):
-            left_out[name] = str(error)
+            left_out[name] = one_line(str(error))
         elif isinstance(error, Wrong):
             left_out[name] = f"wrong: {error}"
             if name.startswith(OURS):

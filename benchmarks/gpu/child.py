@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ceilings, environment, kernel_times, linears, reallocation, step
-from benchmarks.gpu.bench import SEED, Bench
+from benchmarks.gpu.bench import SEED, Bench, in_a_line
 from benchmarks.gpu.timing import Budget
 
 __all__ = ["NOTHING", "SECTIONS", "main"]
@@ -53,7 +53,7 @@ def main(name: str, folder: Path, seconds: float, deadline: float) -> int:
         bench.results[name] = SECTIONS[name](bench)
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        bench.failed.append(f"{name}: {type(error).__name__}: {error}")
+        bench.failed.append(f"{name}: {in_a_line(error)}")
         bench.save()
         return 1
     if bench.cuda:
