@@ -78,6 +78,8 @@ class Run:
         """The last resort: whatever hangs, in this process too, there is an end."""
         if self.over.wait(max(0.0, self.seconds - LAST)):
             return
+        # Should what follows hang as well, on a pipe that nobody reads or a disk that doesn't answer.
+        threading.Timer(0.8 * LAST, os._exit, [1]).start()
         try:
             processes.kill_all()
             self.say(f"\nOUT OF TIME during {self.now}: {self.seconds:.0f} s are over.")
@@ -102,7 +104,10 @@ class Run:
         """results.json, whole, with ``unfinished`` in it until the end."""
         if self.folder is not None:
             results = {**self.results, "failed": self.failed} | ({"unfinished": why} if why else {})
-            writeup.replace(self.folder / "results.json", writeup.as_json(results))
+            try:
+                writeup.replace(self.folder / "results.json", writeup.as_json(results))
+            except OSError as error:
+                self.say(f"results.json could not be written: {error}")
 
     def all(self) -> int:
         """Run the sections; the exit code."""
@@ -115,7 +120,11 @@ class Run:
                 self.say(f"\n{name}\n  complete since an earlier run")
                 continue
             self.save(f"running, or killed in section {name}")
-            self.section(name)
+            try:
+                self.section(name)
+            except Exception as error:
+                self.say(traceback.format_exc())
+                self.fail(name, f"{type(error).__name__}: {error}")
         self.finish()
         for line in self.failed:
             self.say(f"FAILED: {line}")
