@@ -2,7 +2,7 @@
 # make test         run the tests
 # make quality      compare with LoRA and AdaLoRA at equal budgets: hours, goes on where it ended
 # make lint         check style and format
-# make gpu          correctness and speed on a GPU, in under 9 minutes; installs nothing
+# make gpu          correctness and speed on a GPU, in under 10 minutes; installs nothing
 # make clean        remove what was built; downloads in .cache and results in runs stay
 #
 # Each target but gpu installs what it needs into .venv first. Options: make quickstart QUICKSTART='--steps 400'
@@ -37,7 +37,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# In the Python that is there, with its torch and triton; needs no network. Options: make gpu GPU='--only step'
+# In the Python that is there, with its torch and triton; needs no network. Options: make gpu GPU='--seconds 420 --out DIR'
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 

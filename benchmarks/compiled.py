@@ -6,6 +6,9 @@ The real launchers are called with CPU tensors of real shapes, and each launch i
 specialisations that the same tensors would bring about on a GPU. One row for each kernel and configuration: registers,
 spills, stack, shared memory and its limit, tensor-core instructions, async copies.
 
+The file keeps the rows of other versions of triton, and those of kernels and architectures that --only and --arch leave
+out; the others are replaced.
+
 A second run takes the kernels from triton's cache, .cache/triton unless TRITON_CACHE_DIR says where.
 """
 
@@ -233,12 +236,35 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a table; only rows of the same triton, architecture and kernel give way."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            replaced = {_place(row) for row in rows}
+            kept = [row for row in csv.DictReader(file) if _place(row) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *rows], key=_order))
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["triton"], row["architecture"], row["kernel"]
+
+
+def _order(row: dict[str, Any]) -> tuple[list[int], int, int]:
+    version = [int(part) for part in re.findall(r"\d+", row["triton"])]
+    return version, list(ARCHITECTURES).index(row["architecture"]), list(CALLS).index(row["kernel"])
+
+
 def main() -> int:
     arguments = _arguments()
     if os.environ.get("TRITON_INTERPRET"):
         print("TRITON_INTERPRET is set: there is nothing to compile. Unset it.", file=sys.stderr)
         return 2
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.arch:
         for problem in problems():
             if problem.kernel not in arguments.only:
@@ -249,11 +275,7 @@ def main() -> int:
             for fault in faults(rows[-1]):
                 print("    !", fault, flush=True)
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.csv, rows)
     wrong = sum(bool(faults(row)) for row in rows)
     print(f"{len(rows)} kernels with triton {triton.__version__}, {wrong} with a fault")
     return 0

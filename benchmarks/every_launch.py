@@ -69,7 +69,7 @@ class Problem(NamedTuple):
 
 
 SINGLES = [(width, 1) for width in configs.RANK_TILES]
-BUNDLES = [(16, 3), (32, 3), (64, 2)]
+BUNDLES = [(16, 2), (16, 3), (32, 3), (64, 2)]
 
 
 def problems() -> list[Problem]:

@@ -31,10 +31,11 @@ from benchmarks.gpu.bench import Bench, LeftOut, Wrong
 from benchmarks.gpu.check import check
 from benchmarks.gpu.linears import work
 from benchmarks.gpu.problem import SCALING, single
-from benchmarks.gpu.providers import FROZEN, OURS, PROVIDERS, install_peft
+from benchmarks.gpu.providers import PROVIDERS, install_peft
 from benchmarks.gpu.providers import linears as linears_of
 from benchmarks.gpu.sizes import Shape
 from benchmarks.gpu.step import BottomBias
+from benchmarks.gpu.table import FROZEN, OURS
 from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
 from l1ra.linear import find_adapters
 
@@ -312,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    bench = TypedBench(device, False, Path("tests/kernels"), seed=arguments.seed, products=dtype)
+    bench = TypedBench(device, False, seed=arguments.seed, products=dtype)
     try:
         results = run(bench, arguments)
     except (LeftOut, Wrong) as reason:

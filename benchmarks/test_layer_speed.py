@@ -7,8 +7,6 @@ run, use ``python -m benchmarks.layer``. Nothing here asserts a time.
     python -m pytest benchmarks/test_layer_speed.py --benchmark-only --benchmark-compare
 """
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("pytest_benchmark")
@@ -39,7 +37,7 @@ def bench():
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    return TypedBench(torch.device("cuda" if cuda else "cpu"), False, Path("tests/kernels"), products=dtype)
+    return TypedBench(torch.device("cuda" if cuda else "cpu"), False, products=dtype)
 
 
 def measure(benchmark, bench, works, path, name):

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     # Products of raw bf16 are wrong in the interpreter.
     dtype = "fp16" if arguments.dry_run and arguments.dtype == "bf16" else arguments.dtype
-    bench = TypedBench(device, arguments.dry_run, Path("tests/kernels"), seed=arguments.seed, products=DTYPES[dtype])
+    bench = TypedBench(device, arguments.dry_run, seed=arguments.seed, products=DTYPES[dtype])
     torch.manual_seed(bench.seed)
     given: tuple[Any, ...] = (arguments.tokens, arguments.in_features, arguments.out_features)
     sizes = [g or usual for g, usual in zip(given, TINY if arguments.dry_run else LARGE, strict=True)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import triton
@@ -27,6 +28,7 @@ __all__ = ["compact_rows_", "move_rows_many"]
 
 BLOCK = 1024
 WARPS = 4
+JOB = 8  # numbers of a job
 LARGEST_UNIT = 8  # bytes; also the period of the bit pattern of a fill
 
 
@@ -105,6 +107,11 @@ def _pattern(dtype: torch.dtype, fill: str) -> int:
     return element.repeat(LARGEST_UNIT // element.element_size()).view(torch.int64).item()
 
 
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """As int64. From pinned memory, which is not used again before the copy is done: from any other the host waits."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def _launch(
     src: Sequence[Tensor], dst: Sequence[Tensor], sources: Sequence[Sequence[int]], patterns: Sequence[int]
 ) -> None:
@@ -132,12 +139,12 @@ def _launch(
     # Addresses stay in bytes; strides and lengths are counted in units.
     table = [(*job[:2], *(n // unit for n in job[2:5]), *job[5:]) for job in jobs]
     stripes = max(triton.cdiv(job[4], BLOCK) for job in table)
-    device = src[0].device
+    numbers = _on_device([*chain.from_iterable(table), *flat], src[0].device)
     launch(
         _move_rows,
         (len(table) * stripes,),
-        torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True),
-        torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True),
+        numbers,
+        numbers[JOB * len(table) :],
         stripes,
         UNIT=unit,
         BLOCK=BLOCK,

@@ -151,9 +151,10 @@ def step(model, optimizer, x, y):
 BRISK = {"total_steps": 60, "interval": 6, "warmup": 0.0, "cooldown": 0.2, "margin": 1.0}
 
 
-def patched(budget=16, **settings):
+def patched(budget=16, device="cpu", **settings):
     model = Residual()
-    x, y = task(model)
+    x, y = (t.to(device) for t in task(model))
+    model.to(device)
     controller = l1ra.patch(model, budget, **{**BRISK, **settings})
     return model, controller, torch.optim.AdamW(trainable(model), lr=1e-2), x, y
 

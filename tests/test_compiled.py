@@ -4,6 +4,7 @@ pipelined, and one compilation for all ranks of a tile.
 benchmarks/compiled.py does it, in processes of their own: here Triton may be in its interpreter.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -131,3 +132,18 @@ def test_another_number_of_tokens_compiles_nothing(compilations, kernel):
 @pytest.mark.parametrize("kernel", CALLS)
 def test_another_scaling_compiles_nothing(compilations, kernel):
     assert compilations[kernel][2] == 1
+
+
+def test_the_table_keeps_what_other_versions_and_other_kernels_gave(tmp_path):
+    from benchmarks import compiled
+
+    def row(triton, architecture, kernel, registers):
+        return {"triton": triton, "architecture": architecture, "kernel": kernel, "registers": registers}
+
+    path = tmp_path / "table.csv"
+    compiled.write(path, [row("3.10.0", "sm_90", "shrink", n) for n in (1, 2)] + [row("3.10.0", "sm_90", "expand", 3)])
+    compiled.write(path, [row("3.9.0", "sm_90", "shrink", 4)])
+    compiled.write(path, [row("3.10.0", "sm_90", "shrink", 5)])
+    with path.open(newline="") as file:
+        found = [(line["triton"], line["kernel"], line["registers"]) for line in csv.DictReader(file)]
+    assert found == [("3.9.0", "shrink", "4"), ("3.10.0", "shrink", "5"), ("3.10.0", "expand", "3")]

@@ -151,7 +151,8 @@ def test_a_training_goes_the_same_way_by_either_implementation(rule):
     for name in ("torch", "fused"):
         torch.manual_seed(0)
         # Every gate falls within an interval, at a pace of its own.
-        model, controller, optimizer, x, y = patched(total_steps=24, interval=4, rule=rule, gate_lr=0.2, l1_lambda=2.0)
+        settings = {"total_steps": 24, "interval": 4, "rule": rule, "gate_lr": 0.2, "l1_lambda": 2.0}
+        model, controller, optimizer, x, y = patched(device=DEVICE, **settings)
         with choice.using(name):
             for _ in range(16):
                 step(model, optimizer, x, y)
@@ -159,8 +160,8 @@ def test_a_training_goes_the_same_way_by_either_implementation(rule):
     assert any(entry["pruned"] for entry in controller.history)
     assert ends[0][0] == ends[1][0]
     for name, gates in ends[0][1].items():
-        assert gates == pytest.approx(ends[1][1][name], abs=1e-5)
-    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-4, atol=1e-5)
+        assert gates == pytest.approx(ends[1][1][name], abs=1e-4)
+    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-3, atol=1e-4)
 
 
 def test_fused_kernels_are_refused_where_nothing_can_run_them(monkeypatch):

@@ -1,7 +1,6 @@
 """The tuner of tiles, in Triton's interpreter: wrong tiles are found, the table stays, the row can be pasted."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +72,7 @@ def test_the_fastest_right_tile_is_taken_and_all_are_named(monkeypatch, capsys):
     monkeypatch.setattr(
         tune, "interleave", lambda clock, works, *rest: {n: [SimpleNamespace(total=ms[n])] * 3 for n in works}
     )
-    bench = tune.TypedBench(CPU, False, Path("tests/kernels"), products=torch.float16)
+    bench = tune.TypedBench(CPU, False, products=torch.float16)
     assert tune.tune(bench, "expand", Shape(24, 40, 72, 16), "fp16", rounds=3) == fast
     said = capsys.readouterr().err
     assert "5 tiles are right, 0 left out" in said and tune.show(slow) in said

@@ -1,7 +1,10 @@
-"""What every section is given, and the two ways in which it can end early."""
+"""What every section is given, and the two ways in which a competitor can end early."""
 
 from __future__ import annotations
 
+import json
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,21 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import green
+from benchmarks.gpu.processes import poisoned
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
-from benchmarks.gpu.timing import Budget, Clock
+from benchmarks.gpu.table import OURS
+from benchmarks.gpu.timing import Budget, Clock, Failed
 
-__all__ = ["ROOT", "Bench", "LeftOut", "Wrong"]
+__all__ = ["SEED", "Bench", "LeftOut", "Wrong", "in_a_line"]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SEED = 0
+LONGEST = 300  # characters of a reason
 
 
 class Wrong(Exception):
-    """A result is wrong: the program stops, and nothing more is timed."""
+    """A result is wrong: nothing of whoever computed it is timed."""
 
 
 class LeftOut(Exception):
     """A competitor can't take part; the message says why, and the tables name it."""
+
+
+def one_line(text: str) -> str:
+    """For tables: some messages have pages."""
+    words = " ".join(text.split())
+    return words if len(words) <= LONGEST else words[:LONGEST] + " ..."
+
+
+def in_a_line(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 @dataclass
@@ -32,17 +48,22 @@ class Bench:
 
     Attributes:
         results: section -> what it found; sections read what earlier ones left here.
-        failed: what broke without being wrong; the program goes on, and its exit code tells.
-        tests: the folder or file that the correctness section runs.
+        failed: what broke, or was wrong of ours; the program goes on, and its exit code tells.
+        late: whether something was left out for lack of time.
+        at: who has the process now: should it die, another one goes on without them.
+        section, part: whose results :meth:`save` writes, and the file; None: to nowhere.
     """
 
     device: torch.device
     tiny: bool
-    tests: Path
     seed: int = SEED
     results: dict[str, Any] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     budget: Budget = field(default_factory=lambda: Budget(0))
+    late: bool = False
+    at: str | None = None
+    section: str = ""
+    part: Path | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.device, self.sizes.flush_bytes)
@@ -66,6 +87,57 @@ class Bench:
 
     def say(self, text: str = "") -> None:
         print(text, flush=True)
+
+    def save(self, done: bool = False) -> None:
+        """Leave what the section has found so far where the parent process finds it."""
+        if self.part is None:
+            return
+        content = {"result": self.results.get(self.section), "failed": self.failed, "at": self.at, "done": done}
+        aside = self.part.with_suffix(".new")
+        aside.write_text(json.dumps(content, default=str))
+        aside.replace(self.part)
+
+    def no_time(self, what: str) -> str:
+        """Note that ``what`` is left out; the words for the table."""
+        self.late = True
+        self.failed.append(f"{what}: no time left")
+        self.say(f"  left out: {what}: no time left")
+        return "no time left"
+
+    def admit(self, name: str, files: Sequence[str] = ()) -> None:
+        """Let ``name`` have the process.
+
+        Raises:
+            LeftOut: the kernels' tests in ``files`` did not all pass, or an earlier process died of it.
+        """
+        if why := self.results.get("avoid", {}).get(name) or green.untested(self.results, files):
+            raise LeftOut(why)
+        self.at = name
+        self.save()
+
+    def leave_out(self, left_out: dict[str, str], where: str, name: str, error: Exception) -> None:
+        """Note why ``name`` takes no part; what is wrong of ours, and what broke, is a failure of the run.
+
+        Raises:
+            RuntimeError: nothing else can be measured in this process either.
+        """
+        if isinstance(error, Failed):
+            error = error.__cause__
+        reason = in_a_line(error)
+        if isinstance(error, LeftOut):
+            left_out[name] = one_line(str(error))
+        elif isinstance(error, Wrong):
+            left_out[name] = f"wrong: {error}"
+            if name.startswith(OURS):
+                self.failed.append(str(error))
+        else:
+            traceback.print_exception(error)
+            if poisoned():
+                self.at = self.at or name
+                raise RuntimeError(f"{where}: {name} broke this process's use of the GPU: {reason}") from error
+            left_out[name] = f"failed: {reason}"
+            self.failed.append(f"{where}: {name}: {reason}")
+        self.at = None
 
     def randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Random numbers on the device: products of zeros take less power and run faster than real ones."""

@@ -23,6 +23,8 @@ BOUNDS = {
 def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
     """The relative error of each kind of result: y, dX, dA, dB and dg, the largest over the linears.
 
+    What is to be timed has to have gone through a step before: see :func:`benchmarks.gpu.linears.settle`.
+
     Raises:
         Wrong: one is beyond its bound, or not a number, or missing.
     """

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.bench import ROOT, Bench
+from benchmarks.gpu import ROOT
+from benchmarks.gpu.bench import Bench
 
-__all__ = ["run"]
+__all__ = ["commit", "processor", "run", "version"]
 
+COMMIT = ROOT / "COMMIT"  # git rev-parse HEAD > COMMIT, for a copy without .git
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "matplotlib", "pytest")
 QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
@@ -27,7 +30,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "seed": bench.seed,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "commit": commit(),
+        "commit": bench.results.get("options", {}).get("commit") or commit(),
         "kernels": os.environ.get("L1RA_KERNELS", "auto"),
         "cpu_threads": torch.get_num_threads(),
     }
@@ -40,6 +43,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "capability": f"{card.major}.{card.minor}",
             "cuda": torch.version.cuda,
             "nvidia_smi": nvidia_smi(),
+            "c_compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),  # triton needs one
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     for key, value in found.items():
@@ -75,10 +79,10 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The git commit of the working tree, with a mark if files differ from it."""
-    head = output_of("git", "rev-parse", "--short=12", "HEAD")
+    """The git commit of the working tree, with a mark if files differ from it; without git what COMMIT says."""
+    head = output_of("git", "rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else None
     if head is None:
-        return None
+        return COMMIT.read_text(encoding="utf-8").strip() or None if COMMIT.exists() else None
     return head + (" and changes" if output_of("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 

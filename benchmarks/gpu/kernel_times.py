@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu import kernels
+from benchmarks.gpu import green, kernels
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.ceilings import copy_rate
 from benchmarks.gpu.timing import Work, interleave, spread
@@ -26,21 +26,24 @@ def run(bench: Bench) -> dict[str, Any]:
     ]
     builders += [(make.__name__, "whole model", functools.partial(make, bench)) for make in kernels.MODEL_CASES]
     rows, left_out = [], {}
+    found = bench.results["kernels"] = {"rows": rows, "left_out": left_out}
     for name, shape, make in builders:
         if bench.budget.left <= 0:
-            left_out[f"{name}, {shape}"] = "no time left"
+            left_out[f"{name}, {shape}"] = bench.no_time(f"kernel {name}, {shape}")
             continue
         try:
+            bench.admit(name, green.KERNELS[name])
             rows.append(measure(bench, make(), shape, ceiling))
         except LeftOut as reason:
             left_out[name] = str(reason)
         except Exception as error:
-            bench.failed.append(f"kernel {name}, {shape}: {type(error).__name__}: {error}")
-            left_out[f"{name}, {shape}"] = f"failed: {error}"
+            bench.leave_out(left_out, "kernels", f"{name}, {shape}", error)
+        bench.at = None
+        bench.save()
     for name, reason in left_out.items():
         bench.say(f"  left out: {name}: {reason}")
     bench.clock.release()
-    return {"rows": rows, "left_out": left_out}
+    return found
 
 
 def measure(bench: Bench, case: kernels.KernelCase, shape: str, ceiling: float) -> dict[str, Any]:

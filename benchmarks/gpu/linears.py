@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import providers
-from benchmarks.gpu.bench import Bench, LeftOut, Wrong
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import check
 from benchmarks.gpu.problem import Problem, decoder_layer, single
-from benchmarks.gpu.providers import FROZEN, OURS, Adapted
-from benchmarks.gpu.timing import Budget, Sample, Work, interleave, ratios, spread
+from benchmarks.gpu.providers import Adapted
+from benchmarks.gpu.table import FROZEN, OURS
+from benchmarks.gpu.timing import Budget, Failed, Sample, Work, interleave, ratios, spread
 
 __all__ = ["run"]
 
@@ -22,56 +22,58 @@ LAYER_SHARE = 0.35
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """A table for each problem.
-
-    Raises:
-        Wrong: a competitor's output or gradient is.
-    """
+    """A table for each problem."""
     sizes = bench.sizes
-    found: dict[str, Any] = {"tables": [], "left_out": []}
-    bench.results["linears"] = found
+    empty = {"tables": [], "left_out": [], "notes": providers.NOTES}
+    found: dict[str, Any] = bench.results.setdefault("linears", empty)
     makers: list[Callable[[], Problem]] = [
         lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),
         *(lambda shape=shape: single(bench, shape) for shape in sizes.shapes),
     ]
-    for i, make in enumerate(makers):
+    # Not those that an earlier process came to before it died.
+    for i, make in list(enumerate(makers))[len(found["tables"]) :]:
         if bench.budget.left <= 0:
-            found["left_out"] = [f"{len(makers) - i} of {len(makers)} tables: no time left"]
-            bench.say(f"  left out: {found['left_out'][0]}")
+            what = f"{len(makers) - i} of {len(makers)} tables of linear layers"
+            found["left_out"] = [f"{what}: {bench.no_time(what)}"]
             break
         share = LAYER_SHARE if i == 0 else 1 / (len(makers) - i)
         table = one_problem(bench, make(), Budget(share * bench.budget.left))
         found["tables"].append(table)
+        bench.save()
         show(bench, table)
         bench.clock.release()
     return found
 
 
 def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any]:
-    """Build and check every competitor, then time them in turn."""
+    """Build every competitor, bring it to where a training is after its first step, check it, then time all in turn."""
     torch._dynamo.reset()
     adapted: dict[str, Adapted] = {}
     errors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
     for name, adapt in providers.PROVIDERS.items():
         try:
+            bench.admit(name, providers.TESTED_BY.get(name, ()))
             candidate = adapt(bench, problem.build(), problem.shape.rank)
             for linear, adapter in candidate.adapters.items():
                 adapter.set(*problem.rows[linear])
+            settle(candidate, problem)
             errors[name] = check(name, candidate, problem)
             adapted[name] = candidate
-        except Wrong:
-            raise
-        except LeftOut as reason:
-            left_out[name] = str(reason)
         except Exception as error:
-            traceback.print_exc()
-            left_out[name] = f"failed: {type(error).__name__}: {error}"
-            bench.failed.append(f"{problem.title}: {name}: {type(error).__name__}: {error}")
+            bench.leave_out(left_out, problem.title, name, error)
+    bench.at = None
+    bench.save()
     problem.forget()
     bench.clock.release()
     works = {name: work(candidate, problem) for name, candidate in adapted.items()}
-    samples = interleave(bench.clock, works, bench.sizes.rounds, budget)
+    samples = None
+    while samples is None:
+        try:
+            samples = interleave(bench.clock, works, bench.sizes.rounds, budget)
+        except Failed as failure:
+            bench.leave_out(left_out, problem.title, failure.name, failure)
+            del works[failure.name]
     peaks = {name: bench.clock.peak_bytes(works[name]) for name in works}
     base = [s.total for s in samples[FROZEN]] if FROZEN in samples else None
     rows = [
@@ -100,6 +102,20 @@ def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any
         "rows": rows,
         "left_out": left_out,
     }
+
+
+def settle(adapted: Adapted, problem: Problem) -> None:
+    """One step of a training that changes no number: what is checked then runs as what is timed.
+
+    Ours learns in a forward which layers read one input, and computes them together once the parameters have been
+    written in place; compilers trace.
+    """
+    torch.autograd.backward(adapted.module(*problem.inputs), problem.gradients)
+    with torch.no_grad():
+        for param in adapted.parameters():
+            param.add_(0)
+    adapted.clear()
+    problem.clear()
 
 
 def work(adapted: Adapted, problem: Problem) -> Work:

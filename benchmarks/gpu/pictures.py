@@ -6,37 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import table
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.providers import FROZEN, OURS
+from benchmarks.gpu.table import FROZEN, OURS
 
 __all__ = ["draw"]
 
 GREY, COLOUR = "#9aa5b1", "#c2410c"
 
 
-def draw(bench: Bench, folder: Path) -> list[str]:
-    """Draw what there is to draw; what was not drawn, with the reason."""
+def draw(results: dict[str, Any], path: Path) -> str:
+    """Draw what there is to draw, all of it in one picture; why there is none, "" if there is one."""
+    panels = [*linears(results), *step(results), *kernels(results)]
+    if not panels:
+        return "nothing was timed"
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        return [f"matplotlib can't be imported: {error}"]
-    missing = []
-    for name, content in (("linears", linears), ("step", step), ("kernels", kernels)):
-        panels = content(bench.results)
-        if not panels:
-            missing.append(f"{name}.png: the section was not run")
-            continue
-        columns = min(3, len(panels))
-        height = -(-len(panels) // columns)
-        figure = Figure(figsize=(6.2 * columns, 3.4 * height), layout="constrained")
-        axes = figure.subplots(height, columns, squeeze=False).flatten()
-        for axis, (title, unit, bars) in zip(axes, panels, strict=False):
-            draw_bars(axis, title, unit, bars)
-        for axis in axes[len(panels) :]:
-            axis.remove()
-        figure.suptitle(table.device(bench.results))
-        figure.savefig(folder / f"{name}.png", dpi=120)
-    return missing
+    except Exception as error:  # a matplotlib that does not fit its numpy fails in many ways
+        return f"matplotlib can't be imported: {error}"
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 3.4 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).flatten()
+    for axis, (title, unit, bars) in zip(axes, panels, strict=False):
+        draw_bars(axis, title, unit, bars)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.suptitle(table.device(results))
+    figure.savefig(path, dpi=100)
+    return ""
 
 
 def draw_bars(axis: Any, title: str, unit: str, bars: list[tuple[str, float, float, float]]) -> None:

@@ -5,6 +5,7 @@ Each competitor gets linears of its own that share the weights, and puts its ada
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,14 +30,22 @@ class Single(nn.Module):
         return (self.proj(x),)
 
 
+def one_by_one(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(layer(x) for layer in layers)
+
+
 class DecoderLinears(nn.Module):
     """The linears of a decoder layer in the tree that transformers has, and nothing between them.
 
     q, k and v read the same tensor, gate and up another one.
+
+    Attributes:
+        together: computes layers that read one tensor: one after the other, unless a competitor has something better.
     """
 
     def __init__(self, linears: dict[str, nn.Linear]) -> None:
         super().__init__()
+        self.together = one_by_one
         self.self_attn, self.mlp = nn.Module(), nn.Module()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             self.self_attn.add_module(name, linears[name])
@@ -46,12 +55,9 @@ class DecoderLinears(nn.Module):
     def forward(self, x: Tensor, mixed: Tensor, normed: Tensor, gated: Tensor) -> tuple[Tensor, ...]:
         attention, mlp = self.self_attn, self.mlp
         return (
-            attention.q_proj(x),
-            attention.k_proj(x),
-            attention.v_proj(x),
+            *self.together((attention.q_proj, attention.k_proj, attention.v_proj), x),
             attention.o_proj(mixed),
-            mlp.gate_proj(normed),
-            mlp.up_proj(normed),
+            *self.together((mlp.gate_proj, mlp.up_proj), normed),
             mlp.down_proj(gated),
         )
 

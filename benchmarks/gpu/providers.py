@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
+from benchmarks.gpu import green
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
-from benchmarks.gpu.problem import SCALING
-from benchmarks.gpu.unsloth_style import UnslothStyle
+from benchmarks.gpu.problem import SCALING, DecoderLinears
+from benchmarks.gpu.table import FROZEN, OURS
+from benchmarks.gpu.unsloth_style import UnslothStyle, together
 from l1ra.room import has_use_for_room
 
-__all__ = ["PROVIDERS", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
+__all__ = ["NOTES", "PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 
 
 @dataclass
@@ -58,11 +60,13 @@ class Adapted:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     path: str = ""
 
+    def parameters(self) -> list[nn.Parameter]:
+        adapters = self.adapters.values()
+        return [p for adapter in adapters for p in (adapter.a, adapter.b, adapter.gate) if p is not None]
+
     def clear(self) -> None:
-        for adapter in self.adapters.values():
-            for param in (adapter.a, adapter.b, adapter.gate):
-                if param is not None:
-                    param.grad = None
+        for param in self.parameters():
+            param.grad = None
 
 
 def linears(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -152,7 +156,10 @@ def compiled(bench: Bench, module: nn.Module, rank: int) -> Adapted:
 
 
 def unsloth_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
-    return Adapted(module, swap(module, lambda linear: UnslothStyle(linear, *rows(linear, rank), SCALING)))
+    adapters = swap(module, lambda linear: UnslothStyle(linear, *rows(linear, rank), SCALING))
+    if isinstance(module, DecoderLinears):
+        module.together = together
+    return Adapted(module, adapters)
 
 
 def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
@@ -174,9 +181,7 @@ def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> A
     return Adapted(module, adapters, path)
 
 
-FROZEN, OURS = "frozen", "ours"
-
-# In the order of the tables. Rows are compared with the first one.
+# In the order of the tables.
 PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     FROZEN: frozen,
     "PEFT default": peft_lora(fp32=True),
@@ -188,3 +193,14 @@ PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     OURS: ours,
     f"{OURS}, aug": partial(ours, augment=True),
 }
+# What stands in for a package, and how far.
+NOTES = {
+    "torch.compile": "plain LoRA, all linears in one graph, the default mode with static shapes.",
+    "Unsloth-style": "its published structure, in our code: products onto the output by cuBLAS, a backward written by "
+    "hand, one function for linears that read one input. Its kernels between the linears are not in it, nor does it "
+    "write dX over X.",
+    "LoRAFusion-style": "its published structure, in our code: X W^T + s H B is one Triton product, so is dX; one more "
+    "kernel makes P and dB from one read of dY; X A^T and dA are cuBLAS's. Each linear by itself, without its batches "
+    "of several adapters and without dropout.",
+}
+TESTED_BY = {OURS: green.LAYER, f"{OURS}, aug": green.AUGMENT}

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu import green
+from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.step import timed
 from benchmarks.gpu.timing import spread
@@ -29,6 +30,11 @@ TOKENS = 16
 
 def run(bench: Bench) -> dict[str, Any]:
     """Milliseconds of optimizer steps with and without a reallocation, and how many ranks moved."""
+    try:
+        bench.admit("reallocation", green.REALLOCATION)
+    except LeftOut as reason:
+        bench.say(f"  left out: {reason}")
+        return {"left_out": [f"reallocation: {reason}"]}
     shape, rank = bench.sizes.models[-1], bench.sizes.model_rank
     model = stack(bench, shape, rank)
     total = (bench.sizes.reallocations + 2) * INTERVAL * 100

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FULL", "TINY", "ModelShape", "Shape", "Sizes"]
+__all__ = ["ALWAYS", "FULL", "SECTIONS", "TINY", "ModelShape", "Shape", "Sizes", "seconds_for"]
 
 MEGA = 1 << 20
+
+# In the order in which they run, the most valuable first: the share of all seconds that each may take, and the most.
+# Without its tests nothing of ours is timed: they may take long, should compiling be slow.
+SECTIONS: dict[str, tuple[float, float]] = {
+    "environment": (0.06, 40),
+    "correctness": (0.24, 130),
+    "trainings": (0.14, 60),
+    "step": (0.25, 300),
+    "linears": (0.19, 200),
+    "kernels": (0.08, 100),
+    "ceilings": (0.04, 40),
+    "reallocation": (0.04, 40),
+}
+ALWAYS = ("environment", "correctness")
+
+
+def seconds_for(section: str, seconds: float) -> float:
+    """What a section may take of a run of ``seconds``."""
+    share, most = SECTIONS[section]
+    return min(share * seconds, most)
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that differs between a real run and a tiny one. Sections have their time budgets in seconds."""
+    """Everything that differs between a real run and a tiny one."""
 
     copy_bytes: int
     flush_bytes: int
@@ -74,7 +94,6 @@ class Sizes:
     model_rounds: int
     model_rank: int
     reallocations: int
-    seconds: dict[str, float]
 
 
 LLAMA_8B = ModelShape("Llama-3-8B shape", 4096, 14336, 32, 32, 8, 128, 128256, False, 4, 2048, True, 3)
@@ -101,16 +120,6 @@ FULL = Sizes(
     model_rounds=3,
     model_rank=16,
     reallocations=8,
-    # Under 9 minutes in all, with what starting and the first round of the last model may take beyond.
-    seconds={
-        "environment": 10,
-        "correctness": 190,
-        "ceilings": 15,
-        "kernels": 40,
-        "linears": 100,
-        "step": 130,
-        "reallocation": 20,
-    },
 )
 
 TINY = Sizes(
@@ -126,6 +135,4 @@ TINY = Sizes(
     model_rounds=2,
     model_rank=4,
     reallocations=2,
-    # On any machine, however busy: a tiny run is there to find bugs, not to be quick.
-    seconds=dict.fromkeys(FULL.seconds, 300.0),
 )

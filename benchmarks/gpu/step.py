@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
-from benchmarks.gpu.bench import Bench, LeftOut
+from benchmarks.gpu import green
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.llama import build
 from benchmarks.gpu.providers import install_peft
 from benchmarks.gpu.sizes import ModelShape
+from benchmarks.gpu.table import FROZEN, OURS
 from benchmarks.gpu.timing import Budget, ratios, spread
 
 __all__ = ["PROVIDERS", "run"]
 
+# The optimizer's first step writes the parameters: from the second forward on, ours reads shared inputs once.
 WARM_UPS = 2
-FROZEN = "frozen"
 
 
 class BottomBias:
@@ -88,9 +89,9 @@ PROVIDERS: dict[str, Callable] = {
     FROZEN: frozen,
     "PEFT default": peft_lora(fp32=True),
     "PEFT bf16": peft_lora(fp32=False),
-    "ours": ours(probing=False),
+    OURS: ours(probing=False),
     # What a step costs while it collects directions for new ranks: half of the interval before each reallocation.
-    "ours, probing": ours(probing=True),
+    f"{OURS}, probing": ours(probing=True),
 }
 
 
@@ -99,22 +100,24 @@ def names(bench: Bench) -> list[str]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {"tables": [], "left_out": []}
-    bench.results["step"] = found
+    found: dict[str, Any] = bench.results.setdefault("step", {"tables": [], "left_out": []})
     models = bench.sizes.models
-    for i, shape in enumerate(models):
+    # Of the tables of an earlier process that died, the last one may lack rounds.
+    for i, shape in list(enumerate(models))[max(0, len(found["tables"]) - 1) :]:
         if bench.budget.left <= 0:
-            found["left_out"].append(f"{shape.name}: no time left")
-            bench.say(f"  left out: {found['left_out'][-1]}")
+            found["left_out"].append(f"{shape.name}: {bench.no_time(f'step of the {shape.name}')}")
             continue
         # The last model is the largest one by far.
         share = 1.0 if i == len(models) - 1 else 0.3
-        found["tables"].append(one_model(bench, shape, Budget(share * bench.budget.left)))
+        for rows in one_model(bench, shape, Budget(share * bench.budget.left)):
+            found["tables"][i:] = [rows]
+            bench.save()
         show(bench, found["tables"][-1])
     return found
 
 
-def one_model(bench: Bench, shape: ModelShape, budget: Budget) -> dict[str, Any]:
+def one_model(bench: Bench, shape: ModelShape, budget: Budget) -> Iterator[dict[str, Any]]:
+    """After each round the table so far."""
     bench.clock.release()
     start = time.monotonic()
     model = build(bench, shape)
@@ -132,15 +135,12 @@ def one_model(bench: Bench, shape: ModelShape, budget: Budget) -> dict[str, Any]
             if name in left_out:
                 continue
             try:
+                bench.admit(name, green.STEP if name.startswith(OURS) else ())
                 result = one_turn(bench, model, tokens, PROVIDERS[name], shape)
-            except LeftOut as reason:
-                left_out[name] = str(reason)
-                continue
             except Exception as error:
-                traceback.print_exc()
-                left_out[name] = f"failed: {type(error).__name__}: {error}"
-                bench.failed.append(f"{shape.name}: {name}: {type(error).__name__}: {error}")
+                bench.leave_out(left_out, shape.name, name, error)
                 continue
+            bench.at = None
             held = seen.setdefault(name, {"seconds": [], "peak": [], **result})
             held["seconds"] += result["times"]
             held["peak"].append(result["peak_bytes"])
@@ -148,9 +148,9 @@ def one_model(bench: Bench, shape: ModelShape, budget: Budget) -> dict[str, Any]
                 f"    round {turn + 1}  {name:16s} " + " ".join(f"{1e3 * t:.1f}" for t in result["times"]) + " ms"
             )
         longest = max(longest, time.monotonic() - start)
+        yield table(bench, shape, seen, left_out)
     del model
     bench.clock.release()
-    return table(bench, shape, seen, left_out)
 
 
 def one_turn(bench: Bench, model: nn.Module, tokens: Tensor, attach: Callable, shape: ModelShape) -> dict[str, Any]:

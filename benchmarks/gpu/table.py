@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu.providers import FROZEN, OURS
+__all__ = ["FROZEN", "OURS", "comparison", "device", "markdown", "summary"]
 
-__all__ = ["comparison", "device", "markdown", "summary"]
+# Rows are compared with the first; the names of all of ours begin with the second.
+FROZEN, OURS = "frozen", "ours"
 
 
 def device(results: dict[str, Any]) -> str:
@@ -20,8 +21,11 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [head(results)]
     for problem in results.get("linears", {}).get("tables", []):
         parts.append(linear_table(results, problem))
+    parts.append(notes(results))
     for model in results.get("step", {}).get("tables", []):
         parts.append(step_table(results, model))
+    if results.get("kernels", {}).get("rows") or results.get("kernels", {}).get("left_out"):
+        parts.append(kernel_table(results))
     if results.get("linears", {}).get("tables"):
         parts.append(verdict(results))
     parts.append(the_rest(results))
@@ -41,13 +45,45 @@ def head(results: dict[str, Any]) -> str:
     ]
     if found.get("tiny") or found.get("device") == "CPU":
         lines += ["", "**Tiny sizes: this tried the program out. No figure here says anything about the kernels.**"]
-    correctness = results.get("correctness")
-    if isinstance(correctness, dict) and correctness.get("outcome") == "passed":
-        lines += ["", f"Kernel tests before: {correctness['passed']} passed, {correctness['skipped']} skipped."]
-    else:
-        lines += ["", "**The kernel tests were skipped: nobody knows whether what was timed is right.**"]
+    lines += tests_line("Kernel tests before", results.get("correctness"))
+    if "trainings" in results:
+        lines += tests_line("Whole trainings", results["trainings"])
+    if why := results.get("unfinished"):
+        lines += ["", f"**This run did not come to its end: {why}.**"]
     lines += ["", "Median (20th to 80th percentile). Competitors took turns within each round; caches were cold."]
     return "\n".join(lines)
+
+
+def tests_line(title: str, found: Any) -> list[str]:
+    """What became of tests, in bold unless all passed."""
+    if found == "skipped":
+        return ["", "**The kernel tests were skipped: nobody knows whether what was timed is right.**"]
+    if not isinstance(found, dict):
+        return ["", f"**{title}: not run.**"]
+    if found["outcome"] == "left out":
+        return ["", f"**{title}: left out, {found['why']}.**"]
+    counts = f"{found['passed']} passed, {found['skipped']} skipped"
+    if found["outcome"] == "passed":
+        return ["", f"{title}: {counts}."]
+    line = (
+        f"{title}: {found['failed']} failed, {found['unfinished']} did not run to an end, {counts}. No figure is given"
+    )
+    line += " of what a test is about that failed or did not run."
+    return ["", f"**{line}**", *(f"- failed: {failure['test']}" for failure in found["failures"])]
+
+
+def kernel_table(results: dict[str, Any]) -> str:
+    lines = [
+        f"### Kernels alone, {device(results)}",
+        "",
+        "| | shape | ms | GB/s | share of a copy |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["kernels"]["rows"]:
+        share = f"{100 * row['copy_share']:.0f} %"
+        cells = [row["name"], row["shape"], around(row["ms"], ".4f"), f"{row['gb_per_s']:,.0f}", share]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines + left_out(results["kernels"]))
 
 
 def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
@@ -64,6 +100,13 @@ def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += left_out(problem)
     return "\n".join(lines)
+
+
+def notes(results: dict[str, Any]) -> str:
+    """What the stand-ins of the tables above do."""
+    found = results.get("linears", {})
+    shown = {row["provider"] for problem in found.get("tables", []) for row in problem["rows"]}
+    return "\n".join(f"- {name}: {text}" for name, text in found.get("notes", {}).items() if name in shown)
 
 
 def step_table(results: dict[str, Any], model: dict[str, Any]) -> str:
@@ -144,15 +187,18 @@ def the_rest(results: dict[str, Any]) -> str:
     lines = []
     if copy := results.get("ceilings", {}).get("copy"):
         lines.append(f"Copy within {device(results)}: {copy['tb_per_s']:.2f} TB/s, read and written.")
-        best = max(row["tflops_per_s"] for row in results["ceilings"]["products"])
-        lines.append(f"Fastest product: {best:.0f} TFLOP/s.")
-    if moved := results.get("reallocation"):
+    if products := results.get("ceilings", {}).get("products"):
+        lines.append(f"Fastest product: {max(row['tflops_per_s'] for row in products):.0f} TFLOP/s.")
+    moved = results.get("reallocation") or {}
+    if "reallocation_ms" in moved:
         lines.append(
             f"A reallocation of {moved['adapters']} adapters: {moved['reallocation_ms']:.1f} ms on top of an "
             f"optimizer step of {moved['step_ms']['median']:.1f} ms."
         )
     lines += [
-        f"Left out: {line}." for name in ("linears", "step") for line in results.get(name, {}).get("left_out", [])
+        f"Left out: {line}."
+        for name in ("linears", "step", "reallocation")
+        for line in (results.get(name) or {}).get("left_out", [])
     ]
     lines += [f"Broken: {line}" for line in results.get("failed", [])]
     return "\n".join(f"- {line}" for line in lines)

@@ -1,8 +1,9 @@
 """Timing: cold caches, competitors in turn, medians and spread.
 
-On a GPU a measurement starts with writes to a large buffer. They push the inputs out of the L2 cache, and they keep the
+On a GPU a measurement starts with reads of a large buffer. They push the inputs out of the L2 cache, and they keep the
 GPU busy while the host queues what is to be timed: the events then see the device's own time, and the time that the
-host needs is reported beside it. Without a GPU, ``perf_counter`` takes their place.
+host needs is reported beside it. Reads, because lines that were written would go back to memory at the expense of what
+is timed. Without a GPU, ``perf_counter`` takes their place.
 """
 
 from __future__ import annotations
@@ -17,11 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Budget", "Clock", "Sample", "Work", "interleave", "ratios", "spread"]
+__all__ = ["Budget", "Clock", "Failed", "Sample", "Work", "interleave", "ratios", "spread"]
 
 MIN_ROUNDS = 3
 WARM_UPS = 3
-MOST_FLUSHES = 200
+MOST_FLUSHES = 400
+COLUMNS = 4096  # of the buffer: rows enough that each is summed within a block, and nothing is allocated for it
+
+
+class Failed(Exception):
+    """A work raised, as its cause says; ``name`` is its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class Budget:
@@ -62,34 +72,40 @@ class Sample:
 
 @dataclass
 class Clock:
-    """Measures on ``device``; ``flush_bytes`` are written before each measurement."""
+    """Measures on ``device``; ``flush_bytes`` are read before each measurement."""
 
     device: torch.device
     flush_bytes: int
     _flush: torch.Tensor | None = None
+    _sums: torch.Tensor | None = None
     _flush_ms: float = 0.1
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def _prepare(self) -> torch.Tensor:
-        if self._flush is None:
-            self._flush = torch.empty(self.flush_bytes, dtype=torch.int8, device=self.device)
-            for _ in range(3):
-                self._flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(10):
-                self._flush.zero_()
-            end.record()
-            end.synchronize()
-            self._flush_ms = start.elapsed_time(end) / 10
-        return self._flush
+    def _prepare(self) -> None:
+        if self._flush is not None:
+            return
+        rows = max(1, self.flush_bytes // (4 * COLUMNS))
+        self._flush = torch.zeros(rows, COLUMNS, device=self.device)
+        self._sums = torch.empty(rows, device=self.device)
+        for _ in range(3):
+            self._read()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            self._read()
+        end.record()
+        end.synchronize()
+        self._flush_ms = max(1e-3, start.elapsed_time(end) / 10)
+
+    def _read(self) -> None:
+        torch.sum(self._flush, 1, out=self._sums)
 
     def release(self) -> None:
         """Give the flush buffer and whatever else is unused back to the device."""
-        self._flush = None
+        self._flush = self._sums = None
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -105,11 +121,11 @@ class Clock:
                 times.append(time.perf_counter())
             parts = {name: 1e3 * (b - a) for name, a, b in zip(names, times, times[1:], strict=False)}
             return Sample(parts, sum(parts.values()))
-        buffer = self._prepare()
+        self._prepare()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(names) + 1)]
         torch.cuda.synchronize()
         for _ in range(min(MOST_FLUSHES, 1 + math.ceil(1.2 * host_ms / self._flush_ms))):
-            buffer.zero_()
+            self._read()
         events[0].record()
         start = time.perf_counter()
         for name, event in zip(names, events[1:], strict=True):
@@ -138,12 +154,17 @@ def interleave(clock: Clock, works: Mapping[str, Work], rounds: int, budget: Bud
     """Each round measures each work once, a different one first in every round; at least three rounds.
 
     Afterwards no round begins that would outlast the budget.
+
+    Raises:
+        Failed: one of them can't be measured.
     """
     host = {}
-    for name, work in works.items():
+    for name in works:
         for _ in range(WARM_UPS):
-            host[name] = clock.measure(work).host
+            host[name] = measured(clock, works, name).host
     names = list(works)
+    if not names:
+        return {}
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     longest = 0.0
     for turn in range(rounds):
@@ -152,9 +173,16 @@ def interleave(clock: Clock, works: Mapping[str, Work], rounds: int, budget: Bud
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(clock.measure(works[name], host[name]))
+            samples[name].append(measured(clock, works, name, host[name]))
         longest = max(longest, time.monotonic() - start)
     return samples
+
+
+def measured(clock: Clock, works: Mapping[str, Work], name: str, host_ms: float = 0.0) -> Sample:
+    try:
+        return clock.measure(works[name], host_ms)
+    except Exception as error:
+        raise Failed(name) from error
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,7 +1,6 @@
-"""Results as files: JSON with everything, CSV for the tables, Markdown to quote, pictures where matplotlib is.
+"""Results as files: JSON with everything, CSV for the tables, Markdown to quote, a picture where matplotlib is.
 
-Each file is written aside and renamed, so that none is ever half there. ``results.json`` is of a run that went through
-all its sections; one that is under way or was stopped has ``unfinished.json``, and leaves the files of an earlier run.
+Each file is written aside and renamed, so that none is ever half there.
 """
 
 from __future__ import annotations
@@ -10,60 +9,70 @@ import csv
 import io
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+import threading
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import pictures, table
-from benchmarks.gpu.bench import Bench
 
-__all__ = ["UNFINISHED", "finished", "unfinished"]
+__all__ = ["FILES", "as_json", "clean", "finished", "replace"]
 
-UNFINISHED = "unfinished.json"
-FILES = ("results.json", "linears.csv", "step.csv", "kernels.csv", "table.md", "linears.png", "step.png", "kernels.png")
-
-
-def unfinished(bench: Bench, folder: Path, why: str) -> None:
-    """What there is so far, and why it is not all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {**bench.results, "failed": bench.failed, "unfinished": why}
-    aside = folder / f".{UNFINISHED}.{os.getpid()}"
-    aside.write_text(as_json(results))
-    aside.replace(folder / UNFINISHED)
+TABLES = ("linears.csv", "step.csv", "kernels.csv", "table.md", "pictures.png")
+FILES = ("log.txt", "results.json", *TABLES)
 
 
-def finished(bench: Bench, folder: Path) -> list[Path]:
-    """Write all files, drop those of an earlier run that have no successor; the paths written."""
-    results = bench.results
-    folder.mkdir(parents=True, exist_ok=True)
-    # On the same file system, for a rename can't cross into another.
-    aside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+def replace(path: Path, text: str) -> None:
+    """Write a file as a whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        texts = {
-            "results.json": as_json(results),
-            "linears.csv": as_csv(linear_rows(results)),
-            "step.csv": as_csv(step_rows(results)),
-            "kernels.csv": as_csv(kernel_rows(results)),
-            "table.md": table.markdown(results),
-        }
-        for name, text in texts.items():
-            if text:
-                (aside / name).write_text(text)
-        for name in pictures.draw(bench, aside):
-            bench.say(f"  no picture: {name}")
-        written = []
-        for name in FILES:
-            if (aside / name).exists():
-                (aside / name).replace(folder / name)
-                written.append(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
     finally:
-        shutil.rmtree(aside)
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return written
+        aside.unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Drop the tables of an earlier run: those of one that ends early would pass for its own."""
+    for name in TABLES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def finished(results: dict[str, Any], folder: Path, say: Callable[[str], None]) -> tuple[list[Path], list[str]]:
+    """Write all tables and pictures; the paths written, and what could not be."""
+    clean(folder)
+    makers: dict[str, Callable[[], None]] = {
+        "linears.csv": lambda: write(folder / "linears.csv", as_csv(linear_rows(results))),
+        "step.csv": lambda: write(folder / "step.csv", as_csv(step_rows(results))),
+        "kernels.csv": lambda: write(folder / "kernels.csv", as_csv(kernel_rows(results))),
+        "table.md": lambda: write(folder / "table.md", table.markdown(results)),
+        "pictures.png": lambda: picture(results, folder, say),
+    }
+    broken = []
+    for name, make in makers.items():
+        try:
+            make()
+        except Exception as error:  # one that can't be made must not take the others along
+            say(traceback.format_exc())
+            broken.append(f"{name}: {type(error).__name__}: {error}")
+    return [folder / name for name in FILES if (folder / name).exists()], broken
+
+
+def write(path: Path, text: str) -> None:
+    if text:
+        replace(path, text)
+
+
+def picture(results: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    aside = folder / f".{os.getpid()}.png"
+    try:
+        if why := pictures.draw(results, aside):
+            say(f"  no picture: {why}")
+        else:
+            aside.replace(folder / "pictures.png")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def as_json(results: dict[str, Any]) -> str:

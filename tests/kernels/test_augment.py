@@ -37,7 +37,8 @@ def test_without_enough_room_the_layer_is_chained():
     one = case([140], dtypes=(SINGLE, SINGLE))
     layer = with_room(one.layers[0])
     (mine,), (theirs,) = fused(one.x, [layer]), fused(one.x, one.layers)
-    torch.testing.assert_close(mine, theirs)
+    # For another layout of the weight the frozen product may be summed in another order.
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
     assert layer.augmented[:, layer.weight.shape[1] :].isnan().all()
 
 

@@ -11,7 +11,7 @@ def arguments(dead):
     """(x, Q, As, gates) of two adapters with the ranks ``dead`` pruned in both: their rows of A hold NaN."""
     one = case([5, 3], [47, 20], lead=(70,), features=130, dtypes=(SINGLE, SINGLE))
     q = torch.zeros(70, 32, device=DEVICE)
-    q[:, :5], q[:, 16:19] = torch.randn(70, 5), torch.randn(70, 3)
+    q[:, :5], q[:, 16:19] = torch.randn(70, 5, device=DEVICE), torch.randn(70, 3, device=DEVICE)
     rows, gates = [layer.a.detach() for layer in one.layers], [layer.gate.detach() for layer in one.layers]
     for i in dead:
         for a, gate in zip(rows, gates, strict=True):
