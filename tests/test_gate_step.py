@@ -159,9 +159,10 @@ def test_a_training_goes_the_same_way_by_either_implementation(rule):
         ends.append((controller.ranks, controller.gates(), [p.detach() for p in model.parameters()]))
     assert any(entry["pruned"] for entry in controller.history)
     assert ends[0][0] == ends[1][0]
+    wider = 1 if DEVICE == "cpu" else 10  # for the sums of a GPU, in sixteen steps
     for name, gates in ends[0][1].items():
-        assert gates == pytest.approx(ends[1][1][name], abs=1e-4)
-    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-3, atol=1e-4)
+        assert gates == pytest.approx(ends[1][1][name], abs=1e-5 * wider)
+    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-4 * wider, atol=1e-5 * wider)
 
 
 def test_fused_kernels_are_refused_where_nothing_can_run_them(monkeypatch):

@@ -8,17 +8,15 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-import test_fused_layers
 import torch
 from helpers import shake, trainable
-from test_fused_layers import Attention, as_stepped, calls
+from test_fused_layers import DEVICE, Attention, as_stepped, attention, calls, randn, wide
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import l1ra
 from l1ra_kernels import choice
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
     "reentrant": partial(checkpoint, use_reentrant=True),
     "non-reentrant": partial(checkpoint, use_reentrant=False),
@@ -32,14 +30,6 @@ BOTH = pytest.mark.parametrize("kernels", ["fused", "torch"])
 def _path(request):
     with choice.using(request.getfixturevalue("kernels") if "kernels" in request.fixturenames else "fused"):
         yield
-
-
-def attention(**settings):
-    return test_fused_layers.attention(**settings).to(DEVICE)
-
-
-def wide(**settings):
-    return test_fused_layers.wide(**settings).to(DEVICE)
 
 
 def gradients(model, run, x, seed=0):
@@ -58,7 +48,7 @@ def assert_same(found, expected):
 
 
 def example():
-    return torch.randn(5, 16, device=DEVICE)
+    return randn(5, 16)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

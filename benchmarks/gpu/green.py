@@ -30,7 +30,7 @@ LAYER = (
     *("tests/test_fused_layers.py", *_kernel("autograd", "unwritten_memory")),
 )
 AUGMENT = (*LAYER, *_kernel("augment"))
-STEP = (*LAYER, GATES)
+STEP = (*LAYER, GATES, "tests/test_recompute.py")
 REALLOCATION = (*STEP, COMPACTION)
 # What figures hang on comes first, should time run out.
 ORDER = (*REALLOCATION, *_kernel("augment", "dropout", "cuda_graphs", "compilation", "big_addresses", "memory_bounds"))
