@@ -12,7 +12,7 @@ import torch
 from helpers import shake, trainable
 from test_fused_layers import DEVICE, Attention, as_stepped, attention, calls, randn, wide
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import l1ra
 from l1ra_kernels import choice
@@ -57,6 +57,20 @@ def test_a_checkpointed_block_does_the_same_at_every_step(kind, dropout):
     model, plain, x = attention(dropout=dropout), attention(dropout=dropout), example()
     for step in range(5):
         found = gradients(model, partial(KINDS[kind], model), x, step)
+        assert_same(found, gradients(plain, plain, x, step))
+        as_stepped(model)
+        as_stepped(plain)
+
+
+@BOTH
+@pytest.mark.parametrize("make", [attention, wide])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_selective_checkpointing_keeps_products(make, dropout, kernels):
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    context = partial(create_selective_checkpoint_contexts, products)
+    model, plain, x = make(dropout=dropout), make(dropout=dropout), example()
+    for step in range(3):
+        found = gradients(model, lambda x: checkpoint(model, x, use_reentrant=False, context_fn=context), x, step)
         assert_same(found, gradients(plain, plain, x, step))
         as_stepped(model)
         as_stepped(plain)
