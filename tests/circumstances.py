@@ -304,6 +304,15 @@ class Circumstance:
     processes: int = 1
     models: tuple[str, ...] = ("Llama",)
 
+    @property
+    def dropout(self) -> bool:
+        return "dropout" in self.settings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model. What is compared without plain PyTorch's errors to go by is in float32 everywhere."""
+        return torch.float32 if self.dropout or self.autocast is not None else DTYPE
+
 
 NON_REENTRANT, REENTRANT = "non-reentrant", "reentrant"
 DROPOUT, RESERVE, AUGMENT = {"dropout": 0.3}, {"reserve": 6}, {"augment": True}
@@ -365,7 +374,7 @@ def built(name: str, how: Circumstance) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, 0, 0.2)  # random tiny models are too dull to learn anything
-    model.to(DEVICE, DTYPE if how.autocast is None else torch.float32).train()
+    model.to(DEVICE, how.dtype).train()
     if how.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": how.checkpointing == REENTRANT})
         model.config.use_cache = False

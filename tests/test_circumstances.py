@@ -7,10 +7,9 @@ import copy
 import dataclasses
 from datetime import timedelta
 
-import circumstances
 import pytest
 import torch
-from circumstances import CIRCUMSTANCES, DTYPE, MODELS, gradients, train
+from circumstances import CIRCUMSTANCES, DEVICE, MODELS, STEPS, gradients, train
 from torch import distributed, multiprocessing
 
 from l1ra_kernels import choice
@@ -18,8 +17,7 @@ from l1ra_kernels import choice
 if not (choice.interpreting() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-EXACT = torch.float32 == DTYPE
-LOSSES = 2e-4 if EXACT else 3e-2  # by how much losses may differ, relatively
+LOSSES = {torch.float32: 2e-4, torch.bfloat16: 3e-2}  # by how much they may differ, relatively
 
 
 def pairs(every, several):
@@ -50,7 +48,7 @@ class Audit:
                 model.gradient_checkpointing_disable()
         with choice.using("torch"):
             exact = gradients(copies[1], training.rows)
-            with torch.autocast(circumstances.DEVICE, training.autocast, enabled=training.autocast is not None):
+            with torch.autocast(DEVICE, training.autocast, enabled=training.autocast is not None):
                 plain = gradients(copies[0], training.rows)
         found = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
         assert found.keys() == exact.keys()
@@ -75,34 +73,38 @@ class Record:
         self.gradients.append(grads)
 
 
-def assert_same(found, expected):
-    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES)
-    if EXACT:
+def assert_same(found, expected, how):
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES[how.dtype])
+    # Roundings of 16 bits decide between ranks that matter as much as each other; in the interpreter alike.
+    if DEVICE == "cpu" or (how.dtype == torch.float32 and how.autocast is None):
         assert found["ranks"] == expected["ranks"]
     assert found["moved"] > 0 and expected["moved"] > 0
 
 
 def test_the_fused_path_trains_as_plain_torch_does(circumstance, name):
     how = CIRCUMSTANCES[circumstance]
-    if "dropout" in how.settings:
+    if how.dropout:
         checkpointing_changes_nothing(how, name)
         return
     audit = Audit()
     found = train(name, how, "fused", audit)
-    assert audit.steps == circumstances.STEPS and 0 < audit.probing < audit.steps
-    assert_same(found, train(name, how, "torch", lambda training: None))
+    assert audit.steps == STEPS and 0 < audit.probing < audit.steps
+    assert_same(found, train(name, how, "torch", lambda training: None), how)
 
 
 def checkpointing_changes_nothing(how, name):
-    """Where masks are drawn, which differ between the paths: the same seed, with checkpointing and without."""
+    """Masks differ between the paths, but not between a training with checkpointing and one without."""
     records = [Record(), Record()]
     kinds = (how, dataclasses.replace(how, checkpointing=""))
     found, expected = (train(name, kind, "fused", record) for kind, record in zip(kinds, records, strict=True))
-    assert_same(found, expected)
+    assert_same(found, expected, how)
     for mine, theirs in zip(*(record.gradients for record in records), strict=True):
         assert mine.keys() == theirs.keys()
-        for key, grad in theirs.items():
-            assert (mine[key] - grad).abs().max() <= 8 * torch.finfo(DTYPE).eps * grad.abs().max(), key
+        for part in ("lora_A", "gate", "lora_B"):
+            keys = [key for key in theirs if key.endswith(part)]
+            size = max(theirs[key].abs().max() for key in keys)
+            # Sums in another order; another mask changes them by a tenth and more.
+            assert all((mine[key] - theirs[key]).abs().max() <= 1e-4 * size for key in keys)
 
 
 def work(process, chosen, folder):
@@ -128,5 +130,5 @@ def processes(request, tmp_path_factory):
 def test_several_processes_train_on_the_fused_path_as_on_plain_torch(processes, circumstance, name):
     first, second = (found[circumstance, name] for found in processes)
     for torch_path, fused_path in (first, second):
-        assert_same(fused_path, torch_path)
+        assert_same(fused_path, torch_path, CIRCUMSTANCES[circumstance])
     assert first[1]["ranks"] == second[1]["ranks"]
