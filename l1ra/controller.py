@@ -187,8 +187,8 @@ class RankController:
 
         For the reference of DPO and the like, and to compare: ``with torch.no_grad(), controller.disabled(): ...``.
         What is in ``modules_to_save`` has no old weights beside the trained ones: it stays as it has been trained. A
-        backward of what was computed in the block reaches no adapter; with reentrant gradient checkpointing it must go
-        backward in the block too, for it is computed once more then. Blocks may be nested.
+        backward of what was computed in the block reaches no adapter; with reentrant or nested gradient checkpointing
+        it must run in the block too, for it computes once more. Blocks may be nested.
 
         Raises:
             RuntimeError: an adapter is merged; or, from its ``step()``, an optimizer that holds the adapters steps in

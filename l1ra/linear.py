@@ -24,7 +24,7 @@ from l1ra.base_layers import (
 from l1ra.low_rank import GatedLowRank
 from l1ra.merged_weight import Kept, Rounding, add_to_weight, give_back
 from l1ra.probe import Probe
-from l1ra.recompute import in_backward, saving_hooks
+from l1ra.recompute import repeated
 from l1ra.room import Room
 from l1ra.row_moves import RowMoves
 from l1ra.sharing import SharedInput
@@ -151,7 +151,6 @@ class L1RALinear(GatedLowRank):
         self.disabled = False
         self.room: Room | None = None
         self.sharing: SharedInput | None = None
-        self._replayed: dict[tuple[torch.dtype, str], dispatch.Path | None] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -196,19 +195,12 @@ class L1RALinear(GatedLowRank):
     def path_of_call(self, x: Tensor, more: str = "") -> dispatch.Path | None:
         """The path of a call with ``x``, now; None: the base layer alone. ``more`` as of :meth:`path_on`.
 
-        A recompute takes that of the layer's last forward in a checkpointed region: what has come or gone since, a hook
-        on the base layer or a block in which adapters are disabled, would make it another computation.
+        A recompute takes that of its forward: what has come or gone since, a hook on the base layer or a block in which
+        adapters are disabled, would make it another computation.
         """
         if self.merged:
             return None
-        checkpointed = not torch.compiler.is_compiling() and torch.is_grad_enabled() and saving_hooks() is not None
-        call = x.dtype, more
-        if checkpointed and in_backward() and call in self._replayed:
-            return self._replayed[call]
-        path = None if self.disabled else self.path_on(x, more)
-        if checkpointed:
-            self._replayed[call] = path
-        return path
+        return repeated((self, x.dtype, more), lambda: None if self.disabled else self.path_on(x, more))
 
     def path_on(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
         """How the layer is computed for ``x``; None stands for an input like its weight, outside of autocast.
@@ -228,9 +220,10 @@ class L1RALinear(GatedLowRank):
 
     @property
     def version(self) -> tuple:
-        """Differs after anything that an output depends on has changed: parameters, weight, probe, dropout."""
-        tensors = (self.lora_A, self.gate, self.lora_B, self.base_layer.weight)
-        return (*(t._version for t in tensors), id(self.probe), self.dropout_now)
+        """Differs after anything that an output depends on has changed: parameters, weight, scaling, probe, dropout."""
+        base = self.base_layer
+        bias = None if base.bias is None else base.bias._version
+        return self.writes, base.weight._version, bias, self.scaling, id(self.probe), self.dropout_now
 
     @property
     def dropout_now(self) -> float:
@@ -323,12 +316,11 @@ class L1RALinear(GatedLowRank):
         # nn.DataParallel's replicas live for one forward, on their own devices: nothing of theirs is to be kept.
         replica = super()._replicate_for_data_parallel()
         replica.room = replica.sharing = None
-        replica._replayed = {}
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would ever take its probe, or leave the block in which it is disabled.
-        return {**self.__dict__, "probe": None, "disabled": False, "_replayed": {}}
+        return {**self.__dict__, "probe": None, "disabled": False}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")

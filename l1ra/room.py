@@ -39,7 +39,9 @@ class Room:
             rows, columns = weight.shape
             memory = weight.new_empty(rows, columns + COLUMNS)
             memory[:, :columns] = weight
-            weight.set_(memory[:, :columns])
+            # Its values are the same: a graph that holds the weight may go on.
+            with torch.autograd._unsafe_preserve_version_counter(weight):
+                weight.set_(memory[:, :columns])
             self._memory = memory
         if self._hook is None:
             self._hook = base.register_state_dict_post_hook(_save_plainly)

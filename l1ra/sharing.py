@@ -1,21 +1,21 @@
 """Adapted layers that read the same input, computed together: x is read once for all of them, forward and backward.
 
 Nothing but the time may tell. So who is computed together with a graph changes only once the parameters have been
-stepped: until then, a recompute does what its forward did. And with dropout each layer computes alone: its mask is
-drawn when it is called, whoever is called besides.
+stepped, and a recompute repeats its forward. With dropout each layer computes alone: its mask is drawn when it is
+called, whoever is called besides.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from l1ra.recompute import in_backward, saving_hooks
+from l1ra.recompute import in_backward, repeated, saving_hooks
 from l1ra_kernels import dispatch
 
 __all__ = ["SharedInput", "share_inputs"]
@@ -43,43 +43,59 @@ class _Seen:
     """An input, to be recognised: the same tensor, not written to since, and with the graph kept by the same one."""
 
     def __init__(self, x: Tensor) -> None:
-        hooks = saving_hooks()
         self._x = weakref.ref(x)
-        # Weakly: the hooks of a checkpointed region hold its inputs.
-        self._hooks = (lambda: None) if hooks is None else weakref.ref(hooks)
+        self._hooks = _weakly(saving_hooks())
         self._state = self._state_of(x)
 
     @staticmethod
     def _state_of(x: Tensor) -> tuple:
-        return x._version, torch.is_grad_enabled(), threading.get_ident()
+        return x._version, x.requires_grad, torch.is_grad_enabled()
 
     def __call__(self, x: Tensor) -> bool:
         return self._x() is x and self._state == self._state_of(x) and self._hooks() is saving_hooks()
+
+
+def _weakly(hooks: Any) -> Callable[[], Any]:
+    """Those of a checkpointed region hold its inputs: they must not be kept."""
+    try:
+        return weakref.ref(hooks)
+    except TypeError:
+        return lambda: hooks
 
 
 class _Group:
     """A layer that leads, and those that follow it."""
 
     def __init__(self, leader: Sharer) -> None:
-        self.seen: _Seen | None = None
-        self.learned: list[Sharer] = []  # as far as the calls have shown
+        self.learned: dict[Sharer, None] = {}  # as far as the calls have shown
         self._settled: tuple[Sharer, ...] = ()  # what was learned when the parameters were stepped the last time
         self._writes = leader.writes
 
-    def followers(self, leader: Sharer) -> Sequence[Sharer]:
+    def followers(self, leader: Sharer) -> tuple[Sharer, ...]:
         """Who is computed together with ``leader`` now."""
-        if leader.writes != self._writes and not in_backward():
+        if not torch.is_grad_enabled():
+            return tuple(self.learned)
+        # Within a backward a step may be that of an optimizer which steps there; a reentrant recompute is free to go by
+        # it, for it is held to no number of tensors.
+        if leader.writes != self._writes and not (in_backward() and saving_hooks() is not None):
             self._settled, self._writes = tuple(self.learned), leader.writes
-        return self._settled if torch.is_grad_enabled() else self.learned
+        return self._settled
 
 
-class _Offer:
-    """Outputs that a leader has computed for its followers."""
+class _Offer(NamedTuple):
+    """What a leader has computed for its followers: of each the output, and the version of the layer. An output of
+    parameters that have been written to since is no good."""
 
-    def __init__(self, seen: _Seen, outputs: dict[Sharer, tuple[Tensor, tuple]]) -> None:
-        self.seen = seen
-        # With the version of the layer; an output of parameters that have been written to since is no good.
-        self.outputs = outputs
+    seen: _Seen
+    outputs: dict[Sharer, tuple[Tensor, tuple]]
+
+
+class _Now(threading.local):
+    """What a thread is at: the layer that led last, its input, and what is on offer."""
+
+    leader: Sharer | None = None
+    seen: _Seen | None = None
+    offer: _Offer | None = None
 
 
 class SharedInput:
@@ -94,8 +110,7 @@ class SharedInput:
     def __init__(self) -> None:
         self._groups: dict[Sharer, _Group] = {}
         self._misses: dict[Sharer, int] = {}
-        self._last: Sharer | None = None
-        self._offer: _Offer | None = None
+        self._now = _Now()
 
     def __reduce__(self) -> tuple:
         # What was learned names layers of one model; a copy learns anew.
@@ -108,46 +123,47 @@ class SharedInput:
         # Tensors of inference mode don't tell whether they were written to.
         if x.is_inference() or layer.weight.is_inference() or layer.lora_A.is_inference():
             return None
-        offer = self._offer
-        if offer is not None and layer in offer.outputs and offer.seen(x):
-            output, version = offer.outputs.pop(layer)
+        now = self._now
+        if now.offer is not None and layer in now.offer.outputs and now.offer.seen(x):
+            output, version = now.offer.outputs.pop(layer)
             if version == layer.version:
                 self._misses[layer] = 0
                 return output
-        last = self._groups.get(self._last)
-        if last is not None and self._last is not layer and last.seen(x):
-            if not (layer in last.learned or self.gave_up(layer) or in_backward()):
-                last.learned.append(layer)
-            return None
-        return self._lead(layer, x)
+        if now.leader is None or now.leader is layer or not now.seen(x):
+            return self._lead(layer, x)
+        learned = self._groups[now.leader].learned
+        if not (layer in learned or self.gave_up(layer) or in_backward()):
+            learned[layer] = None
+        return None
 
     def _lead(self, layer: Sharer, x: Tensor) -> Tensor | None:
+        now = self._now
         group = self._groups.setdefault(layer, _Group(layer))
-        group.seen, self._last = _Seen(x), layer
-        fit = [layer, *(follower for follower in group.followers(layer) if self._fits(follower, layer, x))]
+        now.leader, now.seen = layer, _Seen(x)
+        followers = repeated((self, layer), lambda: group.followers(layer), otherwise=tuple)
+        fit = [layer, *(follower for follower in followers if self._fits(follower, layer, x))]
         if len(fit) == 1:
             return None
         _withdraw_last()
         outputs = dispatch.gated_linears(x, [m.parts() for m in fit], 0.0, dispatch.CHAIN)
-        self._offer = _Offer(group.seen, {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
+        now.offer = _Offer(now.seen, {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
         _offering.last = weakref.ref(self)
         return outputs[0]
 
     def withdraw(self) -> None:
-        """Drop the outputs that nobody has taken."""
-        unused, self._offer = () if self._offer is None else self._offer.outputs, None
+        """Drop the outputs that nobody in this thread has taken."""
+        unused, self._now.offer = () if self._now.offer is None else self._now.offer.outputs, None
         if in_backward():
             return
         for layer in unused:
             self._misses[layer] = self._misses.get(layer, 0) + 1
             if self.gave_up(layer):
-                for group in self._groups.values():
-                    if layer in group.learned:
-                        group.learned.remove(layer)
+                for group in tuple(self._groups.values()):
+                    group.learned.pop(layer, None)
 
     def partners(self, layer: Sharer) -> list[Sharer]:
         """The layers that share an input with ``layer``, as far as the calls have shown."""
-        for leader, group in self._groups.items():
+        for leader, group in tuple(self._groups.items()):
             if group.learned and (layer is leader or layer in group.learned):
                 return [other for other in (leader, *group.learned) if other is not layer]
         return []

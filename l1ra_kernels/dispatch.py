@@ -81,6 +81,8 @@ def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Pat
         RuntimeError: fused kernels are wanted on a device that they can't run on.
     """
     obstacle = choice.obstacle(device)
+    if not obstacle and _transformed():
+        obstacle = "torch.func transforms operations, not kernels"
     if not obstacle and dtype not in PRODUCTS:
         obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
     if obstacle:
@@ -122,5 +124,8 @@ def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:
 def _watched() -> bool:
     """Whether somebody sees through operations, but not through a Function of our own that writes in place: a tracer, a
     transform of functions, or a mode such as that of selective checkpointing, which keeps the results of some."""
-    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return tracing or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +124,15 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
 def plain(training: Training) -> float:
     loss = training.loss(training.rows)
     training.backward(loss)
+    return loss.item()
+
+
+def in_another_thread(training: Training) -> float:
+    """As the backward of a GPU runs."""
+    loss = training.loss(training.rows)
+    thread = threading.Thread(target=training.backward, args=(loss,))
+    thread.start()
+    thread.join()
     return loss.item()
 
 
@@ -324,6 +334,7 @@ CIRCUMSTANCES: dict[str, Circumstance] = {
     "reentrant": Circumstance(checkpointing=REENTRANT, models=LLAMA + T5),
     "dropout, checkpointing": Circumstance(checkpointing=NON_REENTRANT, settings=DROPOUT, models=BERT),
     "dropout, reentrant": Circumstance(checkpointing=REENTRANT, settings=DROPOUT),
+    "a thread for the backward, checkpointing": Circumstance(in_another_thread, NON_REENTRANT),
     "accumulation": Circumstance(accumulated),
     "accumulation, checkpointing": Circumstance(accumulated, NON_REENTRANT, models=GPT2),
     "two forwards": Circumstance(two_forwards, models=BERT),
