@@ -12,12 +12,14 @@ import torch
 from circumstances import CIRCUMSTANCES, DEVICE, MODELS, STEPS, gradients, train
 from torch import distributed, multiprocessing
 
+from l1ra.low_rank import PARTS
 from l1ra_kernels import choice
 
 if not (choice.interpreting() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-LOSSES = {torch.float32: 2e-4, torch.bfloat16: 3e-2}  # by how much they may differ, relatively
+# By how much they may differ, relatively: some roundings of a product.
+LOSSES = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def pairs(every, several):
@@ -34,7 +36,7 @@ def pytest_generate_tests(metafunc):
 
 class Audit:
     """Holds the gradients of each step against those of copies of the model, in float64 and in plain torch: they err by
-    no more than plain torch does, and a rounding of each adapted layer on the way."""
+    no more than plain torch does, and two roundings of each adapted layer on the way, forward and backward."""
 
     def __init__(self):
         self.probing = self.steps = 0
@@ -52,13 +54,17 @@ class Audit:
                 plain = gradients(copies[0], training.rows)
         found = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
         assert found.keys() == exact.keys()
-        roundings = len(training.controller.adapters) * torch.finfo(training.autocast or training.model.dtype).eps
+        roundings = 2 * len(training.controller.adapters) * torch.finfo(training.autocast or training.model.dtype).eps
+        head = max((g.abs().max() for n, g in exact.items() if n.rpartition(".")[2] not in PARTS), default=0.0)
         for name, expected in exact.items():
             mine, theirs = ((grads[name].double() - expected).abs().max() for grads in (found, plain))
-            size = expected.abs().max()
-            if name.endswith(".gate"):  # a sum of B * dB, whose terms may cancel
-                b = name.removesuffix("gate") + "lora_B"
-                size = max(size, (copies[1].get_parameter(b) * exact[b]).abs().sum(1).max())
+            layer, _, part = name.rpartition(".")
+            # The terms of a gate's gradient, B * dB, may cancel, and so may those of the gradient of a bias.
+            b = f"{layer}.lora_B"
+            size = (
+                (copies[1].get_parameter(b) * exact[b]).abs().sum(1).max() if part == "gate" else expected.abs().max()
+            )
+            size = size if part in PARTS else head
             assert mine <= 1.2 * theirs + roundings * size, name
 
 
@@ -74,7 +80,7 @@ class Record:
 
 
 def assert_same(found, expected, how):
-    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES[how.dtype])
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSSES[how.autocast or how.dtype])
     # Roundings of 16 bits decide between ranks that matter as much as each other; in the interpreter alike.
     if DEVICE == "cpu" or (how.dtype == torch.float32 and how.autocast is None):
         assert found["ranks"] == expected["ranks"]
@@ -100,7 +106,7 @@ def checkpointing_changes_nothing(how, name):
     assert_same(found, expected, how)
     for mine, theirs in zip(*(record.gradients for record in records), strict=True):
         assert mine.keys() == theirs.keys()
-        for part in ("lora_A", "gate", "lora_B"):
+        for part in PARTS:
             keys = [key for key in theirs if key.endswith(part)]
             size = max(theirs[key].abs().max() for key in keys)
             # Sums in another order; another mask changes them by a tenth and more.
