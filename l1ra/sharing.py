@@ -43,8 +43,9 @@ class _Seen:
     """An input, to be recognised: the same tensor, not written to since, and with the graph kept by the same one."""
 
     def __init__(self, x: Tensor) -> None:
+        hooks = saving_hooks()
         self._x = weakref.ref(x)
-        self._hooks = _weakly(saving_hooks())
+        self._hooks = None if hooks is None else _weakly(hooks)
         self._state = self._state_of(x)
 
     @staticmethod
@@ -52,7 +53,9 @@ class _Seen:
         return x._version, x.requires_grad, torch.is_grad_enabled()
 
     def __call__(self, x: Tensor) -> bool:
-        return self._x() is x and self._state == self._state_of(x) and self._hooks() is saving_hooks()
+        hooks = saving_hooks()
+        kept_alike = self._hooks is None if hooks is None else self._hooks is not None and self._hooks() is hooks
+        return kept_alike and self._x() is x and self._state == self._state_of(x)
 
 
 def _weakly(hooks: Any) -> Callable[[], Any]:

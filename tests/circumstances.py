@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from helpers import SIZES, trainable
 from torch import Tensor, nn
 
 import l1ra
+from l1ra import probing
 from l1ra.linear import find_adapters
 from l1ra.targets import saved_modules, select_targets
 from l1ra_kernels import choice
@@ -36,6 +38,7 @@ SETTINGS = {
     "min_coherence": -1.0,
 }
 RANKS = 2  # of each adapter at first
+PROBE_RANKS = probing.PROBE_RANKS if DEVICE == "cuda" else 3  # the interpreter takes its time for each
 
 
 ONE_LAYER = {**SIZES, "num_hidden_layers": 1}
@@ -66,7 +69,7 @@ def t5() -> nn.Module:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     special = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
@@ -326,12 +329,12 @@ class Circumstance:
 
 NON_REENTRANT, REENTRANT = "non-reentrant", "reentrant"
 DROPOUT, RESERVE, AUGMENT = {"dropout": 0.3}, {"reserve": 6}, {"augment": True}
-GPT2, BERT, LLAMA, T5 = ("GPT-2",), ("BERT",), ("Llama",), ("T5",)
+GPT2, BERT, LLAMA = ("GPT-2",), ("BERT",), ("Llama",)
 
 CIRCUMSTANCES: dict[str, Circumstance] = {
-    "plain": Circumstance(models=LLAMA + GPT2 + BERT + T5),
+    "plain": Circumstance(models=LLAMA + GPT2 + BERT),
     "checkpointing": Circumstance(checkpointing=NON_REENTRANT, models=tuple(MODELS)),
-    "reentrant": Circumstance(checkpointing=REENTRANT, models=LLAMA + T5),
+    "reentrant": Circumstance(checkpointing=REENTRANT),
     "dropout, checkpointing": Circumstance(checkpointing=NON_REENTRANT, settings=DROPOUT, models=BERT),
     "dropout, reentrant": Circumstance(checkpointing=REENTRANT, settings=DROPOUT),
     "a thread for the backward, checkpointing": Circumstance(in_another_thread, NON_REENTRANT),
@@ -395,7 +398,7 @@ def built(name: str, how: Circumstance) -> nn.Module:
 def train(name: str, how: Circumstance, kernels: str, audit: Callable[[Training], None], process: int = 0) -> dict:
     """Losses and ranks of a training; ``audit`` is called with the gradients of each step on the parameters."""
     model = built(name, how)
-    with choice.using(kernels):
+    with choice.using(kernels), mock.patch.object(probing, "PROBE_RANKS", PROBE_RANKS):
         count = len(select_targets(model, "all-linear", saved_modules(model, None)))
         controller = l1ra.patch(model, RANKS * count, **SETTINGS, **how.settings)
         optimizer = torch.optim.AdamW(trainable(model), lr=5e-3, eps=1e-5)

@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import bench, linears, llama, providers, sizes, step, table, timing  # noqa: E402
+from benchmarks.gpu import bench, check, linears, llama, providers, sizes, step, table, timing  # noqa: E402
 from benchmarks.gpu.problem import decoder_layer  # noqa: E402
 
 
@@ -94,9 +94,10 @@ def test_what_is_timed_launches_the_very_kernels_that_were_checked(monkeypatch):
             seen(lambda: samples.append(clock.measure(works["ours"])))
         return dict.fromkeys(works, samples)
 
-    samples, check = [], linears.check
+    samples, compared, settle = [], linears.check, check.settle
+    monkeypatch.setattr(check, "settle", lambda *args: (settle(*args), launched.clear()))
     monkeypatch.setattr(providers, "PROVIDERS", {"ours": providers.ours})
-    monkeypatch.setattr(linears, "check", lambda *args: seen(lambda: check(*args)) or {})
+    monkeypatch.setattr(linears, "check", lambda *args: seen(lambda: compared(*args)) or {})
     monkeypatch.setattr(linears, "interleave", interleave)
     given = skipping()
     layer = decoder_layer(given, sizes.LITTLE, 8, 4)

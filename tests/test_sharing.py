@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_fused_layers import as_stepped, attention, calls
 from test_recompute import assert_same, example, gradients, in_a_thread, settled_attention
+from torch.utils.checkpoint import checkpoint
 
 from l1ra_kernels import choice, dispatch
 
@@ -35,6 +36,13 @@ def test_without_a_graph_it_holds_at_once_and_does_not_reach_what_has_one(monkey
     assert seen == [1, 1, 1, 1, 3, 1]
     model(x)
     assert seen[6:] == [1, 1, 1, 1]
+
+
+def test_what_was_computed_in_a_checkpointed_region_is_not_used_outside(monkeypatch):
+    model, x, seen = settled_attention(), example().requires_grad_(), calls(monkeypatch)
+    checkpoint(model.q_proj, x, use_reentrant=False)
+    model.k_proj(x)
+    assert seen == [3, 1]
 
 
 class Packs:

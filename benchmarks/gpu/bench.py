@@ -51,11 +51,12 @@ class Bench:
         failed: what broke, or was wrong of ours; the program goes on, and its exit code tells.
         late: whether something was left out for lack of time.
         at: who has the process now: should it die, another one goes on without them.
-        section, part: whose results :meth:`save` writes, and the file; None: to nowhere.
+        part, section: the file that :meth:`save` writes, None: nothing, and whose results.
     """
 
     device: torch.device
     tiny: bool
+    part: Path | None = None
     seed: int = SEED
     results: dict[str, Any] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -63,7 +64,6 @@ class Bench:
     late: bool = False
     at: str | None = None
     section: str = ""
-    part: Path | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.device, self.sizes.flush_bytes)

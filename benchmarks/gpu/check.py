@@ -23,13 +23,12 @@ BOUNDS = {
 def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
     """The relative error of each kind of result: y, dX, dA, dB and dg, the largest over the linears.
 
-    What is to be timed has to have gone through a step before: see :func:`benchmarks.gpu.linears.settle`.
+    Of the second step, as what is timed afterwards: see :func:`settle`.
 
     Raises:
         Wrong: one is beyond its bound, or not a number, or missing.
     """
-    adapted.clear()
-    problem.clear()
+    settle(adapted, problem)
     outputs = adapted.module(*problem.inputs)
     torch.autograd.backward(outputs, problem.gradients)
     errors: dict[str, float] = {}
@@ -48,6 +47,20 @@ def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
     adapted.clear()
     problem.clear()
     return errors
+
+
+def settle(adapted: Adapted, problem: Problem) -> None:
+    """One step of a training that changes no number: what is checked then runs as what is timed.
+
+    Ours learns in a forward which layers read one input, and computes them together once the parameters have been
+    written in place; compilers trace.
+    """
+    torch.autograd.backward(adapted.module(*problem.inputs), problem.gradients)
+    with torch.no_grad():
+        for param in adapted.parameters():
+            param.add_(0)
+    adapted.clear()
+    problem.clear()
 
 
 def reference(adapted: Adapted, problem: Problem, linear: str) -> dict[str, Tensor]:

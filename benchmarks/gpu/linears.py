@@ -57,7 +57,6 @@ def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any
             candidate = adapt(bench, problem.build(), problem.shape.rank)
             for linear, adapter in candidate.adapters.items():
                 adapter.set(*problem.rows[linear])
-            settle(candidate, problem)
             errors[name] = check(name, candidate, problem)
             adapted[name] = candidate
         except Exception as error:
@@ -102,20 +101,6 @@ def one_problem(bench: Bench, problem: Problem, budget: Budget) -> dict[str, Any
         "rows": rows,
         "left_out": left_out,
     }
-
-
-def settle(adapted: Adapted, problem: Problem) -> None:
-    """One step of a training that changes no number: what is checked then runs as what is timed.
-
-    Ours learns in a forward which layers read one input, and computes them together once the parameters have been
-    written in place; compilers trace.
-    """
-    torch.autograd.backward(adapted.module(*problem.inputs), problem.gradients)
-    with torch.no_grad():
-        for param in adapted.parameters():
-            param.add_(0)
-    adapted.clear()
-    problem.clear()
 
 
 def work(adapted: Adapted, problem: Problem) -> Work:
