@@ -58,8 +58,9 @@ def _region() -> tuple[Any, bool]:
 
     torch tells nobody; its hooks know it as a variable of theirs.
     """
-    hooks = inspect.unwrap(saving_hooks() or _region)
+    hooks = saving_hooks()
     if getattr(hooks, "__module__", "") == "torch.utils.checkpoint":
+        hooks = inspect.unwrap(hooks)
         variables = dict(zip(hooks.__code__.co_freevars, hooks.__closure__ or (), strict=True))
         if "frame" in variables:
             return variables["frame"].cell_contents, False
