@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l1ra.form import misfit
+from l1ra.sharing import learn_groups, learned_groups
 
 if TYPE_CHECKING:
     from l1ra.controller import RankController
@@ -35,6 +36,7 @@ FORM = {
     ],
     "scalings": {str: int | float},
     "scale_with_rank": {str: bool},
+    "sharing": {str: [str]},
     "closing": bool,
     "probes": {str: {str: Tensor}},
     "gates": {str: Tensor},
@@ -56,6 +58,7 @@ def state_of(controller: RankController) -> dict[str, Any]:
         "history": [dict(entry) for entry in controller.history],
         "scalings": {name: layer.scaling for name, layer in controller.adapters.items()},
         "scale_with_rank": {name: layer.scale_with_rank for name, layer in controller.adapters.items()},
+        "sharing": learned_groups(controller.adapters),
         "closing": controller._interval.closing,
         "probes": controller._interval.probing.state_dict(),
         "gates": controller._bank.state_dict(),
@@ -75,6 +78,7 @@ def load_state(controller: RankController, state: dict[str, Any]) -> None:
     controller.steps, controller.moved = state["steps"], state["moved"]
     controller.total_steps = controller.total_steps or state["total_steps"]
     controller.history = [dict(entry) for entry in state["history"]]
+    learn_groups(controller.adapters, state["sharing"])
 
 
 def check_state(controller: RankController, state: dict[str, Any], ranks: dict[str, int]) -> None:

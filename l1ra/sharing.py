@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from l1ra.recompute import in_backward, repeated, saving_hooks
 from l1ra_kernels import dispatch
 
-__all__ = ["SharedInput", "share_inputs"]
+__all__ = ["SharedInput", "learn_groups", "learned_groups", "share_inputs"]
 
 MISSES = 3  # computed for nothing so many times in a row, a layer computes alone after the next step
 
@@ -69,9 +69,9 @@ def _weakly(hooks: Any) -> Callable[[], Any]:
 class _Group:
     """A layer that leads, and those that follow it."""
 
-    def __init__(self, leader: Sharer) -> None:
-        self.learned: dict[Sharer, None] = {}  # as far as the calls have shown
-        self._settled: tuple[Sharer, ...] = ()  # what was learned when the parameters were stepped the last time
+    def __init__(self, leader: Sharer, followers: Sequence[Sharer] = ()) -> None:
+        self.learned: dict[Sharer, None] = dict.fromkeys(followers)  # as far as the calls have shown
+        self._settled = tuple(followers)  # what was learned when the parameters were stepped the last time
         self._writes = leader.writes
 
     def followers(self, leader: Sharer) -> tuple[Sharer, ...]:
@@ -164,11 +164,19 @@ class SharedInput:
                 for group in tuple(self._groups.values()):
                     group.learned.pop(layer, None)
 
+    def learned(self) -> dict[Sharer, list[Sharer]]:
+        """Leaders and who follows them, as far as the calls have shown."""
+        return {leader: list(group.learned) for leader, group in tuple(self._groups.items()) if group.learned}
+
+    def learn(self, groups: Mapping[Sharer, Sequence[Sharer]]) -> None:
+        """Go on from what was :meth:`learned` elsewhere, from the next forward on."""
+        self._groups = {leader: _Group(leader, followers) for leader, followers in groups.items()}
+
     def partners(self, layer: Sharer) -> list[Sharer]:
         """The layers that share an input with ``layer``, as far as the calls have shown."""
-        for leader, group in tuple(self._groups.items()):
-            if group.learned and (layer is leader or layer in group.learned):
-                return [other for other in (leader, *group.learned) if other is not layer]
+        for leader, followers in self.learned().items():
+            if layer is leader or layer in followers:
+                return [other for other in (leader, *followers) if other is not layer]
         return []
 
     def gave_up(self, layer: Sharer) -> bool:
@@ -191,6 +199,29 @@ def _withdraw_last() -> None:
     last = getattr(_offering, "last", lambda: None)()
     if last is not None:
         last.withdraw()
+
+
+def learned_groups(adapters: Mapping[str, Sharer]) -> dict[str, list[str]]:
+    """What all layers have learned, by name: it decides in which order gradients are summed, to the last bit."""
+    names = {layer: name for name, layer in adapters.items()}
+    return {
+        names[leader]: [names[layer] for layer in followers]
+        for sharing in _sharings(adapters)
+        for leader, followers in sharing.learned().items()
+    }
+
+
+def learn_groups(adapters: Mapping[str, Sharer], groups: Mapping[str, Sequence[str]]) -> None:
+    """Go on from :func:`learned_groups` of a model like this one; layers that are no siblings here stay apart."""
+    for sharing in _sharings(adapters):
+        mine = {name: layer for name, layer in adapters.items() if layer.sharing is sharing}
+        sharing.learn(
+            {mine[n]: [mine[f] for f in followers if f in mine] for n, followers in groups.items() if n in mine}
+        )
+
+
+def _sharings(adapters: Mapping[str, Sharer]) -> list[SharedInput]:
+    return list(dict.fromkeys(layer.sharing for layer in adapters.values() if layer.sharing is not None))
 
 
 def share_inputs(model: nn.Module, adapters: Iterable[Sharer]) -> None:

@@ -6,12 +6,15 @@ import warnings
 
 import pytest
 import torch
+from circumstances import llama as one_layer
 from helpers import bert, llama, shake
 from trainer_helpers import STEPS, arguments, labelled, livelier, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
 from l1ra.linear import find_adapters
+from l1ra.sharing import learned_groups
+from l1ra_kernels import choice
 
 
 class Board(TrainerCallback):
@@ -245,12 +248,27 @@ def test_a_trainer_resumes_from_its_checkpoint_bit_for_bit(at, make, tmp_path):
     assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
 
 
-def resumable(path, make, save_steps=10, resume=None, data=None, max_steps=20, patch=None):
+@pytest.mark.skipif(not choice.interpreting(), reason="needs triton's interpreter: TRITON_INTERPRET=1")
+def test_a_trainer_resumes_bit_for_bit_on_the_fused_path(tmp_path):
+    """Which layers are computed together is a part of the state: it decides in which order gradients are summed."""
+    settings = {"patch": {"interval": 3, "margin": 1.0, "min_interval": 1}, "max_steps": 8, "checkpointing": True}
+    with choice.using("fused"):
+        whole, trainer = resumable(tmp_path / "whole", one_layer, **settings)
+        resumable(tmp_path / "broken", one_layer, save_steps=4, **settings)
+        resumed, again = resumable(tmp_path / "broken", one_layer, resume="checkpoint-4", **settings)
+    assert resumed.steps == whole.steps == 8 and resumed.history == whole.history and whole.moved > 0
+    expected = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in again.model.named_parameters())
+    assert learned_groups(resumed.adapters) == learned_groups(whole.adapters) != {}
+
+
+def resumable(path, make, save_steps=10, resume=None, data=None, max_steps=20, patch=None, checkpointing=False):
     torch.manual_seed(0)
     model = livelier(make())
     controller = l1ra.patch(model, 28, **{"warmup": 0.0, **(patch or {})})
     args = TrainingArguments(
-        **arguments(path, save_strategy="steps", save_steps=save_steps, max_steps=max_steps, seed=5)
+        **arguments(path, save_strategy="steps", save_steps=save_steps, max_steps=max_steps, seed=5),
+        gradient_checkpointing=checkpointing,
     )
     trainer = Trainer(model, args, train_dataset=data or sentences())
     trainer.train(resume_from_checkpoint=str(path / resume) if resume else None)
