@@ -78,7 +78,7 @@ def twice() -> nn.Module:
     """A Llama whose two decoder layers are one, called twice in each forward."""
     model = llama(num_hidden_layers=2)
     model.model.layers[1] = model.model.layers[0]
-    model.generation_config.use_cache = False  # the cache would take the two calls for one
+    model.config.use_cache = model.generation_config.use_cache = False  # the cache would take the two calls for one
     return model
 
 

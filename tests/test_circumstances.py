@@ -22,16 +22,12 @@ if not (choice.interpreting() or torch.cuda.is_available()):
 LOSSES = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def pairs(every, several):
-    """Circumstance and model; ``several``: those of several processes."""
-    chosen = {c: MODELS if every else how.models for c, how in CIRCUMSTANCES.items() if (how.processes > 1) == several}
-    return [(circumstance, name) for circumstance, names in chosen.items() for name in names]
-
-
 def pytest_generate_tests(metafunc):
     if "circumstance" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--every-circumstance")
-        metafunc.parametrize(("circumstance", "name"), pairs(every, "processes" in metafunc.fixturenames))
+        every, several = metafunc.config.getoption("--every-circumstance"), "tmp_path" in metafunc.fixturenames
+        chosen = {c: how for c, how in CIRCUMSTANCES.items() if (how.processes > 1) == several}
+        pairs = [(c, name) for c, how in chosen.items() for name in (MODELS if every else how.models)]
+        metafunc.parametrize(("circumstance", "name"), pairs)
 
 
 class Audit:
@@ -113,28 +109,20 @@ def checkpointing_changes_nothing(how, name):
             assert all((mine[key] - theirs[key]).abs().max() <= 1e-4 * size for key in keys)
 
 
-def work(process, chosen, folder):
+def work(process, circumstance, name, folder):
     torch.set_num_threads(1)
     meeting = {"init_method": f"file://{folder}/meeting", "rank": process, "world_size": 2}
     distributed.init_process_group("gloo", **meeting, timeout=timedelta(seconds=120))
-    found = {
-        pair: [train(pair[1], CIRCUMSTANCES[pair[0]], k, lambda _: None, process) for k in ("torch", "fused")]
-        for pair in chosen
-    }
-    torch.save(found, f"{folder}/{process}.pt")
+    how = CIRCUMSTANCES[circumstance]
+    found = [train(name, how, kernels, lambda training: None, process) for kernels in ("torch", "fused")]
+    torch.save(found, folder / f"{process}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def processes(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (pairs(request.config.getoption("--every-circumstance"), True), folder), nprocs=2)
-    return [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(2)]
-
-
-def test_several_processes_train_on_the_fused_path_as_on_plain_torch(processes, circumstance, name):
-    first, second = (found[circumstance, name] for found in processes)
+def test_several_processes_train_on_the_fused_path_as_on_plain_torch(circumstance, name, tmp_path):
+    multiprocessing.spawn(work, (circumstance, name, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{process}.pt", weights_only=False) for process in range(2))
     for torch_path, fused_path in (first, second):
         assert_same(fused_path, torch_path, CIRCUMSTANCES[circumstance])
     assert first[1]["ranks"] == second[1]["ranks"]
