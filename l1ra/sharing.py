@@ -141,7 +141,9 @@ class SharedInput:
 
     def _lead(self, layer: Sharer, x: Tensor) -> Tensor | None:
         now = self._now
-        group = self._groups.setdefault(layer, _Group(layer))
+        group = self._groups.get(layer)
+        if group is None:
+            group = self._groups.setdefault(layer, _Group(layer))
         now.leader, now.seen = layer, _Seen(x)
         followers = repeated((self, layer), lambda: group.followers(layer), otherwise=tuple)
         fit = [layer, *(follower for follower in followers if self._fits(follower, layer, x))]

@@ -355,7 +355,9 @@ def test_autocast_is_left_to_the_base_layer():
             fused = layer(x)
             assert "autocast makes float16" in str(layer.path_on())
     assert fused.dtype == torch.float16
-    torch.testing.assert_close(fused, plain, rtol=5e-3, atol=5e-3)
+    # A GPU sums products of float16 in another order.
+    tolerance = {} if DEVICE == "cpu" else {"rtol": 5e-3, "atol": 5e-3}
+    torch.testing.assert_close(fused, plain, **tolerance)
 
 
 def test_a_trained_base_gets_its_gradient():

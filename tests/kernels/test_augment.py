@@ -37,8 +37,9 @@ def test_without_enough_room_the_layer_is_chained():
     one = case([140], dtypes=(SINGLE, SINGLE))
     layer = with_room(one.layers[0])
     (mine,), (theirs,) = fused(one.x, [layer]), fused(one.x, one.layers)
-    # For another layout of the weight the frozen product may be summed in another order.
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    # On a GPU the frozen product may be summed in another order for another layout of the weight.
+    tolerance = {} if DEVICE == "cpu" else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(mine, theirs, **tolerance)
     assert layer.augmented[:, layer.weight.shape[1] :].isnan().all()
 
 
