@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from l1ra.allocation import LayerPlan, allocate, returned, spread, surplus
+from l1ra.allocation.plan import LayerPlan, allocate, returned, spread, surplus
 
 CASES = 1000
 

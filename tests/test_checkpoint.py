@@ -22,8 +22,8 @@ from helpers import (
 from torch import nn
 
 import l1ra
-from l1ra.checkpoint import _digest
-from l1ra.linear import find_adapters
+from l1ra.files.checkpoint import _digest
+from l1ra.layers.linear import find_adapters
 
 
 def run_to(steps, model, controller, optimizer, x, y):
@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_a_folder_bit_for_bit(at, into, tmp_path):
     first[1].save(tmp_path)
     model = fresh() if into == "a fresh model" else run_to(9, *made(seed=9))[0]
     controller = l1ra.load(model, tmp_path)
-    assert controller is l1ra.adapted.controller_of(model) and controller.steps == at
+    assert controller is l1ra.layers.adapted_model.controller_of(model) and controller.steps == at
     assert_same(model, first[0])
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     optimizer.load_state_dict(first[2].state_dict())
@@ -293,7 +293,7 @@ def test_a_load_that_is_broken_off_changes_nothing(patch, owner, when, tmp_path,
     with pytest.raises(Cut):
         l1ra.load(model, tmp_path)
     assert_untouched(model, before)
-    assert l1ra.adapted.controller_of(model) is controller
+    assert l1ra.layers.adapted_model.controller_of(model) is controller
     assert controller is None or as_lists(controller.state_dict()) == state
     assert l1ra.load(model, tmp_path).steps == 20
 

@@ -9,7 +9,7 @@ import torch
 from helpers import patched
 
 import l1ra
-from l1ra.checkpoint import read
+from l1ra.files.checkpoint import read
 
 
 def fresh():
@@ -54,7 +54,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 from helpers import patched
-from l1ra.checkpoint import read
+from l1ra.files.checkpoint import read
 torch.manual_seed(0)
 _, controller, *_ = patched()
 folder = Path(sys.argv[1])

@@ -12,7 +12,7 @@ import torch
 from circumstances import CIRCUMSTANCES, DEVICE, MODELS, STEPS, gradients, train
 from torch import distributed, multiprocessing
 
-from l1ra.low_rank import PARTS
+from l1ra.layers.low_rank import PARTS
 from l1ra_kernels import choice
 
 if not (choice.interpreting() or torch.cuda.is_available()):

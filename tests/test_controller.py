@@ -9,8 +9,8 @@ from torch import nn
 
 import l1ra
 from l1ra import RankController
-from l1ra.linear import find_adapters
-from l1ra.targets import saved_modules, select_targets
+from l1ra.layers.linear import find_adapters
+from l1ra.model.targets import saved_modules, select_targets
 
 
 def around_reallocation(controller, note):

@@ -8,9 +8,9 @@ import torch
 from helpers import patched, play, same_bits, step, trainable
 
 import l1ra
-from l1ra.controller_state import FORM
-from l1ra.form import misfit
-from l1ra.linear import find_adapters
+from l1ra.files.schema import misfit
+from l1ra.layers.linear import find_adapters
+from l1ra.training.controller_state import FORM
 
 
 def run_to(steps, *made):
@@ -89,8 +89,8 @@ def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ran
         for _, layer in find_adapters(source):
             layer.gate.fill_(0.5)
     if ranks == "other ranks":
-        source.blocks[0].resize(l1ra.allocation.LayerPlan((0, 1)))
-        source.blocks[1].resize(l1ra.allocation.LayerPlan((0, 1, 2, 3), 1))
+        source.blocks[0].resize(l1ra.allocation.plan.LayerPlan((0, 1)))
+        source.blocks[1].resize(l1ra.allocation.plan.LayerPlan((0, 1, 2, 3), 1))
     step(model, optimizer, x, y)
     model.load_state_dict(source.state_dict())
     play(controller, {})  # so that no rule moves them either

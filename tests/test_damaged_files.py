@@ -12,9 +12,9 @@ import torch
 from helpers import as_lists, assert_untouched, patched, same_bits, shake, snapshot, step
 
 import l1ra
-from l1ra.allocation import LayerPlan
-from l1ra.checkpoint import INDEX, _digest
-from l1ra.peft_export import CONFIG, WEIGHTS
+from l1ra.allocation.plan import LayerPlan
+from l1ra.files.checkpoint import INDEX, _digest
+from l1ra.files.peft_export import CONFIG, WEIGHTS
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
@@ -163,7 +163,7 @@ def refused(model, controller, call):
         assert_untouched(model, before)
         for p, grad in zip(model.parameters(), grads, strict=True):
             assert (p.grad is None) == (grad is None) and (grad is None or same_bits(p.grad, grad))
-        assert controller is l1ra.adapted.controller_of(model)
+        assert controller is l1ra.layers.adapted_model.controller_of(model)
         assert controller is None or as_lists(controller.state_dict()) == state
         return True
     return False
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_other_bytes_is_refused_or_loads_what_was_saved(data, 
     with tempfile.TemporaryDirectory() as folder:
         if not refused(model, controller, lambda: l1ra.load(model, written(files, folder))):
             assert all(same_bits(p, q) for p, q in zip(model.parameters(), original.parameters(), strict=True))
-            loaded = l1ra.adapted.controller_of(model)
+            loaded = l1ra.layers.adapted_model.controller_of(model)
             assert as_lists(loaded.state_dict()) == as_lists(expected.state_dict())
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_whole_but_makes_no_sense_is_refused(data, into):
     model, controller = made() if into == "patched" else (fresh(), None)
     with tempfile.TemporaryDirectory() as folder:
         if not refused(model, controller, lambda: l1ra.load(model, written(files, folder))):
-            assert l1ra.adapted.controller_of(model).ranks == expected.ranks
+            assert l1ra.layers.adapted_model.controller_of(model).ranks == expected.ranks
 
 
 @fuzzed(300)

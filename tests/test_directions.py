@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from l1ra.directions import leading_rows
+from l1ra.allocation.new_rows import leading_rows
 
 
 def gradient(strengths, width=32, seed=0):

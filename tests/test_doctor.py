@@ -12,9 +12,9 @@ import torch
 from helpers import little_room
 
 import l1ra
-from l1ra import self_check
-from l1ra.controller import RankController
-from l1ra.interval import Moves
+from l1ra.reporting import self_check
+from l1ra.training.controller import RankController
+from l1ra.training.interval import Moves
 from l1ra_kernels import choice, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def test_the_command_fails_if_a_check_does(monkeypatch, capsys):
     def checks(device):
         return [self_check.Check("a reallocation", "", "", False, "it was wrong")]
 
-    monkeypatch.setattr(sys.modules["l1ra.doctor"], "checks", checks)
+    monkeypatch.setattr(sys.modules["l1ra.reporting.doctor"], "checks", checks)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("l1ra", run_name="__main__")
     assert ended.value.code

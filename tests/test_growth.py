@@ -7,7 +7,7 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.allocation import LayerPlan
+from l1ra.allocation.plan import LayerPlan
 
 
 def test_new_rows_are_not_the_first_ones_again():

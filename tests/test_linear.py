@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from l1ra import L1RALinear
-from l1ra.allocation import LayerPlan
-from l1ra.probe import Probe, take_step
+from l1ra.allocation.plan import LayerPlan
+from l1ra.layers.gradient_probe import Probe, take_step
 
 
 def bases(k=6, n=9, dtype=torch.float32):

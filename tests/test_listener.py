@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import l1ra
 from l1ra import RankController
-from l1ra.listener import BackwardCounter
+from l1ra.training.optimizer_hooks import BackwardCounter
 
 
 def test_it_hears_only_optimizers_of_its_own_parameters():

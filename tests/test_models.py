@@ -11,7 +11,7 @@ from peft_helpers import loaded
 from torch import nn
 
 import l1ra
-from l1ra.adapted import controller_of
+from l1ra.layers.adapted_model import controller_of
 
 WIDE = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,10 +9,10 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.allocation import LayerPlan
-from l1ra.optimizer_state import move_state, scale_state
-from l1ra.principal import turn_adapters
-from l1ra.state_values import read
+from l1ra.allocation.plan import LayerPlan
+from l1ra.training.optimizer_state import move_state, scale_state
+from l1ra.training.principal_axes import turn_adapters
+from l1ra.training.quantised_state import read
 
 LR = 1e-3
 

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.adapted import controller_of
-from l1ra.linear import find_adapters
+from l1ra.layers.adapted_model import controller_of
+from l1ra.layers.linear import find_adapters
 
 
 def output(model):
@@ -179,7 +179,7 @@ def test_a_failure_at_the_third_layer_leaves_the_model_untouched(monkeypatch):
 def test_a_failure_of_the_controller_leaves_the_model_untouched(monkeypatch):
     model = llama()
     before = snapshot(model)
-    monkeypatch.setattr("l1ra.controller.GateBank", None)
+    monkeypatch.setattr("l1ra.training.controller.GateBank", None)
     with pytest.raises(TypeError):
         l1ra.patch(model, 40)
     assert_untouched(model, before)

@@ -15,8 +15,8 @@ from peft_helpers import Cut, close, config_of, lively, loaded, logits, uneven
 from torch import nn
 
 import l1ra
-from l1ra.linear import find_adapters
-from l1ra.peft_export import CONFIG, WEIGHTS
+from l1ra.files.peft_export import CONFIG, WEIGHTS
+from l1ra.layers.linear import find_adapters
 
 peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")

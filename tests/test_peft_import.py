@@ -11,8 +11,8 @@ from peft_helpers import Cut, close, config_of, lively, loaded, logits, uneven
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.linear import find_adapters
-from l1ra.peft_export import CONFIG, WEIGHTS
+from l1ra.files.peft_export import CONFIG, WEIGHTS
+from l1ra.layers.linear import find_adapters
 
 peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")
@@ -239,7 +239,7 @@ def test_what_is_no_lora_or_no_plain_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "owner, at", [(L1RALinear, "resize"), (RankController, "close"), (l1ra.peft_import, "RankController")]
+    "owner, at", [(L1RALinear, "resize"), (RankController, "close"), (l1ra.model.peft_import, "RankController")]
 )
 def test_a_failure_halfway_leaves_the_model_untouched(owner, at, tmp_path, monkeypatch):
     model = llama()

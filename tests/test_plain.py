@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_ops import DTYPES, TOKENS, error, inputs
 
-from l1ra.linear import L1RALinear
+from l1ra.layers.linear import L1RALinear
 from l1ra_kernels.dispatch import Layer
 from l1ra_kernels.plain import plain_linear
 from l1ra_kernels.reference import gated_lora

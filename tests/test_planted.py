@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import l1ra
-from l1ra.allocation import LayerPlan
+from l1ra.allocation.plan import LayerPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import l1ra
-from l1ra.precision import widest
-from l1ra.self_check import BRISK
+from l1ra.layers.precision import widest
+from l1ra.reporting.self_check import BRISK
 
 FEATURES, BUDGET = 16, 6
 

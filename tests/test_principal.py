@@ -8,7 +8,7 @@ from helpers import OPTIMIZERS, step
 from torch import nn
 
 from l1ra import L1RALinear, RankController
-from l1ra.principal import principal_rotation, turn_adapters
+from l1ra.training.principal_axes import principal_rotation, turn_adapters
 
 
 def layer(rank=5, dtype=torch.float64, seed=0, **kwargs):

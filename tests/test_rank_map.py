@@ -7,8 +7,8 @@ from helpers import MLP, bert, full, gpt2, llama
 from torch import nn
 
 import l1ra
-from l1ra.linear import find_adapters
-from l1ra.rank_map import grid, places, ranks_by_depth
+from l1ra.layers.linear import find_adapters
+from l1ra.reporting.rank_map import grid, places, ranks_by_depth
 
 
 def moved(model):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import l1ra
-from l1ra import recompute
+from l1ra.layers import recompute
 from l1ra_kernels import choice
 
 KINDS = {

@@ -17,7 +17,7 @@ if not distributed.is_available():
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from l1ra.replicas import Replicas, processes
+from l1ra.training.data_parallel import Replicas, processes
 
 STEPS = 60
 MOVING = {  # name -> settings of patch; None: another value in each process

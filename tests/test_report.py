@@ -7,8 +7,8 @@ from matplotlib.image import imread
 from torch import nn
 
 import l1ra
-from l1ra.allocation import LayerPlan
-from l1ra.linear import L1RALinear
+from l1ra.allocation.plan import LayerPlan
+from l1ra.layers.linear import L1RALinear
 from l1ra_kernels import choice
 
 

@@ -6,8 +6,8 @@ from helpers import BRISK, OPTIMIZERS, Residual, patched, same_bits, shake, step
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import l1ra
-from l1ra.allocation import LayerPlan
-from l1ra.linear import L1RALinear, find_adapters
+from l1ra.allocation.plan import LayerPlan
+from l1ra.layers.linear import L1RALinear, find_adapters
 from l1ra_kernels import choice
 
 SETTINGS = {**BRISK, "min_interval": 1}

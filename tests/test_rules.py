@@ -7,10 +7,10 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RAConfig, L1RALinear, RankController
-from l1ra.gates import GateBank
-from l1ra.probe import Probe
-from l1ra.probing import Probing
-from l1ra.rules import AdaptiveL1, Moment, PaperL1, make_rule
+from l1ra.layers.gradient_probe import Probe
+from l1ra.training.gate_bank import GateBank
+from l1ra.training.gate_rules import AdaptiveL1, Moment, PaperL1, make_rule
+from l1ra.training.probes import Probing
 from l1ra_kernels.reference import adam_elastic_net_step
 
 INTERVAL = 20

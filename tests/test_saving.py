@@ -15,7 +15,7 @@ from trainer_helpers import arguments, labelled, livelier, sentences
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
-from l1ra.linear import find_adapters
+from l1ra.layers.linear import find_adapters
 
 PLAIN = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -150,7 +150,7 @@ def test_a_classifier_is_saved_with_its_head(tmp_path):
 
 
 def test_buffers_are_in_a_checkpoint_as_training_changes_them():
-    from l1ra.adapted import carried_tensors
+    from l1ra.layers.adapted_model import carried_tensors
 
     model = llama()
     model.model.register_buffer("seen", torch.zeros(2))

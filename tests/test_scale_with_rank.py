@@ -9,8 +9,8 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RALinear
-from l1ra.allocation import LayerPlan
-from l1ra.optimizer_state import AVERAGES, scale_state
+from l1ra.allocation.plan import LayerPlan
+from l1ra.training.optimizer_state import AVERAGES, scale_state
 
 
 def layer(rank=4, **settings):
@@ -149,7 +149,9 @@ def test_loaded_gates_are_read_without_their_share():
 def test_only_what_is_rescaled_is_read_and_written_again(monkeypatch, scale_with_rank):
     """Quantised state is rounded each time."""
     factors = []
-    monkeypatch.setattr("l1ra.reallocation.scale_state", lambda optimizer, param, factor: factors.append(factor))
+    monkeypatch.setattr(
+        "l1ra.training.reallocation.scale_state", lambda optimizer, param, factor: factors.append(factor)
+    )
     moved(scale_with_rank=scale_with_rank)
     assert 1.0 not in factors and bool(factors) == scale_with_rank
 

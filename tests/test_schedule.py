@@ -3,7 +3,7 @@
 import pytest
 
 from l1ra import L1RAConfig
-from l1ra.schedule import Schedule
+from l1ra.training.schedule import Schedule
 
 
 def steps(total, until=None, **settings):

@@ -9,7 +9,7 @@ from helpers import MLP, SIZES, assert_untouched, bert, gpt2, llama, snapshot
 from torch import nn
 
 import l1ra
-from l1ra.linear import L1RALinear
+from l1ra.layers.linear import L1RALinear
 
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -12,8 +12,8 @@ from trainer_helpers import STEPS, arguments, labelled, livelier, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
-from l1ra.linear import find_adapters
-from l1ra.sharing import learned_groups
+from l1ra.layers.linear import find_adapters
+from l1ra.layers.shared_input import learned_groups
 from l1ra_kernels import choice
 
 
