@@ -33,13 +33,3 @@ def folders(tmp_path_factory):
     found = {name: tmp_path_factory.mktemp(name) for name in ("bert", "llama")}
     save_models(found)
     return found
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory):
-    """Of the tiny Llama that is loaded with quantised weights."""
-    from quantised_helpers import save_llama
-
-    folder = tmp_path_factory.mktemp("llama")
-    save_llama(folder)
-    return folder

@@ -17,7 +17,7 @@ from l1ra.training.controller import RankController
 from l1ra.training.interval import Moves
 from l1ra_kernels import choice, dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

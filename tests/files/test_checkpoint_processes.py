@@ -32,7 +32,7 @@ while True:
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint_and_what_it_left_is_cleared(tmp_path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(root / "tests")]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -69,7 +69,7 @@ print("done", flush=True)
 
 
 def test_processes_that_save_into_one_folder_at_once_leave_a_whole_checkpoint(tmp_path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", SAVE_TOGETHER, str(tmp_path), str(root / "tests")]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: there is no compi
 
 from benchmarks.every_launch import BF16, CALLS, RAGGED, REGULAR, Problem, Shape, call, problems
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 STREAMING = ("shrink", "output_backward", "input_backward")
 PRODUCTS = (*STREAMING, "expand")
@@ -74,7 +74,7 @@ def print_compilations(architecture: str) -> None:
 
 
 def _asked(function: str, architecture: str):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     environment.pop("TRITON_INTERPRET", None)
     program = f"import test_compiled; test_compiled.{function}({architecture!r})"
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

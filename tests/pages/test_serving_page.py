@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 import l1ra
 
-PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
 class Sentences(Dataset):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 COMMANDS = {
     "sft.py": "trl",
     "sft.py --bf16 --gradient-checkpointing --optim adamw_8bit": "trl bitsandbytes",
