@@ -20,7 +20,7 @@ from helpers import SIZES, trainable
 from torch import Tensor, nn
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.model.targets import saved_modules, select_targets
 from l1ra.training import probes as probing
 from l1ra_kernels import choice

@@ -9,31 +9,28 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from l1ra.config import L1RAConfig
 from l1ra.files.atomic_write import PARTIAL, replaced, stored
+from l1ra.files.controller_state import IN_TENSORS
+from l1ra.files.controller_state import SCHEMA as STATE
 from l1ra.files.schema import misfit
-from l1ra.layers.adapted_model import trained_tensors
+from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import PARTS
-from l1ra.training.controller_state import FORM as STATE
-
-if TYPE_CHECKING:
-    from l1ra.training.controller import RankController
 
 __all__ = ["Checkpoint", "read", "save"]
 
 FORMAT = 1
 INDEX = "l1ra.json"
 TENSOR_FILES = ("adapters", "controller")
-IN_TENSORS = ("gates", "generator", "probes")  # of the controller's state; the rest is in the index
-FORM = {
+SCHEMA = {
     "config": dict,
     "adapters": {str: (int, int)},
     "trained": [str],
@@ -64,12 +61,24 @@ class Checkpoint:
     controller: dict[str, Any]
 
 
-def save(controller: RankController, folder: str | os.PathLike) -> None:
-    """Write the adapters, whatever else of the model is trained, and the controller into ``folder``.
+def save(
+    folder: str | os.PathLike,
+    config: L1RAConfig,
+    adapters: Mapping[str, L1RALinear],
+    trained: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Write adapters, other trained tensors and the state of their controller into ``folder``.
 
     Only live rows are written. The folder is never without a whole checkpoint: files of the new one lie beside those of
     the old one until the index is replaced, in one step. Of several processes one is enough; if all of them save into
     one folder, the last one's checkpoint stays.
+
+    Args:
+        config: of the controller.
+        adapters: by module name.
+        trained: the other tensors that the training changes, see ``trained_tensors``.
+        state: of the controller, its ``state_dict()``.
 
     Raises:
         OSError: it can't be written; an older checkpoint in the folder is still whole.
@@ -78,13 +87,12 @@ def save(controller: RankController, folder: str | os.PathLike) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = controller.state_dict()
-    tensors = {"adapters": _adapters(controller), "controller": _tensors_of(state)}
+    tensors = {"adapters": _live_tensors(adapters, trained), "controller": _tensors_of(state)}
     index: dict[str, Any] = {
         "format": FORMAT,
-        "config": dataclasses.asdict(controller.config),
-        "adapters": {n: [a.in_features, a.out_features] for n, a in controller.adapters.items()},
-        "trained": sorted(trained_tensors(controller.model)),
+        "config": dataclasses.asdict(config),
+        "adapters": {n: [a.in_features, a.out_features] for n, a in adapters.items()},
+        "trained": sorted(trained),
         "controller": {name: value for name, value in state.items() if name not in IN_TENSORS},
         "files": {},
     }
@@ -129,7 +137,7 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{file} has format {version}, this version of l1ra reads {FORMAT}: install a newer l1ra.")
     if digest != _digest(index):
         raise ValueError(f"{file} is damaged: it does not say what was written.")
-    if wrong := misfit(index, FORM):
+    if wrong := misfit(index, SCHEMA):
         raise ValueError(f"{file} is no index of an L1RA checkpoint: {wrong}.")
     try:
         config = L1RAConfig(**index["config"])
@@ -181,16 +189,14 @@ def _left(folder: Path) -> set[str]:
     return found
 
 
-def _adapters(controller: RankController) -> dict[str, Tensor]:
+def _live_tensors(adapters: Mapping[str, L1RALinear], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rows = {
-        f"{name}.{part}": getattr(adapter, part)[: adapter.rank]
-        for name, adapter in controller.adapters.items()
-        for part in PARTS
+        f"{name}.{part}": getattr(adapter, part)[: adapter.rank] for name, adapter in adapters.items() for part in PARTS
     }
-    return {name: stored(value) for name, value in {**rows, **trained_tensors(controller.model)}.items()}
+    return {name: stored(value) for name, value in {**rows, **trained}.items()}
 
 
-def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     probes = {f"probes.{part}.{name}": t for name, probe in state["probes"].items() for part, t in probe.items()}
     gates = {f"gates.{name}": t for name, t in state["gates"].items()}
     return {n: t.cpu().contiguous() for n, t in {**gates, **probes, "generator": state["generator"]}.items()}

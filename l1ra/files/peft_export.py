@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.files.atomic_write import replaced, stored
-from l1ra.layers.adapted_model import trained_modules
+from l1ra.layers.adapted_model import find_adapters, task_head, trained_modules
 from l1ra.layers.base_layers import is_conv1d
-from l1ra.layers.linear import L1RALinear, find_adapters
-from l1ra.model.targets import saved_modules
+from l1ra.layers.linear import L1RALinear
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "export_peft", "refuse_shared"]
 
@@ -152,7 +151,7 @@ def refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def _trained_in_full(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose own parameters are trained, and a task model's head, by name; none lies in another."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {name for name, head in saved_modules(model, None).items() if next(find_adapters(head), None) is None}
+    found = {name for name, head in task_head(model).items() if next(find_adapters(head), None) is None}
     for name in trained_modules(model):
         if any(isinstance(modules.get(name[:end]), L1RALinear) for end in _dots(name)):
             raise ValueError(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from l1ra.files.atomic_write import replaced, stored
 from l1ra.files.peft_export import export_peft
 from l1ra.integrations.trainer import FOLDER, WEIGHTS, trainer_in
-from l1ra.layers.adapted_model import carried_tensors, controller_of
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.adapted_model import carried_tensors, controller_of, find_adapters
+from l1ra.layers.linear import L1RALinear
 
 __all__ = ["SavePretrained", "give_back", "take_over"]
 

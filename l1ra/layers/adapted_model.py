@@ -1,71 +1,54 @@
-"""What a model holds: adapters and the controller that drives them, and what is trained besides."""
+"""What a model with adapters contains: the adapters, their controller, and the other tensors that training changes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from l1ra.layers.base_layers import base_features
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import PARTS
-
-if TYPE_CHECKING:
-    from l1ra.training.controller import RankController
 
 __all__ = [
     "CONTROLLER",
-    "SEVERAL",
     "carried_tensors",
-    "check_plain",
     "controller_of",
+    "find_adapters",
     "listed",
+    "task_head",
     "trained_modules",
     "trained_tensors",
 ]
 
-CONTROLLER = "_l1ra_controller"  # the attribute of a model
-SEVERAL = (
-    "For several side by side, train one after the other, write each with l1ra.export_peft, and load them with "
-    "PeftModel.load_adapter."
-)
+CONTROLLER = "_l1ra_controller"  # attribute of a model
+# Heads of transformers' task models, newly initialised when a pretrained model is loaded, and the classes with one.
+HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
+TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+TASKS += ("ForImageClassification", "ForVideoClassification", "ForAudioClassification", "ForAudioFrameClassification")
 
 
-def controller_of(model: nn.Module) -> RankController | None:
-    """The controller that drives the adapters of ``model``, if there is one."""
+def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
+    """Every :class:`L1RALinear` of ``model`` with its name as in ``named_modules()``."""
+    for name, module in model.named_modules():
+        if isinstance(module, L1RALinear):
+            yield name, module
+
+
+def controller_of(model: nn.Module) -> Any:
+    """The ``RankController`` of ``model``, or None."""
     return getattr(model, CONTROLLER, None)
 
 
-def check_plain(model: nn.Module) -> None:
-    """Refuse what has adapters already, L1RA's or PEFT's.
-
-    Raises:
-        TypeError, ValueError: it is no module, or not a plain one; the message says what to pass instead.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
-    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
-        raise ValueError(
-            f"the model is patched already: call l1ra.unpatch(model) first, or take a fresh one. {SEVERAL}"
-        )
-    for name, module in model.named_modules():
-        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
-            where = f"{name} is a" if name else "the model is a"
-            raise ValueError(
-                f"{where} PEFT {type(module).__name__}: pass the plain model, "
-                "peft_model.merge_and_unload() with what PEFT's adapter has learned or peft_model.unload() without it."
-            )
-
-
-def listed(names: Collection[str]) -> str:
-    """Names for a message, the first ones of many."""
-    first = ", ".join(list(names)[:8])
-    return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"
+def task_head(model: nn.Module) -> dict[str, nn.Module]:
+    """The head of a transformers model for classification or question answering, by name; empty for other models."""
+    has_head = type(model).__name__.endswith(TASKS)
+    return {name: module for name, module in model.named_children() if has_head and name in HEADS}
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules, adapters apart, with parameters of their own that are trained, by each of their names."""
+    """The modules other than adapters that own trainable parameters, under each of their names."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -75,12 +58,15 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a training changes outside of the adapters, by names in the state dict, each tensor by its first one: the
-    parameters that are trained, those of an adapted layer too, and buffers, such as a normalisation's statistics."""
+    """The tensors outside of the adapters that training changes, by name in the state dict.
+
+    These are the trainable parameters, those inside an adapted layer too, and buffers such as the running statistics of
+    a normalisation. A tensor with several names is listed under the first.
+    """
     adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in PARTS}
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
     for name, module in model.named_modules():
-        # Those of a linear layer are its quantised weight, which no training changes.
+        # Buffers of a linear layer are its quantised weight, which no training changes.
         if base_features(module) is None:
             for key, value in module._buffers.items():
                 if value is not None and key not in module._non_persistent_buffers_set:
@@ -89,7 +75,13 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a training changes, by names in the state dict: the adapters, all rows of them, and what
-    :func:`trained_tensors` finds."""
+    """All tensors that training changes, by name in the state dict: those of the adapters with all their rows, and
+    :func:`trained_tensors`."""
     adapters = {f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in PARTS}
     return {**adapters, **trained_tensors(model)}
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for a message; of more than eight the first eight and the number of the others."""
+    first = ", ".join(list(names)[:8])
+    return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"

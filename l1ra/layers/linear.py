@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from l1ra.layers.row_moves import RowMoves
 from l1ra.layers.shared_input import SharedInput
 from l1ra_kernels import dispatch
 
-__all__ = ["L1RALinear", "find_adapters"]
+__all__ = ["L1RALinear"]
 
 
 class L1RALinear(GatedLowRank):
@@ -324,10 +323,3 @@ class L1RALinear(GatedLowRank):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")
-
-
-def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
-    """Every :class:`L1RALinear` of ``model`` with its name as in ``named_modules()``."""
-    for name, module in model.named_modules():
-        if isinstance(module, L1RALinear):
-            yield name, module

@@ -8,13 +8,12 @@ import re
 from torch import nn
 
 from l1ra.files.checkpoint import Checkpoint, read
-from l1ra.layers.adapted_model import controller_of
+from l1ra.files.controller_state import check_state
+from l1ra.layers.adapted_model import controller_of, find_adapters
 from l1ra.layers.base_layers import base_features
-from l1ra.layers.linear import find_adapters
 from l1ra.layers.low_rank import PARTS
 from l1ra.model.patch import patch, unpatch
 from l1ra.training.controller import RankController
-from l1ra.training.controller_state import check_state
 
 __all__ = ["load"]
 
@@ -47,7 +46,8 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
     before = {name: value.clone() for name, value in model.state_dict().items() if _belongs(name, checkpoint)}
     kept = controller.state_dict()
     try:
-        check_state(controller, state, state["ranks"])
+        wanted = {"ranks": state["ranks"], "budget": controller.budget, "rule": controller.config.rule}
+        check_state(state, controller.adapters, **wanted)
         model.load_state_dict(checkpoint.tensors, strict=False)
         controller.load_state_dict(state)
     except BaseException:

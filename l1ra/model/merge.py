@@ -9,7 +9,8 @@ from operator import add
 
 from torch import nn
 
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.adapted_model import find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra.layers.merged_weight import refuse_merge
 
 __all__ = ["merge", "unmerge"]

@@ -14,19 +14,23 @@ from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
 from l1ra.allocation.plan import spread
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
-from l1ra.layers.adapted_model import SEVERAL, check_plain, controller_of
+from l1ra.layers.adapted_model import controller_of, find_adapters
 from l1ra.layers.base_layers import base_features
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra.layers.padded_weight import Room, has_use_for_room
 from l1ra.layers.shared_input import share_inputs
 from l1ra.model.merge import merge as merge_adapters
 from l1ra.model.targets import left_out, part_of, saved_modules, select_targets
 from l1ra.training.controller import RankController
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["check_plain", "patch", "unpatch"]
 
 UNDO = "_l1ra_undo"
 QUANTISED = "is_quantized"  # of transformers' models
+SEVERAL = (
+    "For several side by side, train one after the other, write each with l1ra.export_peft, and load them with "
+    "PeftModel.load_adapter."
+)
 
 
 def patch(
@@ -186,6 +190,27 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     save_pretrained.give_back(model)
     object.__delattr__(model, UNDO)
     return model
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model that has adapters already, L1RA's or PEFT's.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module, or has adapters; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}.")
+    if controller_of(model) is not None or next(find_adapters(model), None) is not None:
+        raise ValueError(
+            f"the model is patched already: call l1ra.unpatch(model) first, or take a fresh one. {SEVERAL}"
+        )
+    for name, module in model.named_modules():
+        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
+            where = f"{name} is a" if name else "the model is a"
+            raise ValueError(
+                f"{where} PEFT {type(module).__name__}: pass the plain model, "
+                "peft_model.merge_and_unload() with what PEFT's adapter has learned or peft_model.unload() without it."
+            )
 
 
 class _Undo:

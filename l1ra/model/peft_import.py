@@ -18,10 +18,10 @@ from l1ra.allocation.plan import LayerPlan
 from l1ra.config import L1RAConfig
 from l1ra.files.peft_export import CONFIG, PREFIX, WEIGHTS, refuse_shared
 from l1ra.files.schema import misfit
-from l1ra.layers.adapted_model import check_plain, controller_of, listed
+from l1ra.layers.adapted_model import controller_of, find_adapters, listed
 from l1ra.layers.base_layers import FLOATS, base_features
-from l1ra.layers.linear import L1RALinear, find_adapters
-from l1ra.model.patch import patch, unpatch
+from l1ra.layers.linear import L1RALinear
+from l1ra.model.patch import check_plain, patch, unpatch
 from l1ra.model.targets import fits
 from l1ra.training.controller import RankController
 

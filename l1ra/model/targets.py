@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from l1ra.layers.adapted_model import task_head
 from l1ra.layers.base_layers import base_features
 
 __all__ = ["left_out", "part_of", "saved_modules", "select_targets"]
-
-# Fresh heads of transformers' task models, and the tasks that have them.
-HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
-TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-TASKS += ("ForImageClassification", "ForVideoClassification", "ForAudioClassification", "ForAudioFrameClassification")
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -47,8 +43,7 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> di
     if modules_to_save is not None and not _is_names(modules_to_save):
         raise TypeError(f"modules_to_save must be a list of names, not {modules_to_save!r}.")
     if modules_to_save is None:
-        has_head = type(model).__name__.endswith(TASKS)
-        return {name: m for name, m in model.named_children() if has_head and name in HEADS}
+        return task_head(model)
     modules = dict(model.named_modules())
     found = {}
     for pattern in modules_to_save:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from l1ra.layers.adapted_model import controller_of, listed
+from l1ra.layers.adapted_model import controller_of, find_adapters, listed
 from l1ra.layers.gradient_probe import least_coherence
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra.reporting.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
 from l1ra.training.controller import RankController
 

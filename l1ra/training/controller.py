@@ -18,10 +18,11 @@ from l1ra.allocation.costs import check_budget, rank_cost
 from l1ra.allocation.plan import returned
 from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
+from l1ra.files.controller_state import check_state
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
-from l1ra.layers.adapted_model import CONTROLLER, controller_of, listed
-from l1ra.layers.linear import L1RALinear, find_adapters
-from l1ra.training.controller_state import load_state, state_of
+from l1ra.layers.adapted_model import CONTROLLER, controller_of, find_adapters, listed, trained_tensors
+from l1ra.layers.linear import L1RALinear
+from l1ra.layers.shared_input import learn_groups, learned_groups
 from l1ra.training.data_parallel import NotReplicas, join, processes, sharded
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.gate_rules import Moment, make_rule
@@ -217,11 +218,28 @@ class RankController:
         Raises:
             OSError: it can't be written; an older checkpoint in the folder is still whole.
         """
-        save(self, folder)
+        save(folder, self.config, self.adapters, trained_tensors(self.model), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the adapters' own tensors, which the model's state dict holds."""
-        return state_of(self)
+        self._bank.refresh()
+        return {
+            "ranks": self.ranks,
+            "initial_ranks": dict(self.initial_ranks),
+            "budget": self.budget,
+            "rule": self.config.rule,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "moved": self.moved,
+            "history": [dict(entry) for entry in self.history],
+            "scalings": {name: layer.scaling for name, layer in self.adapters.items()},
+            "scale_with_rank": {name: layer.scale_with_rank for name, layer in self.adapters.items()},
+            "sharing": learned_groups(self.adapters),
+            "closing": self._interval.closing,
+            "probes": self._interval.probing.state_dict(),
+            "gates": self._bank.state_dict(),
+            "generator": self._interval.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a ``state_dict()``, after the model's own state dict was loaded.
@@ -230,7 +248,17 @@ class RankController:
             ValueError: it belongs to other adapters, ranks or scalings, another budget or rule, or a part is missing;
                 nothing is changed then.
         """
-        load_state(self, state)
+        check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
+        self._bank.refresh()
+        for name, layer in self.adapters.items():
+            layer.initial_rank = state["initial_ranks"][name]
+        self._bank.load_state_dict(state["gates"])
+        self._interval.load(state["probes"], state["generator"], state["closing"])
+        self.initial_ranks = dict(state["initial_ranks"])
+        self.steps, self.moved = state["steps"], state["moved"]
+        self.total_steps = self.total_steps or state["total_steps"]
+        self.history = [dict(entry) for entry in state["history"]]
+        learn_groups(self.adapters, state["sharing"])
 
     def close(self) -> None:
         """Stop driving: the adapters stay as they are."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ class Probing:
         return {name: probe.state() for name, probe in self._probes.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], looking: bool) -> None:
-        """Go on from a state that :meth:`check` has let pass; not ``looking``: they have stopped."""
+        """Go on from a state that ``check_state`` has accepted; not ``looking``: they have stopped."""
         self.forget()
         for name, layer in self._adapters.items():
             if parts := state.get(name):
@@ -87,15 +86,3 @@ class Probing:
                 sums = [parts[part].to(a.device, torch.float32, copy=True) for part in ("sketch", "seen")]
                 self._probes[name] = probe = Probe(parts["mix"].to(a, copy=True), *sums)
                 layer.probe = probe if looking else None
-
-    def check(self, state: dict[str, dict[str, Any]]) -> None:
-        """Raise a ValueError unless ``state`` is of probes beside adapters like these."""
-        for name, parts in state.items():
-            layer, shapes = self._adapters.get(name), {part: tuple(rows.shape) for part, rows in parts.items()}
-            count = shapes.get("mix", ())[:1]
-            if layer is None or shapes != {
-                "mix": (*count, layer.out_features),
-                "sketch": (*count, layer.in_features),
-                "seen": (),
-            }:
-                raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")

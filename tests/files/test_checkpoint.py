@@ -23,7 +23,7 @@ from torch import nn
 
 import l1ra
 from l1ra.files.checkpoint import _digest
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 
 def run_to(steps, model, controller, optimizer, x, y):

@@ -15,7 +15,7 @@ from trainer_helpers import arguments, labelled, livelier, sentences
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 PLAIN = {"adapter_config.json", "adapter_model.safetensors"}
 

@@ -12,7 +12,7 @@ from trainer_helpers import STEPS, arguments, labelled, livelier, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.layers.shared_input import learned_groups
 from l1ra_kernels import choice
 

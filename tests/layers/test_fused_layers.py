@@ -9,8 +9,9 @@ from helpers import BRISK, Residual, gpt2, llama, shake, step, task, tokens, tra
 from torch import nn
 
 import l1ra
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.layers.gradient_probe import Probe
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra_kernels import choice
 
 if not (choice.interpreting() or torch.cuda.is_available()):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import l1ra
 from l1ra import L1RALinear
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 # The largest distance to the nearest number, relative to the largest one. 8-bit numbers are made from float16.
 HALF_STEPS = {"nf4": (1 - 0.69619) / 2, "int8": 0.5 / 127 + 2**-11}

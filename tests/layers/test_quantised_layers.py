@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import l1ra
 from l1ra import L1RALinear
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.layers.base_layers import base_features, foreign, main_tensor
-from l1ra.layers.linear import find_adapters
 from l1ra_kernels import choice
 
 KINDS = ("nf4", "int8", "torchao")

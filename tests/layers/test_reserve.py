@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import l1ra
 from l1ra.allocation.plan import LayerPlan
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.adapted_model import find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra_kernels import choice
 
 SETTINGS = {**BRISK, "min_interval": 1}

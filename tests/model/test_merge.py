@@ -8,7 +8,8 @@ from helpers import MLP, Adapted, assert_untouched, gpt2, llama, same_bits, shak
 from torch import nn
 
 import l1ra
-from l1ra.layers.linear import L1RALinear, find_adapters
+from l1ra.layers.adapted_model import find_adapters
+from l1ra.layers.linear import L1RALinear
 from l1ra.layers.merged_weight import Kept
 
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # the largest relative error of one rounding

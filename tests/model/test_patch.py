@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.layers.adapted_model import controller_of
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import controller_of, find_adapters
 
 
 def output(model):

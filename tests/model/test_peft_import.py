@@ -12,7 +12,7 @@ from peft_helpers import Cut, close, config_of, lively, loaded, logits, uneven
 import l1ra
 from l1ra import L1RALinear, RankController
 from l1ra.files.peft_export import CONFIG, WEIGHTS
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")

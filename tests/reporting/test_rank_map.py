@@ -7,7 +7,7 @@ from helpers import MLP, bert, full, gpt2, llama
 from torch import nn
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.reporting.rank_map import grid, places, ranks_by_depth
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import l1ra
 from l1ra import RankController
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 from l1ra.model.targets import saved_modules, select_targets
 
 

@@ -8,9 +8,9 @@ import torch
 from helpers import patched, play, same_bits, step, trainable
 
 import l1ra
+from l1ra.files.controller_state import GATES, SCHEMA
 from l1ra.files.schema import misfit
-from l1ra.layers.linear import find_adapters
-from l1ra.training.controller_state import FORM
+from l1ra.layers.adapted_model import find_adapters
 
 
 def run_to(steps, *made):
@@ -104,7 +104,7 @@ def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ran
 
 def test_the_form_names_all_of_a_state():
     state = run_to(20, *patched())[1].state_dict()
-    assert FORM.keys() == state.keys() and misfit(state, FORM) == ""
+    assert SCHEMA.keys() == state.keys() and misfit(state, SCHEMA) == "" and set(state["gates"]) == set(GATES)
 
 
 def snapshot(controller):

@@ -8,7 +8,7 @@ from helpers import Residual, play, step, task, trainable
 from torch import nn
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 
 def scripted(script, ranks=4, width=12, total_steps=50, **overrides):

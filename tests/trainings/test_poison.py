@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import l1ra
 from l1ra.allocation.new_rows import leading_rows
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 BAD = [torch.nan, torch.inf, -torch.inf]
 RULES = {"adaptive-l1": {}, "l1": {"gate_lr": 0.5, "l1_lambda": 1.0}}

@@ -6,7 +6,7 @@ from helpers import BRISK, Residual, patched, shake, step, task, trainable
 from torch.utils.checkpoint import checkpoint
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 from l1ra_kernels.reference import adam_elastic_net_step
 
 LR, L1 = 2e-2, 1e-3

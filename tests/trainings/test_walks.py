@@ -12,7 +12,7 @@ import torch
 from helpers import MLP, OPTIMIZERS, as_lists, assert_untouched, same_bits, snapshot, trainable
 
 import l1ra
-from l1ra.layers.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
