@@ -8,7 +8,8 @@ from l1ra.model.merge import merge, unmerge
 from l1ra.model.patch import patch, unpatch
 from l1ra.model.peft_import import from_peft
 from l1ra.reporting.doctor import doctor
-from l1ra.reporting.table import plot_ranks, report
+from l1ra.reporting.plot import plot_ranks
+from l1ra.reporting.table import report
 from l1ra.training.controller import RankController
 
 __version__ = "0.1.0"

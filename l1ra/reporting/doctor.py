@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from l1ra.reporting.columns import aligned_columns
 from l1ra.reporting.self_check import Check, checks
-from l1ra.reporting.table import aligned
 from l1ra_kernels import choice
 
 __all__ = ["Diagnosis", "doctor"]
@@ -70,7 +70,7 @@ class Diagnosis:
             path = f"{check.path.split(' (')[0]} [{paths.index(check.path) + 1}]" if check.path else ""
             word = {True: "ok", False: "FAILED", None: "not tried"}[check.ok]
             rows.append((check.what, check.dtype, path, f"{word}: {check.told}"))
-        first, *lines = aligned(rows, left=range(4))
+        first, *lines = aligned_columns(rows, left=range(4))
         return [first, "-" * len(first), *lines, "", *(f"path [{n}]: {path}" for n, path in enumerate(paths, 1))]
 
     def _verdict(self) -> str:

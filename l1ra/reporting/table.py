@@ -1,21 +1,19 @@
-"""Where the ranks are: tables, and a picture of how they came there."""
+"""The report on a model's adapters: a table by layer, one by projection, and a line by depth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from l1ra.layers.adapted_model import controller_of, find_adapters, listed
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
-from l1ra.reporting.rank_map import ProjectionRanks, grid, ranks_by_depth, ranks_by_projection
+from l1ra.reporting.columns import aligned_columns
+from l1ra.reporting.rank_map import ProjectionRanks, ranks_by_depth, ranks_by_projection
 from l1ra.training.controller import RankController
 
-__all__ = ["Report", "ReportRow", "plot_ranks", "report"]
+__all__ = ["Report", "ReportRow", "report"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Report:
         ranks = sum(row.rank for row in self.rows)
         was = sum(row.initial_rank for row in self.rows)
         total = (f"{len(self.rows)} adapters", "", str(ranks), str(was), "", "", f"{self.params:,}", "")
-        first, *lines, last = aligned([head, *cells, total], left=(0, 1, 7))
+        first, *lines, last = aligned_columns([head, *cells, total], left=(0, 1, 7))
         rule = "-" * len(first)
         return [first, rule, *lines, rule, last]
 
@@ -129,7 +127,7 @@ class Report:
             )
             for name, kind in self.by_projection.items()
         ]
-        first, *lines = aligned([head, *cells], left=(0,))
+        first, *lines = aligned_columns([head, *cells], left=(0,))
         lines = [first, "-" * len(first), *lines]
         depths = self.by_depth
         if any(block is not None for block in depths):
@@ -166,17 +164,6 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     return Report(rows, others, controller.budget, config.budget_unit, controller.spare, controller.moved, limit)
 
 
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """A line of text for each row; the columns whose numbers are in ``left`` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _refuse_plain(adapters: dict[str, L1RALinear]) -> None:
     reasons: dict[str, list[str]] = {}
     for name, layer in adapters.items():
@@ -210,73 +197,3 @@ def _row(name: str, layer: L1RALinear, controller: RankController | None, names:
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),
     )
-
-
-def plot_ranks(model: nn.Module, path: str | Path) -> Path:
-    """Draw the ranks: a heat map layer by projection as they are now, and the mean of each projection over time.
-
-    Args:
-        path: of the picture; the ending chooses the format.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the model has no controller.
-    """
-    controller = controller_of(model)
-    if controller is None:
-        raise ValueError("the model has no controller: call l1ra.patch(model, budget=...) first.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot_ranks needs matplotlib: pip install 'l1ra[plot]'.") from None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    layers, projections, cells = grid(controller.ranks)
-    figure = Figure(figsize=(13, max(3.2, 0.32 * len(projections) + 1.6)), layout="constrained")
-    _draw_map(figure, *figure.subplots(1, 2, width_ratios=[3, 2]), controller, layers, projections, cells)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _draw_map(
-    figure: Any,
-    now: Any,
-    over_time: Any,
-    controller: RankController,
-    layers: list[int],
-    projections: list[str],
-    cells: dict[tuple[int, str], int],
-) -> None:
-    values = [[cells.get((layer, p), float("nan")) for layer in layers] for p in projections]
-    image = now.imshow(values, aspect="auto", cmap="viridis")
-    figure.colorbar(image, ax=now, label="rank")
-    now.set_xticks(range(len(layers)), ["-" if layer < 0 else str(layer) for layer in layers])
-    now.set_yticks(range(len(projections)), projections)
-    now.set_xlabel("layer")
-    now.set_title("rank now")
-    if len(cells) <= 200:
-        bright = 0.7 * max(cells.values())
-        for (layer, projection), rank in cells.items():
-            now.text(
-                layers.index(layer),
-                projections.index(projection),
-                str(rank),
-                ha="center",
-                va="center",
-                color="black" if rank > bright else "white",
-                fontsize=8,
-            )
-    steps = [entry["step"] for entry in controller.history]
-    for projection in projections:
-        means = []
-        for entry in controller.history:
-            ranks = [r for key, r in grid(entry["ranks"])[2].items() if key[1] == projection]
-            means.append(sum(ranks) / len(ranks))
-        over_time.step(steps, means, where="post", label=projection)
-    over_time.set_xlabel("optimizer step")
-    over_time.set_ylabel("mean rank")
-    over_time.set_title("ranks over time")
-    over_time.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
