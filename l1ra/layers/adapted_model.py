@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 __all__ = [
     "CONTROLLER",
     "abbreviated",
+    "adapters_disabled",
     "carried_tensors",
     "controller_of",
     "find_adapters",
@@ -87,3 +89,26 @@ def abbreviated(names: Collection[str]) -> str:
     """Names for a message; of more than eight the first eight and the number of the others."""
     first = ", ".join(list(names)[:8])
     return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"
+
+
+@contextmanager
+def adapters_disabled(adapters: Mapping[str, L1RALinear]) -> Iterator[None]:
+    """A context in which ``adapters``, by name, compute their base layers alone; see ``RankController.disabled``.
+
+    Raises:
+        RuntimeError: an adapter is merged.
+    """
+    merged = next((name for name, layer in adapters.items() if layer.merged), None)
+    if merged is not None:
+        raise RuntimeError(
+            f"{merged} is merged into its weight: call l1ra.unmerge(model) before controller.disabled(), and "
+            "l1ra.merge(model) after it."
+        )
+    before = [(layer, layer.disabled) for layer in adapters.values()]
+    try:
+        for layer in adapters.values():
+            layer.disabled = True
+        yield
+    finally:
+        for layer, disabled in before:
+            layer.disabled = disabled

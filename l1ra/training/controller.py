@@ -6,8 +6,7 @@ import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +19,14 @@ from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer, make_callback
-from l1ra.layers.adapted_model import CONTROLLER, abbreviated, controller_of, find_adapters, trained_tensors
+from l1ra.layers.adapted_model import (
+    CONTROLLER,
+    abbreviated,
+    adapters_disabled,
+    controller_of,
+    find_adapters,
+    trained_tensors,
+)
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.shared_input import learn_groups, learned_groups
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
@@ -218,8 +224,7 @@ class RankController:
         """
         self._trainer_steps = total_steps
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model computes without its adapters, as before :func:`l1ra.patch`.
 
         It gives the reference model of DPO and similar methods. Modules in ``modules_to_save`` have no weights from
@@ -236,20 +241,7 @@ class RankController:
             RuntimeError: an adapter is merged; or an optimizer that holds the adapters steps in the context (raised by
                 its ``step()``). Nothing has changed then.
         """
-        merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
-        if merged is not None:
-            raise RuntimeError(
-                f"{merged} is merged into its weight: call l1ra.unmerge(model) before controller.disabled(), and "
-                "l1ra.merge(model) after it."
-            )
-        before = [(layer, layer.disabled) for layer in self._layers]
-        try:
-            for layer in self._layers:
-                layer.disabled = True
-            yield
-        finally:
-            for layer, disabled in before:
-                layer.disabled = disabled
+        return adapters_disabled(self.adapters)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapters, all other trained tensors of the model and the controller's state, for :func:`l1ra.load`.
@@ -332,10 +324,7 @@ class RankController:
                 layer.gate.grad = None
             return
         self._bank.refresh()
-        taken = self._bank.take_gradients()
-        if taken is not None:
-            grad, seen = taken
-            self._gradients = _unscaled(grad, optimizer), seen
+        self._gradients = self._bank.take_gradients(optimizer) or self._gradients
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -459,16 +448,3 @@ class RankController:
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
         else:
             self._interval.synchronise(replicas)
-
-
-def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
-    """The gradient without the loss scale of a GradScaler; NaN if the scaler has found that it is not finite.
-
-    A fused optimizer unscales within its step. GradScaler then leaves scale and verdict in its attributes.
-    """
-    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if scale is not None:
-        grad = grad / scale.to(grad)
-    if found_inf is not None:
-        grad = torch.where(found_inf.to(grad.device) > 0, torch.nan, grad)
-    return grad

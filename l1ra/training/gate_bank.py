@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
 from l1ra.layers.linear import L1RALinear
@@ -63,8 +64,8 @@ class GateBank:
                 setattr(self, name, getattr(self, name).to(device))
             self._rank_scaling = self._rank_scaling.to(device, widest(device))
 
-    def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
-        """Remove the gradients from the layers' gates.
+    def take_gradients(self, optimizer: Optimizer) -> tuple[Tensor, Tensor | None] | None:
+        """Remove the gradients from the layers' gates, before ``optimizer`` steps.
 
         Returns:
             The gradient of the master gates ``(R,)`` and a bool mask ``(R,)`` of the gates that had one, None if all
@@ -85,7 +86,7 @@ class GateBank:
         if any(grad is None for grad in grads):
             had = torch.tensor([grad is not None for grad in grads])
             seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        return (torch.cat(parts) * self._rank_scaling).to(dtype), seen
+        return _unscaled((torch.cat(parts) * self._rank_scaling).to(dtype), optimizer), seen
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over the new state that a rule has returned; see ``Rule.step``.
@@ -187,3 +188,16 @@ class GateBank:
             setattr(self, name, state[name].to(getattr(self, name)).clone())
         self._read_ranks(self.value.device)
         self.write_to_layers()
+
+
+def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
+    """The gradient without the loss scale of a GradScaler; NaN if the scaler has found that it is not finite.
+
+    A fused optimizer unscales within its step. GradScaler then leaves scale and verdict in its attributes.
+    """
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is not None:
+        grad = grad / scale.to(grad)
+    if found_inf is not None:
+        grad = torch.where(found_inf.to(grad.device) > 0, torch.nan, grad)
+    return grad
