@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
+from benchmarks.common.environment import processor_name
 from benchmarks.gpu import environment
 from benchmarks.gpu.bench import Bench, LeftOut, Wrong
 from benchmarks.gpu.check import check
@@ -221,7 +222,7 @@ def surroundings(bench: Bench) -> dict[str, Any]:
     """Hardware, versions, threads, seed, and how busy the machine is."""
     found = environment.run(bench)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {**found, "processor": environment.processor(), "cores": cores, "load_before": load()}
+    return {**found, "processor": processor_name(), "cores": cores, "load_before": load()}
 
 
 def load() -> float | None:

@@ -8,15 +8,14 @@ step, and compared with uniform LoRA and with an oracle that was given the plant
     python -m benchmarks.planted --cases mlp --seeds 3
     python -m benchmarks.planted --cases mlp llama --methods default --set margin=0.3 --label m0.3 --out runs/planted
 
-Each run leaves a JSON file under ``--out`` and is not run again if that is there; ``planted.md`` there is made from all
-of them.
+Each run adds a row to ``<case>.jsonl`` in ``--out`` and is not repeated if its row is there; ``planted.md`` there is
+made from all rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -25,18 +24,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.files import RESULTS, write_text
+from benchmarks.common.settings import setting
 from benchmarks.planted.cases import CASES
-from benchmarks.planted.records import Job, load, one_thread, perform, read_all, sources
+from benchmarks.planted.records import Job, load, one_thread, perform, sources, store
 from benchmarks.planted.run import DRIVEN, METHODS
 from benchmarks.planted.tables import markdown
-from benchmarks.settings import setting
 from l1ra import L1RAConfig
-
-
-def label(text: str) -> str:
-    if not re.fullmatch(r"[\w.=,+-]+", text):
-        raise argparse.ArgumentTypeError(f"a label is letters, digits and _ . = , + -, for a file's name, not {text!r}")
-    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=5, help="0 ... SEEDS - 1; default 5")
     p.add_argument("--steps", type=int, help="instead of the case's own")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each; default 2")
-    p.add_argument("--out", type=Path, default=Path("benchmarks/results/planted"))
+    p.add_argument("--out", type=Path, default=RESULTS / "planted")
     p.add_argument("--again", action="store_true", help="also what is there already")
     p.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of L1RAConfig")
-    p.add_argument("--label", type=label, help="the name of `default` with these settings; default: the settings")
+    p.add_argument("--label", help="the name of `default` with these settings; default: the settings")
     p.add_argument("--judge", metavar="LABEL", help="whom the bars are for; default: default, or the label")
     return p
 
@@ -125,9 +119,10 @@ def main(argv: list[str] | None = None) -> int:
             old = job.method in DRIVEN and record["sources"] != sources()
             print(line(record, "  (from before" + (", l1ra has changed since)" if old else ")")), flush=True)
     work(wanted, arguments.out, arguments.jobs)
-    table = arguments.out / "planted.md"
-    table.write_text(markdown(read_all(arguments.out), arguments.judge or arguments.label or "default"), "utf-8")
-    print(f"{table} has all runs so far.")
+    page = arguments.out / "planted.md"
+    judged = arguments.judge or arguments.label or "default"
+    write_text(page, markdown(store(arguments.out).read_all(), judged))
+    print(f"{page} has all runs so far.")
     return 0
 
 

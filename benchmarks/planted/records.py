@@ -1,4 +1,4 @@
-"""One JSON file a run: what was asked for, what came out, and on what. Written aside and renamed."""
+"""The record of a run: what was asked for, what came out, and on what."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import functools
 import hashlib
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.environment import commit, processor, version
+from benchmarks.common.environment import git_commit, processor_name, versions
+from benchmarks.common.files import ROOT
+from benchmarks.common.records import RecordStore
 from benchmarks.planted.cases import CASES
 from benchmarks.planted.run import DRIVEN, Result, run
 
-__all__ = ["Job", "load", "one_thread", "perform", "read_all"]
+__all__ = ["Job", "load", "one_thread", "perform", "store"]
 
-ROOT = Path(__file__).resolve().parents[2]
 # A record of other ones is not the run that is asked for.
 ASKED = ("case", "method", "label", "seed", "steps", "overrides", "problem")
 
@@ -35,13 +35,14 @@ class Job:
     steps: int
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    def path(self, out: Path) -> Path:
-        """The file of its record."""
-        return out / "runs" / self.case / f"{self.label}-{self.seed}.json"
-
     def asked(self) -> dict[str, Any]:
         """What makes it this run, in plain values: as it is read back from a file."""
         return json.loads(json.dumps({**asdict(self), "problem": CASES[self.case].settings()}))
+
+
+def store(out: Path) -> RecordStore:
+    """The records in ``out``: a file for each case."""
+    return RecordStore(out, ("case", "label", "seed"))
 
 
 def one_thread() -> None:
@@ -56,27 +57,17 @@ def perform(job: Job, out: Path) -> dict[str, Any]:
     overrides = job.overrides if job.method in DRIVEN else {}
     result = run(job.method, job.seed, job.steps, job.case, **overrides)
     record = {**job.asked(), **outcome(result), **where}
-    path = job.path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.unfinished")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    store(out).add(record)
     return record
 
 
 def load(job: Job, out: Path) -> dict[str, Any] | None:
     """The record of the same run, if it is there already."""
-    path = job.path(out)
-    if not path.exists():
+    record = store(out).get(job.case, job.label, job.seed)
+    if record is None:
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
     asked = job.asked()
     return record if {key: record.get(key) for key in ASKED} == {key: asked[key] for key in ASKED} else None
-
-
-def read_all(out: Path) -> list[dict[str, Any]]:
-    """Every record there is."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("runs/*/*.json"))]
 
 
 def outcome(result: Result) -> dict[str, Any]:
@@ -96,9 +87,9 @@ def outcome(result: Result) -> dict[str, Any]:
 def surroundings() -> dict[str, Any]:
     """Versions and hardware."""
     return {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers")}},
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "commit": commit(),
+        "versions": versions("torch", "transformers"),
+        "hardware": {"processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "commit": git_commit(),
         "sources": sources(),
     }
 

@@ -24,19 +24,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.files import RESULTS, write_text
+from benchmarks.common.settings import setting
 from benchmarks.quality.climb import RATES, START
 from benchmarks.quality.figures import Results
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import draw
-from benchmarks.quality.schedule import Plan, PlannedTask, Queue, read, start
+from benchmarks.quality.runs import store
+from benchmarks.quality.schedule import Plan, PlannedTask, Queue, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
-from benchmarks.settings import setting
 from examples.data import DataError
 
 __all__ = ["main"]
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "quality"
+OUT = RESULTS / "quality"
 
 
 def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) -> int:
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         except DataError as error:
             print(f"quality: {error}", file=sys.stderr)
             return 1
-        queue.look_back(read(out), arguments.device)
+        queue.look_back(store(out).read_all(), arguments.device)
         queue.work(plan.ready)
         if plan.unsettled():
             print(f"not begun, as learning rates are still to be tried: {', '.join(plan.unsettled())}")
@@ -75,14 +77,12 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
 
 def report(out: Path, made_by: list[str]) -> None:
     """Tables and pictures of what is recorded in ``out``."""
-    results = Results(read(out), METHODS)
+    results = Results(store(out).read_all(), METHODS)
     if not results.records:
         return
-    report = out / "quality.md"
-    aside = out / "quality.md.partial"
-    aside.write_text(markdown(results, made_by), encoding="utf-8")
-    aside.replace(report)
-    print(f"written: {report}")
+    page = out / "quality.md"
+    write_text(page, markdown(results, made_by))
+    print(f"written: {page}")
     try:
         draw(results, out)
     except ImportError:
@@ -201,6 +201,5 @@ def commands(out: Path, argv: list[str] | None, trains: bool) -> list[str]:
     line = shlex.join(["python", "-m", "benchmarks.quality", *words])
     if trains and line not in found:
         found.append(line)
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(found) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(found) + "\n")
     return found

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.common.files import ROOT
 from benchmarks.quality import climb
 from benchmarks.quality.methods import FROZEN
 from benchmarks.quality.runs import TUNING_SEED, Spec
 
-__all__ = ["Plan", "PlannedTask", "Queue", "read", "start"]
+__all__ = ["Plan", "PlannedTask", "Queue", "start"]
 
 # At which share of LoRA's budget L1RA is tried besides, and of which budgets.
 SHARE, SHARED = 0.7, (4, 8)
@@ -84,7 +82,7 @@ class Plan:
         for seed in range(self.seeds):
             for (task, method, m), rate in rates.items():
                 found.append(self.spec(task, method, m, seed, rate, None if method == FROZEN else heads[task]))
-        return [spec for spec in dict.fromkeys(found) if not spec.file.exists()]
+        return [spec for spec in dict.fromkeys(found) if spec.record() is None]
 
     def head_tries(self, task: str) -> list[Spec]:
         """The tries that come next in the climb to the head's rate."""
@@ -145,7 +143,7 @@ class Plan:
         return {rate: self.spec(task, method, multiplier, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
-        return {rate: loss for rate, spec in tries.items() if (loss := _loss(spec.file)) is not None}
+        return {rate: climb.loss_of(record) for rate, spec in tries.items() if (record := spec.record()) is not None}
 
     def _best(self, tries: dict[float, Spec]) -> float:
         # If every rate diverges, the lowest one shows it.
@@ -159,34 +157,14 @@ class Plan:
         return [*multipliers, *more]
 
 
-def _loss(file: Path) -> float | None:
-    """The loss in a record; None as long as there is none."""
-    try:
-        return _loss_written_at(file, file.stat().st_mtime_ns)
-    except FileNotFoundError:
-        return None
-
-
-@functools.cache
-def _loss_written_at(file: Path, time_ns: int) -> float:
-    # Every decision asks for the losses of all tries: a record is read when it is new.
-    return climb.loss_of(json.loads(file.read_text(encoding="utf-8")))
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All records in an output folder, by task, method and name. Those of another number of steps lie deeper."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*/*.json"))]
-
-
 def start(spec: Spec) -> subprocess.Popen:
     """A run in a process of its own. On a CPU with one thread: more would wait for one another."""
     environment = dict(os.environ, GOMP_SPINCOUNT="0", TOKENIZERS_PARALLELISM="false")
     if spec.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.quality.runs", spec.text()]
-    root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(
-        command, env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -255,15 +233,14 @@ class Queue:
 
     def _finish(self, spec: Spec, process: Any, seconds: float, count: str) -> None:
         output, _ = process.communicate()
-        name = f"{spec.task}/{spec.name}/{spec.file.stem}"
-        if process.returncode or not spec.file.exists():
-            self.failed.append(name)
-            print(f"{count} {name} FAILED\n{output}", flush=True)
+        record = spec.record()
+        if process.returncode or record is None:
+            self.failed.append(spec.title)
+            print(f"{count} {spec.title} FAILED\n{output}", flush=True)
             return
         if spec.method != FROZEN:
             self._took(spec.task, seconds)
-        record = json.loads(spec.file.read_text(encoding="utf-8"))
         value = record["test_metric"] if record["test_metric"] is not None else record["validation_metric"]
         shown = "none" if value is None else f"{value:.4f}"
         part = "validation" if spec.seed == TUNING_SEED else "test"
-        print(f"{count} {name}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)
+        print(f"{count} {spec.title}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)
