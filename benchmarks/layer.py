@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 import l1ra
 from benchmarks.common.environment import processor_name
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import markdown_table, spread_text
 from benchmarks.gpu import environment
 from benchmarks.gpu.bench import Bench, LeftOut, Wrong
 from benchmarks.gpu.check import check
@@ -36,8 +38,8 @@ from benchmarks.gpu.providers import PROVIDERS, install_peft
 from benchmarks.gpu.providers import linears as linears_of
 from benchmarks.gpu.sizes import Shape
 from benchmarks.gpu.step import BottomBias
-from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
+from benchmarks.gpu.tables import FROZEN, OURS
+from benchmarks.gpu.timing import Budget, Work, interleave
 from l1ra.linear import find_adapters
 
 __all__ = ["TypedBench", "layer_works", "model_works"]
@@ -207,7 +209,7 @@ def measure(bench: Bench, title: dict[str, Any], works: Works, path: str, rounds
         "ours_over_peft_percent": ratios(total[OURS], total[PEFT]),
     }
     over = row["ours_over_peft_percent"]
-    bench.say(f"  {name_of(row)}: ours {over['median']:+.1f} % over PEFT ({over['p20']:+.1f} to {over['p80']:+.1f})")
+    bench.say(f"  {name_of(row)}: ours {spread_text(over, '+.1f')} % over PEFT")
     return row
 
 
@@ -241,20 +243,17 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "Milliseconds of forward + backward, median; percentages round by round, median (20th to 80th percentile).",
         "",
-        "| | frozen | PEFT | L1RA | PEFT over frozen | L1RA over frozen | **L1RA over PEFT** | rounds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    head = ["", "frozen", "PEFT", "L1RA", "PEFT over frozen", "L1RA over frozen", "**L1RA over PEFT**", "rounds"]
+    rows = []
     for row in results["rows"]:
         over = row["over_frozen_percent"]
         cells = [f"{row['ms'][name]['median']:.2f}" for name in COMPETITORS]
-        cells += [percent(over[PEFT]), percent(over[OURS]), percent(row["ours_over_peft_percent"])]
-        lines.append(f"| {' | '.join([name_of(row), *cells, str(row['ms'][OURS]['n'])])} |")
+        percents = (over[PEFT], over[OURS], row["ours_over_peft_percent"])
+        cells += [f"{spread_text(percent, '+.1f')} %" for percent in percents]
+        rows.append([name_of(row), *cells, str(row["ms"][OURS]["n"])])
     paths = dict.fromkeys(row["path"] for row in results["rows"])
-    return "\n".join([*lines, "", f"L1RA ran as: {'; '.join(paths)}."]) + "\n"
-
-
-def percent(values: dict[str, float]) -> str:
-    return f"{values['median']:+.1f} ({values['p20']:+.1f} to {values['p80']:+.1f}) %"
+    return "\n".join([*lines, markdown_table(head, rows), "", f"L1RA ran as: {'; '.join(paths)}."]) + "\n"
 
 
 def run(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import spread_text
 from benchmarks.gpu.bench import Bench, Wrong
 from benchmarks.gpu.kernels import Operands, fused, operands
 from benchmarks.gpu.sizes import Shape
-from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
+from benchmarks.gpu.timing import Budget, Work, interleave
 from benchmarks.layer import TypedBench
 from l1ra_kernels import choice, configs
 from l1ra_kernels.configs import Tile
@@ -187,12 +189,9 @@ def tune(bench: Bench, kernel: str, shape: Shape, dtype: str, rounds: int) -> Ti
     chosen = best(times, present)
     ordered = sorted(times, key=lambda tile: spread(times[tile])["median"])
     for tile in dict.fromkeys([*ordered[:SHOWN], present]):
-        ms, over = spread(times[tile]), ratios(times[tile], times[present])
+        ms, over = spread([1e3 * time for time in times[tile]]), ratios(times[tile], times[present])
         marks = [mark for mark, is_it in (("present", tile == present), ("taken", tile == chosen)) if is_it]
-        bench.say(
-            f"  {show(tile):26s} {1e3 * ms['median']:8.1f} us ({1e3 * ms['p20']:.1f} to {1e3 * ms['p80']:.1f})  "
-            f"{over['median']:+6.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})  {', '.join(marks)}"
-        )
+        bench.say(f"  {show(tile):26s} {spread_text(ms, '.1f')} us  {spread_text(over, '+.1f')} %  {', '.join(marks)}")
     bench.clock.release()
     return chosen
 

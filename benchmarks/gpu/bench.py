@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import green
+from benchmarks.common.files import write_text
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.processes import poisoned
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
-from benchmarks.gpu.table import OURS
+from benchmarks.gpu.tables import OURS
 from benchmarks.gpu.timing import Budget, Clock, Failed
 
 __all__ = ["SEED", "Bench", "LeftOut", "Wrong", "in_a_line"]
@@ -93,9 +94,7 @@ class Bench:
         if self.part is None:
             return
         content = {"result": self.results.get(self.section), "failed": self.failed, "at": self.at, "done": done}
-        aside = self.part.with_suffix(".new")
-        aside.write_text(json.dumps(content, default=str))
-        aside.replace(self.part)
+        write_text(self.part, json.dumps(content, default=str))
 
     def no_time(self, what: str) -> str:
         """Note that ``what`` is left out; the words for the table."""
@@ -110,7 +109,7 @@ class Bench:
         Raises:
             LeftOut: the kernels' tests in ``files`` did not all pass, or an earlier process died of it.
         """
-        if why := self.results.get("avoid", {}).get(name) or green.untested(self.results, files):
+        if why := self.results.get("avoid", {}).get(name) or required_tests.untested(self.results, files):
             raise LeftOut(why)
         self.at = name
         self.save()

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, green, pytest_runs
+from benchmarks.common.files import ROOT
+from benchmarks.gpu import pytest_runs, required_tests
 
 __all__ = ["TRAININGS", "correctness", "trainings"]
 
@@ -21,7 +22,7 @@ Save = Callable[[dict[str, Any]], None]
 
 def correctness(options: dict[str, Any], seconds: float, folder: Path, say: Say, save: Save) -> dict[str, Any]:
     """The tests that figures depend on, or those in ``options["tests"]``; see :func:`pytest_runs.run`."""
-    return tests(options, options["tests"] or list(green.ORDER), [], seconds, folder, say, save)
+    return tests(options, options["tests"] or list(required_tests.ORDER), [], seconds, folder, say, save)
 
 
 def trainings(options: dict[str, Any], seconds: float, folder: Path, say: Say, save: Save) -> dict[str, Any]:

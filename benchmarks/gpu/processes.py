@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from benchmarks.gpu import ROOT
+from benchmarks.common.files import ROOT
 
 __all__ = ["environment", "kill", "kill_all", "poisoned", "start"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
-from benchmarks.gpu import green
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING, DecoderLinears
-from benchmarks.gpu.table import FROZEN, OURS
+from benchmarks.gpu.tables import FROZEN, OURS
 from benchmarks.gpu.unsloth_style import UnslothStyle, together
 from l1ra.room import has_use_for_room
 
@@ -203,4 +203,4 @@ NOTES = {
     "kernel makes P and dB from one read of dY; X A^T and dA are cuBLAS's. Each linear by itself, without its batches "
     "of several adapters and without dropout.",
 }
-TESTED_BY = {OURS: green.LAYER, f"{OURS}, aug": green.AUGMENT}
+TESTED_BY = {OURS: required_tests.LAYER, f"{OURS}, aug": required_tests.AUGMENT}

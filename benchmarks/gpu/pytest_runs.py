@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, processes
+from benchmarks.common.files import ROOT
+from benchmarks.gpu import processes
 from benchmarks.gpu.recorder import POISONED, read
 
 __all__ = ["Request", "run"]

@@ -16,7 +16,8 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-from benchmarks.gpu import ROOT, correctness, processes, table, writeup
+from benchmarks.common.files import RESULTS, ROOT, write_text
+from benchmarks.gpu import correctness, processes, report, tables
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.sizes import ALWAYS, SECTIONS, seconds_for
 
@@ -105,7 +106,7 @@ class Run:
         if self.folder is not None:
             results = {**self.results, "failed": self.failed} | ({"unfinished": why} if why else {})
             try:
-                writeup.replace(self.folder / "results.json", writeup.as_json(results))
+                write_text(self.folder / "results.json", report.as_json(results))
             except OSError as error:
                 self.say(f"results.json could not be written: {error}")
 
@@ -152,7 +153,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log.open(self.folder / "log.txt", self.resumed)
         if not self.resumed:
-            writeup.clean(self.folder)
+            report.clean(self.folder)
         if self.options["device"] == "cpu":
             self.say("CPU and tiny sizes: this tries the program out, its timings mean nothing.")
 
@@ -224,7 +225,7 @@ class Run:
         """A section in a process of its own, until it ends or has to."""
         (self.work / f"{name}.json").unlink(missing_ok=True)
         self.at = None
-        (self.work / "given.json").write_text(writeup.as_json(self.results))
+        (self.work / "given.json").write_text(report.as_json(self.results))
         deadline = min(budget + GRACE * min(1.0, self.seconds / USUAL), max(LEAST, self.left))
         end = time.monotonic() + deadline
         seconds = min(budget, max(1.0, deadline - GRACE / 2))
@@ -274,7 +275,7 @@ class Run:
         runs.append({"started": self.results["started"], "seconds": round(time.monotonic() - self.start, 1)})
         self.save("")
         self.say("\nwrite-up")
-        written, broken = writeup.finished({**self.results, "failed": self.failed}, self.folder, self.say)
+        written, broken = report.finished({**self.results, "failed": self.failed}, self.folder, self.say)
         for path in written:
             self.say(f"  {shown(path)}")
         self.sections.pop("write-up", None)
@@ -282,7 +283,7 @@ class Run:
             self.sections["write-up"] = {"state": "failed", "failed": [f"write-up: {line}" for line in broken]}
             self.save("")
         else:
-            self.say("\n" + table.summary(self.results))
+            self.say("\n" + tables.summary(self.results))
 
 
 def earlier(folder: Path) -> dict[str, Any]:
@@ -323,7 +324,7 @@ def default_folder(device: str, options: dict[str, Any], chosen: list[str]) -> P
     parts = [slug, *(["tiny"] if options["tiny"] else [])]
     if len(chosen) < len(SECTIONS):
         parts += ["only", *(name for name in chosen if name not in ALWAYS)]
-    return ROOT / "benchmarks" / "results" / "-".join(parts)
+    return RESULTS / "-".join(parts)
 
 
 def shown(path: Path) -> Path:

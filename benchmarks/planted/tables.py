@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, mean, over, spread_text
+from benchmarks.common.statistics import Interval, geometric_interval
+from benchmarks.common.tables import markdown_table
+from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, interval_text, mean, over
 from benchmarks.planted.run import METHODS
-from benchmarks.planted.statistics import Spread, geometric
 
 __all__ = ["markdown"]
 
@@ -32,22 +33,17 @@ def markdown(records: Iterable[Mapping[str, Any]], judged: str = "default") -> s
     """The whole page; the bars are for the runs called ``judged``."""
     records = by_case(records)
     lines = ["# Planted ranks", "", *_about(records), ""]
-    lines += [f"## Bars, for `{judged}`", "", *_table(("", "found", ""), _bars(records, judged)), ""]
+    lines += [f"## Bars, for `{judged}`", "", markdown_table(("", "found", ""), _bars(records, judged)), ""]
     if cases := _cases(records, judged):
-        lines += [*_table(("case", "over uniform", "over the oracle", "planted ranks met", "oracle"), cases), ""]
+        lines += [markdown_table(("case", "over uniform", "over the oracle", "planted ranks met", "oracle"), cases), ""]
     for case, labels in records.items():
         rows = [_row(records, case, label) for label in sorted(labels, key=_place)]
-        lines += [f"## {case}", "", _settings(labels), "", *_table(COLUMNS, rows), ""]
+        lines += [f"## {case}", "", _settings(labels), "", markdown_table(COLUMNS, rows), ""]
     return "\n".join(lines)
 
 
 def _place(label: str) -> tuple[int, str]:
     return (METHODS.index(label) if label in METHODS else len(METHODS), label)
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def _about(records: Records) -> list[str]:
@@ -94,7 +90,7 @@ def _row(records: Records, case: str, label: str) -> list[str]:
     moves = any(dealt)
     return [
         label,
-        spread_text(geometric(own.values())),
+        interval_text(geometric_interval(own.values())),
         str(len(own)),
         _ratio(over(records, case, label, UNIFORM)) if label != UNIFORM else "",
         f"{sum(own[seed] > uniform[seed] for seed in both)} of {len(both)}" if both else "",
@@ -109,8 +105,8 @@ def _row(records: Records, case: str, label: str) -> list[str]:
     ]
 
 
-def _ratio(value: Spread | None) -> str:
-    return "" if value is None else spread_text(value)
+def _ratio(value: Interval | None) -> str:
+    return "" if value is None else interval_text(value)
 
 
 def _percent(value: float | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks.common.files import ROOT
-from benchmarks.quality import climb
+from benchmarks.quality import learning_rates
 from benchmarks.quality.methods import FROZEN
 from benchmarks.quality.runs import TUNING_SEED, Spec
 
@@ -58,7 +58,7 @@ class Plan:
     label: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     rate: float | None = None
-    rates: tuple[float, ...] = climb.RATES
+    rates: tuple[float, ...] = learning_rates.RATES
     share: bool = True
 
     def spec(self, task: str, method: str, multiplier: float, seed: int, rate: float, head_rate: float | None) -> Spec:
@@ -89,7 +89,7 @@ class Plan:
         if not self.tasks[task].has_head or set(self.methods) <= {FROZEN}:
             return []
         losses = self._losses({rate: self._head_try(task, rate) for rate in self.rates})
-        return [self._head_try(task, rate) for rate in climb.to_try(losses, self.rates)]
+        return [self._head_try(task, rate) for rate in learning_rates.to_try(losses, self.rates)]
 
     def head_rate(self, task: str) -> float | None:
         """The learning rate of the head; None while it is being looked for, and where there is no fresh head."""
@@ -111,7 +111,7 @@ class Plan:
             return None
         if self.rate is not None:
             return self.rate
-        tries = self._tries(task, method, climb.nearest(multiplier, self._climbs(task)))
+        tries = self._tries(task, method, learning_rates.nearest(multiplier, self._climbs(task)))
         return None if self._next(tries) else self._best(tries)
 
     def unsettled(self) -> list[str]:
@@ -128,13 +128,13 @@ class Plan:
         return planned.multipliers if planned.climbs_each else (planned.middle,)
 
     def _next(self, tries: dict[float, Spec]) -> list[Spec]:
-        return [tries[rate] for rate in climb.to_try(self._losses(tries), self.rates)]
+        return [tries[rate] for rate in learning_rates.to_try(self._losses(tries), self.rates)]
 
     def _waits(self, task: str) -> bool:
         return bool(self.head_tries(task))
 
     def _head_try(self, task: str, rate: float) -> Spec:
-        planned, begin = self.tasks[task], climb.start(self.rates)
+        planned, begin = self.tasks[task], learning_rates.start(self.rates)
         terms = (planned.middle, TUNING_SEED, begin, planned.steps, self.out, self.device)
         return Spec(task, "lora", *terms, head_rate=rate)
 
@@ -143,11 +143,15 @@ class Plan:
         return {rate: self.spec(task, method, multiplier, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
-        return {rate: climb.loss_of(record) for rate, spec in tries.items() if (record := spec.record()) is not None}
+        return {
+            rate: learning_rates.loss_of(record)
+            for rate, spec in tries.items()
+            if (record := spec.record()) is not None
+        }
 
     def _best(self, tries: dict[float, Spec]) -> float:
         # If every rate diverges, the lowest one shows it.
-        return climb.best(self._losses(tries)) or min(self.rates)
+        return learning_rates.best(self._losses(tries)) or min(self.rates)
 
     def _multipliers(self, task: str, method: str) -> list[float]:
         if method == FROZEN:

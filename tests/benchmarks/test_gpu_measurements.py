@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import bench, check, linears, llama, providers, sizes, step, table, timing
+from benchmarks.gpu import bench, check, linears, llama, providers, sizes, step, tables, timing
 from benchmarks.gpu.problem import decoder_layer
 
 
@@ -65,7 +65,7 @@ def test_a_competitor_that_breaks_or_is_missing_is_left_out_by_name(monkeypatch)
         assert [row["provider"] for row in problem["rows"]] == ["frozen", "ours"]
         assert problem["left_out"] == {"broken": "failed: RuntimeError: out of luck", "missing": "not on this machine"}
     assert len(found.failed) == 3
-    assert "Left out: missing: not on this machine." in table.markdown(found.results)
+    assert "Left out: missing: not on this machine." in tables.markdown(found.results)
 
 
 def test_what_is_timed_launches_the_very_kernels_that_were_checked(monkeypatch):
@@ -220,7 +220,7 @@ def test_what_was_lost_is_listed_also_in_memory():
 
     rows = [row("frozen", 1.0, 10), row("lean", 3.0, 20), row("fast", 1.5, 40), row("ours", 2.0, 30)]
     results = {"linears": {"tables": [{"title": "a layer", "rows": rows}]}}
-    text = table.verdict(results)
+    text = tables.verdict(results)
     assert "less time in 1 of 2" in text
     assert "a layer: 33.3 % slower than fast" in text and "a layer: 50.0 % more peak memory than lean" in text
     assert "slower than lean" not in text and "frozen" not in text

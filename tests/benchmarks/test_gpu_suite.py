@@ -1,6 +1,5 @@
 """The benchmark program for GPUs, on a CPU with tiny sizes: it writes what it should, whatever breaks on the way."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -15,19 +14,20 @@ from benchmarks.common.files import ROOT
 from benchmarks.gpu import (
     bench,
     child,
-    green,
     log,
+    plots,
     program,
     providers,
     pytest_runs,
+    report,
     run,
     sizes,
     step,
-    table,
+    tables,
     timing,
-    writeup,
 )
 from benchmarks.gpu import environment as environment_section
+from benchmarks.gpu.required_tests import AUGMENT, KERNELS, LAYER, ORDER, REALLOCATION, untested
 
 TINY = ["--tiny", "--device", "cpu"]
 SKIP = [*TINY, "--skip-correctness"]
@@ -86,17 +86,17 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {p.name for p in out.iterdir()} in (set(writeup.FILES), set(writeup.FILES) - {"pictures.png"})
-    assert len(writeup.FILES) <= 8
+    assert {p.name for p in out.iterdir()} in (set(report.FILES), set(report.FILES) - {"pictures.png"})
+    assert len(report.FILES) <= 8
     found = read(out)
     assert "unfinished" not in found and not found["failed"]
     assert {name: state["state"] for name, state in found["sections"].items()} == dict.fromkeys(
         sizes.SECTIONS, "complete"
     )
     assert found["environment"]["tiny"] and found["environment"]["device"] == "CPU"
-    assert set(found["correctness"]["files"]) == set(green.ORDER) and found["trainings"]["passed"] == 1
+    assert set(found["correctness"]["files"]) == set(ORDER) and found["trainings"]["passed"] == 1
     assert found["ceilings"]["copy"]["tb_per_s"] > 0
-    cases = 2 + len(sizes.TINY.shapes) * (len(green.KERNELS) - 2)
+    cases = 2 + len(sizes.TINY.shapes) * (len(KERNELS) - 2)
     assert len(found["kernels"]["rows"]) == cases and not found["kernels"]["left_out"]
     assert len(found["linears"]["tables"]) == 1 + len(sizes.TINY.shapes)
     for problem in found["linears"]["tables"]:
@@ -109,11 +109,10 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
     for model in found["step"]["tables"]:
         assert [row["provider"] for row in model["rows"]] == list(step.PROVIDERS)
     assert found["reallocation"]["ranks_moved"]
-    for name in ("linears.csv", "step.csv", "kernels.csv"):
-        with open(out / name) as file:
-            rows = list(csv.DictReader(file))
-        assert rows and all(row["device"] == "CPU (tiny sizes)" for row in rows)
     text = (out / "table.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("###") and line != "### Won and lost"]
+    assert len(titles) == len(found["linears"]["tables"]) + len(found["step"]["tables"]) + 1
+    assert all(title.endswith("CPU (tiny sizes)") for title in titles)
     assert "No figure here says anything about the kernels" in text and "Won and lost" in text
     assert "Kernels alone" in text and "- LoRAFusion-style: its published structure" in text
     assert str(tmp_path) not in text
@@ -211,11 +210,11 @@ def test_whatever_hangs_the_run_ends_by_itself_and_leaves_whole_files(tmp_path):
 import sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "benchmarks")!r}]
 import test_gpu_suite as t
-from benchmarks.gpu import program, run, writeup
+from benchmarks.gpu import program, run, report
 run.child_command = lambda name, folder, *rest: [
     sys.executable, "-c", f"FOLDER, SECTION = {{str(folder)!r}}, {{name!r}}\\n" + t.ENVIRONMENT
 ]
-writeup.finished = lambda *_: time.sleep(600)
+report.finished = lambda *_: time.sleep(600)
 sys.exit(program.main([*t.SKIP, "--only", "ceilings", "--seconds", "9", "--out", {str(tmp_path)!r}]))
 """
     start = time.monotonic()
@@ -259,11 +258,12 @@ def test_a_table_that_cannot_be_made_does_not_take_the_others_along(tmp_path, mo
         raise RuntimeError("out of ink")
 
     instead(monkeypatch, environment=ENVIRONMENT, ceilings=PART + "part({'copy': {'tb_per_s': 2.0}}, True)")
-    monkeypatch.setattr(writeup, "linear_rows", breaks)
+    monkeypatch.setattr(tables, "markdown", breaks)
+    monkeypatch.setattr(plots, "draw", lambda results, path: path.write_text("a picture") and "")
     assert program.main([*SKIP, "--only", "ceilings", "--out", str(tmp_path)]) == 1
     found = read(tmp_path)
-    assert "unfinished" not in found and found["failed"] == ["write-up: linears.csv: RuntimeError: out of ink"]
-    assert (tmp_path / "table.md").exists()
+    assert "unfinished" not in found and found["failed"] == ["write-up: table.md: RuntimeError: out of ink"]
+    assert (tmp_path / "pictures.png").exists()
 
 
 # --- the tests first
@@ -333,30 +333,34 @@ def test_a_process_whose_gpu_is_lost_is_replaced(tmp_path):
 
 
 def test_tests_in_red_or_not_run_leave_out_what_they_are_about():
-    files = {file: dict(FINE) for file in green.ORDER}
+    files = {file: dict(FINE) for file in ORDER}
     results = {"correctness": {"files": files}}
-    assert not green.untested(results, green.REALLOCATION)
+    assert not untested(results, REALLOCATION)
     files["tests/kernels/test_shrink.py"]["failed"] = 2
     files["tests/kernels/test_gated_linear.py"]["unfinished"] = 1
-    assert "2 in tests/kernels/test_shrink.py" in green.untested(results, green.LAYER)
-    assert "1 tests in tests/kernels/test_gated_linear.py" in green.untested(results, green.KERNELS["expand"])
-    assert not green.untested(results, green.KERNELS["input_backward"])
+    assert "2 in tests/kernels/test_shrink.py" in untested(results, LAYER)
+    assert "1 tests in tests/kernels/test_gated_linear.py" in untested(results, KERNELS["expand"])
+    assert not untested(results, KERNELS["input_backward"])
     del files["tests/test_gate_step.py"]
-    assert green.untested(results, green.KERNELS["adaptive_gate_step"]).startswith("untested")
-    assert green.untested({}, green.LAYER) and not green.untested({"correctness": "skipped"}, green.LAYER)
-    assert not green.untested({}, green.KERNELS["reference_forward"])
+    assert untested(results, KERNELS["adaptive_gate_step"]).startswith("untested")
+    assert untested({}, LAYER) and not untested({"correctness": "skipped"}, LAYER)
+    assert not untested({}, KERNELS["reference_forward"])
 
 
 def test_every_test_file_that_a_figure_hangs_on_is_there():
-    assert all((ROOT / file).exists() for file in green.ORDER)
+    assert all((ROOT / file).exists() for file in ORDER)
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
-    assert kernels <= set(green.ORDER)
-    needed = {*green.AUGMENT, *green.REALLOCATION, *(file for files in green.KERNELS.values() for file in files)}
-    assert needed <= set(green.ORDER)
+    assert kernels <= set(ORDER)
+    needed = {
+        *AUGMENT,
+        *REALLOCATION,
+        *(file for files in KERNELS.values() for file in files),
+    }
+    assert needed <= set(ORDER)
 
 
 def test_without_a_green_test_nothing_of_ours_is_timed_and_the_competitors_are(monkeypatch):
-    files = {file: {**FINE, "failed": 1} for file in green.ORDER}
+    files = {file: {**FINE, "failed": 1} for file in ORDER}
     failures = [{"test": "test_shrink.py::test_it", "why": ""}]
     red = {"outcome": "failed", **FINE, "failed": len(files), "files": files, "failures": failures}
     given = tiny_bench(results={"correctness": red}, budget=timing.Budget(100))
@@ -374,7 +378,7 @@ def test_without_a_green_test_nothing_of_ours_is_timed_and_the_competitors_are(m
         assert model["rows"] and not any(row["provider"].startswith("ours") for row in model["rows"])
     assert "ranks_moved" not in found["reallocation"] and found["ceilings"]["products"]
     assert not given.failed
-    text = table.markdown(found)
+    text = tables.markdown(found)
     assert f"**Kernel tests before: {len(files)} failed" in text and "- failed: test_shrink.py::test_it" in text
     assert "Left out: ours: its tests fail" in text and "Left out: shrink" in text
 

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from quality_helpers import ALPHA, InProcess, put_tiny_tasks, spec
 
-from benchmarks.quality import climb, program, schedule
+from benchmarks.quality import learning_rates, program, schedule
 from benchmarks.quality.runs import TUNING_SEED, Spec, store
 
 
@@ -33,12 +33,12 @@ def test_the_program_tunes_runs_resumes_and_reports(tmp_path, capsys):
     records = store(tmp_path).read_all()
     assert all((r["test_loss"] is None) == (r["seed"] == TUNING_SEED) for r in records)
     heads = [r for r in records if r["seed"] == TUNING_SEED and (r["method"], r["rate"]) == ("lora", 1e-2)]
-    head_rate = climb.best({r["head_rate"]: r["validation_loss"] for r in heads})
+    head_rate = learning_rates.best({r["head_rate"]: r["validation_loss"] for r in heads})
     assert {r["head_rate"] for r in heads} == {1e-2, 3e-2}
     assert {s.head_rate for s in launched if s.method != "frozen" and s.seed < 2} == {head_rate}
     for method in ("lora", "l1ra"):
         tried = [r for r in records if (r["method"], r["seed"], r["head_rate"]) == (method, TUNING_SEED, head_rate)]
-        best = climb.best({r["rate"]: r["validation_loss"] for r in tried})
+        best = learning_rates.best({r["rate"]: r["validation_loss"] for r in tried})
         assert {s.rate for s in launched if s.method == method and s.seed < 2} == {best}
     report = (tmp_path / "quality.md").read_text()
     assert f"| the head, beside lora | {head_rate:g} |" in report

@@ -11,29 +11,29 @@ pytest.importorskip("peft")
 pytest.importorskip("scipy")
 
 from benchmarks.common import records
-from benchmarks.quality import climb
+from benchmarks.quality import learning_rates
 from benchmarks.quality.runs import TUNING_SEED, store
 from benchmarks.quality.schedule import Plan, PlannedTask, Queue
 
 
-def walk(loss, rates=climb.RATES):
+def walk(loss, rates=learning_rates.RATES):
     """The rates that a climb tries on ``loss``, a function, and the one it takes."""
     losses = {}
-    while rates_now := climb.to_try(losses, rates):
+    while rates_now := learning_rates.to_try(losses, rates):
         assert not set(rates_now) & set(losses)
         losses |= {rate: loss(rate) for rate in rates_now}
-    return list(losses), climb.best(losses)
+    return list(losses), learning_rates.best(losses)
 
 
 def valley(bottom, diverges=math.inf):
     return lambda rate: math.inf if rate >= diverges else abs(math.log(rate / bottom))
 
 
-@pytest.mark.parametrize("bottom", climb.RATES)
+@pytest.mark.parametrize("bottom", learning_rates.RATES)
 def test_the_climb_finds_the_minimum_and_goes_one_rate_further(bottom):
     tried, best = walk(valley(bottom))
     assert best == bottom and tried[:2] == [2e-3, 4e-3]
-    span = [rate for rate in climb.RATES if min(bottom / 2, 2e-3) * 0.99 < rate < max(bottom * 2, 4e-3) * 1.01]
+    span = [rate for rate in learning_rates.RATES if min(bottom / 2, 2e-3) * 0.99 < rate < max(bottom * 2, 4e-3) * 1.01]
     assert sorted(tried) == span
 
 

@@ -1,6 +1,5 @@
 """The roofline's terms: sums worked by hand, PEFT's real operations, and the page that is kept of it."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -242,15 +241,6 @@ def test_floor_leaves_out_hidden_bytes_and_flops_that_do_not_lengthen_a_product(
     assert roofline.floor_ms(terms, card) == pytest.approx(2.0 + 1.0)
     layer = (("one", 1000, (500,)),)
     assert roofline.frozen_ms(layer, 10**5, card) == pytest.approx(4 * 1000 * 500 * 10**5 / 100e12 * 1e3)
-
-
-def test_csv_holds_every_term(tmp_path):
-    roofline.write_csv(str(tmp_path / "terms.csv"))
-    with open(tmp_path / "terms.csv", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if (r["tokens"], r["rank"], r["design"]) == ("8192", "16", "chain")]
-    passes = roofline.layer_passes(DESIGNS["chain"], MODELS["Llama-3-8B"], 8192, 16)
-    counted = [int(r["read"]) + int(r["write"]) for r in rows if r["model"] == "Llama-3-8B"]
-    assert sum(counted) == sum(roofline.moved(terms) for terms in passes)
 
 
 def test_the_kept_page_is_what_the_program_prints():

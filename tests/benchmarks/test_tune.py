@@ -77,7 +77,7 @@ def test_the_fastest_right_tile_is_taken_and_all_are_named(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "5 tiles are right, 0 left out" in said and tune.show(slow) in said
     taken = next(line for line in said.splitlines() if "taken" in line)
-    assert tune.show(fast) in taken and "-50.0 %" in taken
+    assert tune.show(fast) in taken and "-50.0 (-50.0 to -50.0) %" in taken
     assert any(tune.show(present) in line and line.endswith("present") for line in said.splitlines())
 
 

@@ -1,24 +1,21 @@
-"""Means, intervals and paired differences: pure functions of numbers and records."""
+"""The records of all runs: which of them are reported, and paired differences between methods."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.quality import climb
+from benchmarks.common.records import Record
+from benchmarks.common.statistics import Interval, t_interval
+from benchmarks.quality import learning_rates
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import TUNING_SEED
 
 __all__ = [
-    *("CONFIDENCE", "METRICS", "Difference", "Interval", "Metric", "Results", "Tuned"),
-    *("budget_for", "interval", "paired"),
+    *("METRICS", "Difference", "Metric", "Results", "Tuned", "budget_for", "paired"),
 ]
-
-CONFIDENCE = 0.95
 
 
 class Metric(NamedTuple):
@@ -40,16 +37,6 @@ METRICS = {
     "perplexity": Metric(-1, 1, "perplexity", "perplexity"),
     "agreement": Metric(1, 100, "agreement, %", "agreement, points"),
 }
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and half the width of its t interval, which is None for a single value."""
-
-    mean: float
-    half: float | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -76,23 +63,6 @@ class Difference:
         return "better" if mean * self.sign > 0 else "worse"
 
 
-def interval(values: Iterable[float]) -> Interval:
-    """Mean and 95 % t interval.
-
-    Raises:
-        ValueError: no values.
-    """
-    found = list(values)
-    if not found:
-        raise ValueError("an interval needs values.")
-    if len(found) < 2:
-        return Interval(found[0], None, 1)
-    from scipy import stats
-
-    wide = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)
-    return Interval(statistics.fmean(found), float(wide * statistics.stdev(found) / math.sqrt(len(found))), len(found))
-
-
 def paired(first: Mapping[int, float], second: Mapping[int, float], sign: int) -> Difference | None:
     """``first - second`` over the seeds that both have; None if there are none.
 
@@ -106,7 +76,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], sign: int) -
     differences = [first[seed] - second[seed] for seed in seeds]
     better = sum(d * sign > 0 for d in differences)
     worse = sum(d * sign < 0 for d in differences)
-    return Difference(interval(differences), better, worse, sign)
+    return Difference(t_interval(differences), better, worse, sign)
 
 
 def budget_for(losses: Mapping[float, float], wanted: float) -> float | None:
@@ -223,8 +193,8 @@ class Results:
     def _tried(self, task: str, method: str, multiplier: float) -> dict[float, float]:
         """Of the climb at the budget nearest to this one."""
         climbs = self._climbs(task, method)
-        at = climb.nearest(multiplier, climbs) if climbs else None
-        return {r["rate"]: climb.loss_of(r) for r in self._tries(task, method) if r["multiplier"] == at}
+        at = learning_rates.nearest(multiplier, climbs) if climbs else None
+        return {r["rate"]: learning_rates.loss_of(r) for r in self._tries(task, method) if r["multiplier"] == at}
 
     def _final(self, task: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED and self._counts(r)]
@@ -236,7 +206,7 @@ class Results:
         tried: dict[float, dict[float, float]] = {}  # LoRA's rate -> the head's -> loss
         for record in self.records:
             if (record["task"], record["method"], record["seed"]) == (task, "lora", TUNING_SEED):
-                tried.setdefault(record["rate"], {})[record["head_rate"]] = climb.loss_of(record)
+                tried.setdefault(record["rate"], {})[record["head_rate"]] = learning_rates.loss_of(record)
         return max(tried.values(), key=len, default={})
 
     def _head_rate(self, task: str) -> float | None:
@@ -252,5 +222,5 @@ class Results:
 def _reported(rates: list[float], tried: dict[float, float]) -> float | None:
     # Runs with other rates may lie there from earlier calls: the rate that the climb has chosen, else the one with the
     # most runs.
-    best = climb.best(tried)
+    best = learning_rates.best(tried)
     return best if best in rates else max(sorted(set(rates)), key=rates.count, default=None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import table
-from benchmarks.gpu.table import FROZEN, OURS
+from benchmarks.gpu import tables
+from benchmarks.gpu.tables import FROZEN, OURS
 
 __all__ = ["draw"]
 
@@ -30,7 +30,7 @@ def draw(results: dict[str, Any], path: Path) -> str:
         draw_bars(axis, title, unit, bars)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.suptitle(table.device(results))
+    figure.suptitle(tables.device(results))
     figure.savefig(path, dpi=100)
     return ""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.common.tables import markdown_table, spread_text
+
 __all__ = ["FROZEN", "OURS", "comparison", "device", "markdown", "summary"]
 
 # Rows are compared with the first; the names of all of ours begin with the second.
@@ -73,33 +75,25 @@ def tests_line(title: str, found: Any) -> list[str]:
 
 
 def kernel_table(results: dict[str, Any]) -> str:
-    lines = [
-        f"### Kernels alone, {device(results)}",
-        "",
-        "| | shape | ms | GB/s | share of a copy |",
-        "|---|---|---|---|---|",
+    rows = [
+        [
+            *(row["name"], row["shape"], spread_text(row["ms"], ".4f"), f"{row['gb_per_s']:,.0f}"),
+            f"{100 * row['copy_share']:.0f} %",
+        ]
+        for row in results["kernels"]["rows"]
     ]
-    for row in results["kernels"]["rows"]:
-        share = f"{100 * row['copy_share']:.0f} %"
-        cells = [row["name"], row["shape"], around(row["ms"], ".4f"), f"{row['gb_per_s']:,.0f}", share]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines + left_out(results["kernels"]))
+    head = ["", "shape", "ms", "GB/s", "share of a copy"]
+    return section(f"### Kernels alone, {device(results)}", head, rows, results["kernels"], left=2)
 
 
 def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
-    lines = [
-        f"### {problem['title']}, forward + backward, {device(results)}",
-        "",
-        "| | ms | over frozen | forward ms | backward ms | host ms | peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in problem["rows"]:
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
         medians = [f"{row[key]['median']:.3f}" for key in ("forward_ms", "backward_ms", "host_ms")]
-        cells = [label(row), around(row["total_ms"], ".3f"), percent(row), *medians, peak]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += left_out(problem)
-    return "\n".join(lines)
+        rows.append([label(row), spread_text(row["total_ms"], ".3f"), overhead(row), *medians, peak])
+    head = ["", "ms", "over frozen", "forward ms", "backward ms", "host ms", "peak MiB"]
+    return section(f"### {problem['title']}, forward + backward, {device(results)}", head, rows, problem)
 
 
 def notes(results: dict[str, Any]) -> str:
@@ -110,19 +104,25 @@ def notes(results: dict[str, Any]) -> str:
 
 
 def step_table(results: dict[str, Any], model: dict[str, Any]) -> str:
-    checkpointing = "with" if model["checkpointing"] else "without"
-    lines = [
-        f"### One training step, {model['model']}, {model['batch']} x {model['sequence']} tokens, "
-        f"rank {model['rank']}, {checkpointing} gradient checkpointing, {device(results)}",
-        "",
-        "| | ms a step | tokens/s | over frozen | peak GiB | trained parameters |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in model["rows"]:
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
-        cells = [label(row), around(row["step_ms"], ".1f"), f"{row['tokens_per_s']['median']:,.0f}", percent(row), peak]
-        lines.append(f"| {' | '.join([*cells, format(row['trained_parameters'], ',')])} |")
-    lines += left_out(model)
+        times = [spread_text(row["step_ms"], ".1f"), f"{row['tokens_per_s']['median']:,.0f}"]
+        rows.append([label(row), *times, overhead(row), peak, format(row["trained_parameters"], ",")])
+    checkpointing = "with" if model["checkpointing"] else "without"
+    title = (
+        f"### One training step, {model['model']}, {model['batch']} x {model['sequence']} tokens, "
+        f"rank {model['rank']}, {checkpointing} gradient checkpointing, {device(results)}"
+    )
+    head = ["", "ms a step", "tokens/s", "over frozen", "peak GiB", "trained parameters"]
+    return section(title, head, rows, model)
+
+
+def section(title: str, head: list[str], rows: list[list[str]], found: dict[str, Any], left: int = 1) -> str:
+    """A table under its title, and below it what was left out."""
+    lines = [title, "", markdown_table(head, rows, left)]
+    if found["left_out"]:
+        lines += ["", *(f"Left out: {name}: {reason}." for name, reason in found["left_out"].items())]
     return "\n".join(lines)
 
 
@@ -205,26 +205,11 @@ def the_rest(results: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
+    name = f"**{row['provider']}**" if row["provider"].startswith(OURS) else row["provider"]
     more = row["path"] or row.get("note", "")
-    return (
-        f"**{row['provider']}** ({more})"
-        if row["provider"].startswith(OURS)
-        else row["provider"] + (f" ({more})" if more else "")
-    )
+    return f"{name} ({more})" if more else name
 
 
-def around(values: dict[str, float], digits: str) -> str:
-    return f"{values['median']:{digits}} ({values['p20']:{digits}} to {values['p80']:{digits}})"
-
-
-def percent(row: dict[str, Any]) -> str:
+def overhead(row: dict[str, Any]) -> str:
     over = row["overhead_percent"]
-    return "" if over is None or row["provider"] == FROZEN else f"{around(over, '+.1f')} %"
-
-
-def left_out(found: dict[str, Any]) -> list[str]:
-    return (
-        ["", *(f"Left out: {name}: {reason}." for name, reason in found["left_out"].items())]
-        if found["left_out"]
-        else []
-    )
+    return "" if over is None or row["provider"] == FROZEN else f"{spread_text(over, '+.1f')} %"
