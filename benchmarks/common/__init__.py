@@ -1,1 +1,1 @@
-"""What several benchmarks share. Needs torch and numpy only; ``statistics`` needs scipy too."""
+"""Code that several benchmarks share. Needs torch and numpy only; ``statistics`` needs scipy too."""

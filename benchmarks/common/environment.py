@@ -1,4 +1,4 @@
-"""What a benchmark ran on: processor, versions, commit."""
+"""Processor, versions and commit of a benchmark."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def package_version(name: str) -> str | None:
 
 
 def processor_name() -> str:
-    """The name of the CPU, as far as the system tells it."""
+    """The name of the CPU, or of its architecture."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -38,7 +38,7 @@ def processor_name() -> str:
 
 
 def command_output(*command: str) -> str | None:
-    """What a command prints; None if it can't be run or fails."""
+    """The output of a command; None if it can't be run or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

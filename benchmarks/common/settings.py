@@ -10,7 +10,7 @@ __all__ = ["setting"]
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``"margin=0.3"`` -> ``("margin", 0.3)``; what is no Python literal stays a string.
+    """``"margin=0.3"`` -> ``("margin", 0.3)``; a value that is not a Python literal stays a string.
 
     Raises:
         argparse.ArgumentTypeError: there is no name or no ``=``.

@@ -1,4 +1,4 @@
-"""What the card can do at best: memory traffic, large products, products onto an output, skinny products."""
+"""The rates that the card reaches: memory traffic, large products, products onto an output, skinny products."""
 
 from __future__ import annotations
 

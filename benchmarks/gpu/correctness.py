@@ -1,4 +1,4 @@
-"""The kernels' own tests, and whole trainings, both by pytest. No figure of ours is taken without a green test."""
+"""The kernels' own tests, and whole trainings, both by pytest. No kernel is timed whose tests have not passed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainings(options: dict[str, Any], seconds: float, folder: Path, say: Say, s
 
 
 def workers() -> int:
-    """What the tests wait for on a GPU is the compiler, on the CPU; each process takes half a GB of the GPU."""
+    """On a GPU the tests wait for the compiler, which runs on the CPU; each process takes half a GB of the GPU."""
     return max(LEAST_WORKERS, min(MOST_WORKERS, (os.cpu_count() or 1) - 2))
 
 

@@ -32,7 +32,7 @@ def run(bench: Bench) -> dict[str, Any]:
         lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),
         *(lambda shape=shape: single(bench, shape) for shape in sizes.shapes),
     ]
-    # Not those that an earlier process came to before it died.
+    # Without the problems that an earlier process finished before it died.
     for i, make in list(enumerate(makers))[len(found["tables"]) :]:
         if bench.budget.left <= 0:
             what = f"{len(makers) - i} of {len(makers)} tables of linear layers"

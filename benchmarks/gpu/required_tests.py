@@ -1,4 +1,4 @@
-"""Which tests must have passed before a figure of ours is taken."""
+"""The tests that must have passed before a kernel, the layer, a step or a reallocation is timed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def _kernel(*stems: str) -> tuple[str, ...]:
 
 
 GATES, COMPACTION = "tests/test_gate_step.py", "tests/test_rank_compaction.py"
-# Of each kernel that is timed alone, by the name of its case in kernels.py. What shrink and expand compute shows in the
-# layer's own tests.
+# By the name of a kernel's case in kernels.py. The layer's own tests check the results of shrink and expand, too.
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference_forward": (),
     "shrink": _kernel("shrink", "gated_linear"),
@@ -32,7 +31,7 @@ LAYER = (
 AUGMENT = (*LAYER, *_kernel("augment"))
 STEP = (*LAYER, GATES, "tests/test_recompute.py")
 REALLOCATION = (*STEP, COMPACTION)
-# What figures hang on comes first, should time run out.
+# Tests that others depend on come first, should time run out.
 ORDER = (*REALLOCATION, *_kernel("augment", "dropout", "cuda_graphs", "compilation", "big_addresses", "memory_bounds"))
 
 

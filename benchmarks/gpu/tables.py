@@ -1,4 +1,4 @@
-"""The results as Markdown, with what was lost beside what was won."""
+"""The results as Markdown, including the comparisons that ours loses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(kernel_table(results))
     if results.get("linears", {}).get("tables"):
         parts.append(verdict(results))
-    parts.append(the_rest(results))
+    parts.append(remarks(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -57,7 +57,7 @@ def head(results: dict[str, Any]) -> str:
 
 
 def tests_line(title: str, found: Any) -> list[str]:
-    """What became of tests, in bold unless all passed."""
+    """The outcome of tests, in bold unless all passed."""
     if found == "skipped":
         return ["", "**The kernel tests were skipped: nobody knows whether what was timed is right.**"]
     if not isinstance(found, dict):
@@ -97,7 +97,7 @@ def linear_table(results: dict[str, Any], problem: dict[str, Any]) -> str:
 
 
 def notes(results: dict[str, Any]) -> str:
-    """What the stand-ins of the tables above do."""
+    """How the stand-ins in the tables above work."""
     found = results.get("linears", {})
     shown = {row["provider"] for problem in found.get("tables", []) for row in problem["rows"]}
     return "\n".join(f"- {name}: {text}" for name, text in found.get("notes", {}).items() if name in shown)
@@ -183,7 +183,7 @@ def verdict(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *(["", "Lost:", "", *lost] if lost else [])])
 
 
-def the_rest(results: dict[str, Any]) -> str:
+def remarks(results: dict[str, Any]) -> str:
     lines = []
     if copy := results.get("ceilings", {}).get("copy"):
         lines.append(f"Copy within {device(results)}: {copy['tb_per_s']:.2f} TB/s, read and written.")

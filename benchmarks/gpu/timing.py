@@ -103,7 +103,7 @@ class Clock:
         torch.sum(self._flush, 1, out=self._sums)
 
     def release(self) -> None:
-        """Give the flush buffer and whatever else is unused back to the device."""
+        """Give the flush buffer and other unused memory back to the device."""
         self._flush = self._sums = None
         gc.collect()
         if self.cuda:

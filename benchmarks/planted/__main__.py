@@ -40,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
     p.add_argument("--seeds", type=int, default=5, help="0 ... SEEDS - 1; default 5")
-    p.add_argument("--steps", type=int, help="instead of the case's own")
+    p.add_argument("--steps", type=int, help="number of training steps, instead of the case's own")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each; default 2")
     p.add_argument("--out", type=Path, default=RESULTS / "planted")
-    p.add_argument("--again", action="store_true", help="also what is there already")
+    p.add_argument("--again", action="store_true", help="repeat runs that have a record")
     p.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of L1RAConfig")
     p.add_argument("--label", help="the name of `default` with these settings; default: the settings")
-    p.add_argument("--judge", metavar="LABEL", help="whom the bars are for; default: default, or the label")
+    p.add_argument("--judge", metavar="LABEL", help="the runs that the bars are for; default: default, or the label")
     return p
 
 

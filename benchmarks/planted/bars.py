@@ -1,4 +1,4 @@
-"""What the method has to reach on these cases, computed from the records: met or missed, and never rounded to met.
+"""The bars: what the method has to reach on these cases, computed from the records and met or missed.
 
 - Error over uniform LoRA's: geometric mean of the structured cases at most 1/8. A case counts as no better than 1/1000:
   one that is solved to rounding must not make up for others that are not.

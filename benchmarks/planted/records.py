@@ -1,4 +1,4 @@
-"""The record of a run: what was asked for, what came out, and on what."""
+"""Runs and their records: settings, results, versions and hardware."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Job:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def asked(self) -> dict[str, Any]:
-        """What makes it this run, in plain values: as it is read back from a file."""
+        """The fields that identify the run, in plain values, as they are read back from a file."""
         return json.loads(json.dumps({**asdict(self), "problem": CASES[self.case].settings()}))
 
 
@@ -46,7 +46,7 @@ def store(out: Path) -> RecordStore:
 
 
 def one_thread() -> None:
-    """For a worker, before anything runs in it; here, since a new process can't find what is in ``__main__``."""
+    """Initialise a worker process. It is not in ``__main__``, which a new process can't import it from."""
     torch.set_num_threads(1)
 
 
@@ -71,7 +71,7 @@ def load(job: Job, out: Path) -> dict[str, Any] | None:
 
 
 def outcome(result: Result) -> dict[str, Any]:
-    """The figures of a result, also those that are computed from others."""
+    """The fields of a result, and its properties."""
     # Where only planted layers have an adapter there is nothing to find.
     spread = len(result.ranks) == result.layers
     return {

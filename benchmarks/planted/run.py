@@ -76,7 +76,7 @@ class Result:
 
 
 class Data:
-    """Inputs and targets of a seed, the same whoever asks."""
+    """Inputs and targets of a seed, the same for all methods."""
 
     def __init__(self, case: Case, teacher: nn.Module, seed: int, noise: float) -> None:
         self._case, self._teacher, self._noise = case, teacher, noise
@@ -91,7 +91,7 @@ class Data:
         return x, y + self._noise * torch.randn(y.shape, generator=self._noises) if self._noise else y
 
     def test(self) -> tuple[Tensor, Tensor]:
-        """Fresh inputs, and what the teacher says of them without noise."""
+        """Fresh inputs, and the teacher's outputs without noise."""
         return self._draw(self._case.test_inputs)
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ def _adapt(student: nn.Module, ranks: dict[str, int]) -> None:
 
 @torch.no_grad()
 def _solve(student: nn.Module, teacher: nn.Module) -> None:
-    """Set each adapter to what the teacher's weight has more than the student's."""
+    """Set each adapter to the difference of the teacher's weight and the student's."""
     for name, layer in find_adapters(student):
         u, s, v = torch.linalg.svd(teacher.get_submodule(name).weight - layer.weight)
         root = s[: layer.rank].sqrt().unsqueeze(1)

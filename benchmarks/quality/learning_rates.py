@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RATES", "START", "best", "loss_of", "nearest", "start", "to_try"]
+__all__ = ["RATES", "START", "best", "nearest", "next_rates", "start", "validation_loss_of"]
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 START = 2e-3
@@ -22,7 +22,7 @@ def nearest(value: float, choices: Iterable[float]) -> float:
     return min(sorted(set(choices)), key=lambda choice: abs(math.log(choice / value)))
 
 
-def to_try(losses: Mapping[float, float], rates: Iterable[float] = RATES) -> list[float]:
+def next_rates(losses: Mapping[float, float], rates: Iterable[float] = RATES) -> list[float]:
     """The rates that come next, none when the climb is over.
 
     The rate of the grid nearest to ``START`` and the next higher one come first, then those in the direction of the
@@ -57,7 +57,7 @@ def best(losses: Mapping[float, float]) -> float | None:
     return min(finite, key=lambda rate: (losses[rate], rate), default=None)
 
 
-def loss_of(record: dict[str, Any]) -> float:
+def validation_loss_of(record: dict[str, Any]) -> float:
     """The loss on the validation part; infinite where the training diverged."""
     loss = record["validation_loss"]
     return math.inf if record["diverged"] or loss is None else loss

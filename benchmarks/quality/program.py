@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
     failed: list[str] = []
     made_by = commands(out, argv, trains=not arguments.table_only)  # noted at once: a call may be broken off
     if not arguments.table_only:
-        queue = Queue(arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), guesses())
+        queue = Queue(
+            arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), expected_seconds()
+        )
         queue.launch = launch
         plan = make_plan(arguments, out)
         try:
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         except DataError as error:
             print(f"quality: {error}", file=sys.stderr)
             return 1
-        queue.look_back(store(out).read_all(), arguments.device)
+        queue.use_recorded_times(store(out).read_all(), arguments.device)
         queue.work(plan.ready)
         if plan.unsettled():
             print(f"not begun, as learning rates are still to be tried: {', '.join(plan.unsettled())}")
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
 
 
 def report(out: Path, made_by: list[str]) -> None:
-    """Tables and pictures of what is recorded in ``out``."""
+    """Tables and pictures of the records in ``out``."""
     results = Results(store(out).read_all(), METHODS)
     if not results.records:
         return
@@ -93,7 +95,7 @@ def deadline(minutes: float | None) -> float | None:
     return None if minutes is None else time.monotonic() + 60 * minutes
 
 
-def guesses() -> dict[str, float]:
+def expected_seconds() -> dict[str, float]:
     return {task.name: task.guess for task in TASKS.values()}
 
 
@@ -136,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=TASKS,
         metavar="TASK",
-        help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those that take an hour or two)",
+        help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those of an hour or two)",
     )
     add(
         "--methods",
@@ -176,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="runs side by side (default: 2 on a CPU, 1 on a GPU)")
     add("--minutes", type=float, help="begin no run that would probably end later")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--table-only", action="store_true", help="make tables and pictures of what is recorded")
+    add("--table-only", action="store_true", help="train nothing; make tables and pictures of the records")
     return p
 
 

@@ -19,8 +19,13 @@ __all__ = [
 
 
 class Metric(NamedTuple):
-    """How a metric is told: 1 if more is better, -1 if less is; the factor to its unit; its name with the unit, and the
-    unit of a difference."""
+    """How a metric is shown.
+
+    Attributes:
+        sign: 1 if more is better, -1 if less is.
+        factor: to the unit that is shown.
+        title, difference: name and unit, of the metric and of a difference.
+    """
 
     sign: int
     factor: int
@@ -148,7 +153,7 @@ class Results:
         return {None: next(iter(tuned.values()))} if one else tuned
 
     def head(self, task: str) -> Tuned | None:
-        """The head's rate, beside whatever adapters; None if there are no such runs to report."""
+        """The head's rate, the same for all methods; None if no run to report trains a head."""
         rate = self._head_rates.get(task)
         return None if rate is None else Tuned(rate, self._head_tried(task))
 
@@ -174,7 +179,7 @@ class Results:
         )
 
     def values(self, task: str, method: str, multiplier: float, name: str) -> dict[int, float]:
-        """Seed -> what the record says under ``name``; without those that have no number there."""
+        """Seed -> the value of the field ``name``, without records in which it is None."""
         return {r["seed"]: r[name] for r in self.runs(task, method, multiplier) if r.get(name) is not None}
 
     def _all_runs(self, task: str, method: str, multiplier: float) -> list[Record]:
@@ -194,7 +199,9 @@ class Results:
         """Of the climb at the budget nearest to this one."""
         climbs = self._climbs(task, method)
         at = learning_rates.nearest(multiplier, climbs) if climbs else None
-        return {r["rate"]: learning_rates.loss_of(r) for r in self._tries(task, method) if r["multiplier"] == at}
+        return {
+            r["rate"]: learning_rates.validation_loss_of(r) for r in self._tries(task, method) if r["multiplier"] == at
+        }
 
     def _final(self, task: str) -> list[Record]:
         return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED and self._counts(r)]
@@ -206,7 +213,7 @@ class Results:
         tried: dict[float, dict[float, float]] = {}  # LoRA's rate -> the head's -> loss
         for record in self.records:
             if (record["task"], record["method"], record["seed"]) == (task, "lora", TUNING_SEED):
-                tried.setdefault(record["rate"], {})[record["head_rate"]] = learning_rates.loss_of(record)
+                tried.setdefault(record["rate"], {})[record["head_rate"]] = learning_rates.validation_loss_of(record)
         return max(tried.values(), key=len, default={})
 
     def _head_rate(self, task: str) -> float | None:

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "triton")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a run is, and the folder of its record.
+    """The settings of a run, and the folder of its record.
 
     Attributes:
         task, method: names.
@@ -67,7 +67,7 @@ class Spec:
         return text if self.head_rate is None else f"{text}-head{self.head_rate:g}"
 
     def record(self) -> Record | None:
-        """What was recorded of this run; None if nothing was."""
+        """The record of this run; None if there is none."""
         key = (self.task, self.name, self.multiplier, self.seed, self.rate, self.head_rate)
         return store(self.out).get(*key)
 
@@ -89,7 +89,7 @@ def run(spec: Spec) -> Record:
     """Train, evaluate, and store the record.
 
     Raises:
-        whatever goes wrong; nothing is recorded then.
+        Any error of the training; nothing is recorded then.
     """
     import torch
 

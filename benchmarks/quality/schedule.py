@@ -36,9 +36,9 @@ class PlannedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """The runs that a command line asks for.
 
-    A task's head has one learning rate, whatever adapters are trained beside it: with one rate for both, the adapters
+    A task's head has the same learning rate for all methods: with one rate for both, the adapters
     that bear the head's would be ahead. It is climbed to first, beside LoRA at the rate at which all climbs begin.
 
     Attributes:
@@ -71,7 +71,7 @@ class Plan:
         """The runs without a record that can begin now; with each new record there may be others.
 
         Tries of learning rates first, then the runs that are reported of all methods whose rate is known. Seeds are the
-        outermost loop of these, so that whatever is cut off is cut off for all methods alike.
+        outermost loop of these, so that a call that is broken off has the same seeds of all methods.
         """
         pairs = [(task, method) for task in self.tasks for method in self.methods]
         found = [spec for task in self.tasks for spec in self.head_tries(task)]
@@ -89,7 +89,7 @@ class Plan:
         if not self.tasks[task].has_head or set(self.methods) <= {FROZEN}:
             return []
         losses = self._losses({rate: self._head_try(task, rate) for rate in self.rates})
-        return [self._head_try(task, rate) for rate in learning_rates.to_try(losses, self.rates)]
+        return [self._head_try(task, rate) for rate in learning_rates.next_rates(losses, self.rates)]
 
     def head_rate(self, task: str) -> float | None:
         """The learning rate of the head; None while it is being looked for, and where there is no fresh head."""
@@ -128,7 +128,7 @@ class Plan:
         return planned.multipliers if planned.climbs_each else (planned.middle,)
 
     def _next(self, tries: dict[float, Spec]) -> list[Spec]:
-        return [tries[rate] for rate in learning_rates.to_try(self._losses(tries), self.rates)]
+        return [tries[rate] for rate in learning_rates.next_rates(self._losses(tries), self.rates)]
 
     def _waits(self, task: str) -> bool:
         return bool(self.head_tries(task))
@@ -144,7 +144,7 @@ class Plan:
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
         return {
-            rate: learning_rates.loss_of(record)
+            rate: learning_rates.validation_loss_of(record)
             for rate, spec in tries.items()
             if (record := spec.record()) is not None
         }
@@ -179,7 +179,7 @@ class Queue:
     Attributes:
         deadline: of ``time.monotonic()``; no run begins that would probably end later. None: no limit.
         guess: seconds of a run of a task on a CPU core, until one has been timed.
-        launch: starts a run; what it returns has ``poll`` and ``communicate`` as a ``subprocess.Popen``.
+        launch: starts a run; returns an object with ``poll`` and ``communicate``, as a ``subprocess.Popen`` has.
         failed: names of the runs that did.
         left: runs that could have begun, had there been time.
     """
@@ -209,7 +209,7 @@ class Queue:
                 process, began = running.pop(spec)
                 self._finish(spec, process, time.monotonic() - began, f"[{len(launched) - len(running)}]")
             if ended:
-                # What failed is not tried again.
+                # A failed run is not repeated.
                 todo = [spec for spec in ready() if spec not in launched]
             elif running:
                 time.sleep(POLL)
@@ -226,8 +226,8 @@ class Queue:
             return self._timed[spec.task]
         return self.guess.get(spec.task, 0.0) / (1.0 if spec.device == "cpu" else SPEED_OF_GPU)
 
-    def look_back(self, records: Iterable[dict[str, Any]], device: str) -> None:
-        """Take the times of earlier runs instead of guesses."""
+    def use_recorded_times(self, records: Iterable[dict[str, Any]], device: str) -> None:
+        """Take the times of earlier runs instead of expected_seconds."""
         for record in records:
             if record["base_method"] != FROZEN and record["device"] == device:
                 self._took(record["task"], record["total_seconds"])

@@ -19,7 +19,7 @@ from benchmarks.quality.schedule import Plan, PlannedTask, Queue
 def walk(loss, rates=learning_rates.RATES):
     """The rates that a climb tries on ``loss``, a function, and the one it takes."""
     losses = {}
-    while rates_now := learning_rates.to_try(losses, rates):
+    while rates_now := learning_rates.next_rates(losses, rates):
         assert not set(rates_now) & set(losses)
         losses |= {rate: loss(rate) for rate in rates_now}
     return list(losses), learning_rates.best(losses)
@@ -240,8 +240,10 @@ def test_earlier_runs_tell_how_long_the_next_ones_take(tmp_path):
     (spec,) = plan(tmp_path, ("lora",), rates=(1e-3,)).ready()[:1]
     assert queue.expected(spec) == 50
     common = {"task": "words", "base_method": "lora", "device": "cpu"}
-    queue.look_back([{**common, "total_seconds": 7.0}, {**common, "device": "cuda", "total_seconds": 9.0}], "cpu")
-    queue.look_back([{**common, "base_method": "frozen", "total_seconds": 70.0}], "cpu")
+    queue.use_recorded_times(
+        [{**common, "total_seconds": 7.0}, {**common, "device": "cuda", "total_seconds": 9.0}], "cpu"
+    )
+    queue.use_recorded_times([{**common, "base_method": "frozen", "total_seconds": 70.0}], "cpu")
     assert queue.expected(spec) == 7
 
 
