@@ -8,5 +8,6 @@
 - ``roofline``: modelled bytes and FLOPs of each design.
 - ``tune``: tiles for the GPU at hand.
 
-``results`` holds what was measured, ``common`` the code that several programs share.
+``common`` holds the code that several programs share, ``results`` what was measured. Records of ``planted`` and
+``quality`` are JSON lines, one run a row: ``pandas.read_json("benchmarks/results/quality/rounded.jsonl", lines=True)``.
 """

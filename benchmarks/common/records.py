@@ -47,32 +47,35 @@ class RecordStore:
 
     def add(self, record: Record) -> None:
         """Store a record; it replaces one with the same key."""
-        key = self._key(record)
+        key = tuple(record[name] for name in self.keys)
+        file = self._file(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder):
-            rows = {**self._rows(self._file(key)), key: record}
+            rows = _read(file, self.keys) if file.exists() else {}
+            rows[key] = record
             lines = [
                 json.dumps(rows[key], separators=(",", ":"), ensure_ascii=False) for key in sorted(rows, key=_order)
             ]
-            write_text(self._file(key), "\n".join(lines) + "\n")
+            write_text(file, "\n".join(lines) + "\n")
 
     def _file(self, key: Key) -> Path:
         return self.folder / f"{key[0]}.jsonl"
-
-    def _key(self, record: Record) -> Key:
-        return tuple(record[name] for name in self.keys)
 
     def _rows(self, file: Path) -> dict[Key, Record]:
         try:
             found = file.stat()
         except FileNotFoundError:
             return {}
-        return _read(file, self.keys, (found.st_ino, found.st_mtime_ns, found.st_size))
+        return _cached(file, self.keys, (found.st_ino, found.st_mtime_ns, found.st_size))
 
 
 @functools.lru_cache(maxsize=16)
-def _read(file: Path, keys: tuple[str, ...], version: tuple[int, ...]) -> dict[Key, Record]:
+def _cached(file: Path, keys: tuple[str, ...], version: tuple[int, ...]) -> dict[Key, Record]:
     # A program asks for many records between two changes of a file: ``version`` tells whether it has changed.
+    return _read(file, keys)
+
+
+def _read(file: Path, keys: tuple[str, ...]) -> dict[Key, Record]:
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return {tuple(row[name] for name in keys): row for row in rows}

@@ -215,7 +215,7 @@ run.child_command = lambda name, folder, *rest: [
     sys.executable, "-c", f"FOLDER, SECTION = {{str(folder)!r}}, {{name!r}}\\n" + t.ENVIRONMENT
 ]
 report.finished = lambda *_: time.sleep(600)
-sys.exit(program.main([*t.SKIP, "--only", "ceilings", "--seconds", "9", "--out", {str(tmp_path)!r}]))
+sys.exit(program.main([*t.SKIP, "--only", "ceilings", "--seconds", "5", "--out", {str(tmp_path)!r}]))
 """
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
