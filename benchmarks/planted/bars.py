@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.statistics import Interval, geometric_interval
+from benchmarks.common.tables import interval_text
 from benchmarks.planted.cases import CASES
 
-__all__ = ["Bar", "Records", "bars", "by_case", "errors", "floored", "interval_text", "mean", "over"]
+__all__ = ["Bar", "Records", "bars", "by_case", "errors", "floored", "mean", "over"]
 
 UNIFORM, ORACLE, FACTOR_OF_FLOOR, BEST_RATIO = "uniform", "oracle", 10.0, 1e-3
 MOST_OVER_UNIFORM, MOST_OVER_ORACLE, LEAST_PLACED, MOST_WITHOUT_STRUCTURE = 1 / 8, 3.0, 0.85, 1.03
@@ -168,9 +169,3 @@ def _without_structure(records: Records, case: str, label: str) -> Bar:
         return Bar(demand, "–", None)
     text = interval_text(ratio) + (f"; uniform LoRA from other first rows: {interval_text(luck)}" if luck else "")
     return Bar(demand, text, ratio.mean <= MOST_WITHOUT_STRUCTURE)
-
-
-def interval_text(value: Interval) -> str:
-    """``1.02 (0.98 to 1.06)``."""
-    between = "" if value.low is None else f" ({value.low:.3g} to {value.high:.3g})"
-    return f"{value.mean:.4g}{between}"

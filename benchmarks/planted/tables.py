@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.common.statistics import Interval, geometric_interval
-from benchmarks.common.tables import markdown_table
-from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, interval_text, mean, over
+from benchmarks.common.statistics import geometric_interval
+from benchmarks.common.tables import interval_text, markdown_table
+from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, mean, over
 from benchmarks.planted.run import METHODS
 
 __all__ = ["markdown"]
@@ -92,9 +92,9 @@ def _row(records: Records, case: str, label: str) -> list[str]:
         label,
         interval_text(geometric_interval(own.values())),
         str(len(own)),
-        _ratio(over(records, case, label, UNIFORM)) if label != UNIFORM else "",
+        interval_text(over(records, case, label, UNIFORM)) if label != UNIFORM else "",
         f"{sum(own[seed] > uniform[seed] for seed in both)} of {len(both)}" if both else "",
-        _ratio(over(records, case, label, ORACLE)) if label != ORACLE else "",
+        interval_text(over(records, case, label, ORACLE)) if label != ORACLE else "",
         _percent(mean(records, case, label, "planted_share")),
         _percent(mean(records, case, label, "placed")),
         _percent(mean(records, case, label, "coverage")),
@@ -103,10 +103,6 @@ def _row(records: Records, case: str, label: str) -> list[str]:
         f"{sum(wasted) / sum(dealt):.0%}" if moves else "",
         f"{mean(records, case, label, 'seconds'):.3g}",
     ]
-
-
-def _ratio(value: Interval | None) -> str:
-    return "" if value is None else interval_text(value)
 
 
 def _percent(value: float | None) -> str:
@@ -121,8 +117,8 @@ def _cases(records: Records, judged: str) -> list[list[str]]:
     return [
         [
             case,
-            _ratio(over(records, case, judged, UNIFORM)),
-            _ratio(over(records, case, judged, ORACLE)),
+            interval_text(over(records, case, judged, UNIFORM)),
+            interval_text(over(records, case, judged, ORACLE)),
             _percent(mean(records, case, judged, "coverage")),
             "at the floor" if floored(records, case) else "",
         ]
