@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.common.statistics import geometric_interval
 from benchmarks.common.tables import interval_text, markdown_table
 from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, mean, over
-from benchmarks.planted.run import METHODS
+from benchmarks.planted.training import METHODS
 
 __all__ = ["markdown"]
 

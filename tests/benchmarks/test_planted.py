@@ -11,12 +11,12 @@ import torch
 
 import l1ra
 from benchmarks.common.files import RESULTS
-from benchmarks.planted import records
-from benchmarks.planted.__main__ import main
+from benchmarks.planted import runs
 from benchmarks.planted.bars import bars, by_case, floored, over
 from benchmarks.planted.cases import CASES
-from benchmarks.planted.run import DRIVEN, METHODS, Data, run
+from benchmarks.planted.program import main
 from benchmarks.planted.tables import markdown
+from benchmarks.planted.training import DRIVEN, METHODS, Data, run
 from benchmarks.planted.turnover import Turnover
 from l1ra.allocation import LayerPlan
 
@@ -29,7 +29,7 @@ BRISK = {"interval": 8, "warmup": 0.0, "cooldown": 0.2}
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_default_rule_has_a_third_of_uniform_error_and_spends_the_budget_where_ranks_are_planted(seed):
     # Uniform LoRA's training is in the records: its error needs no further one here.
-    uniform = records.store(RESULTS / "planted").get("mlp", "uniform", seed)
+    uniform = runs.store(RESULTS / "planted").get("mlp", "uniform", seed)
     ours = run("default", seed)
     assert list(uniform["ranks"].values()) == [4] * 8 == list(run("uniform", seed, steps=1).ranks.values())
     assert uniform["steps"] == CASES["mlp"].steps and uniform["problem"] == CASES["mlp"].settings()
@@ -186,8 +186,8 @@ def test_runs_leave_a_record_each_and_are_not_repeated(tmp_path, capsys, monkeyp
     assert "error 0.1562" in capsys.readouterr().out
 
     ran = []
-    perform = records.perform
-    monkeypatch.setattr("benchmarks.planted.__main__.perform", lambda job, out: ran.append(job) or perform(job, out))
+    perform = runs.perform
+    monkeypatch.setattr("benchmarks.planted.program.perform", lambda job, out: ran.append(job) or perform(job, out))
     main(asked)
     assert ran == [] and capsys.readouterr().out.count("from before") == 4
     # A run with other settings is another run, under its name or the same.
@@ -202,9 +202,9 @@ def test_runs_leave_a_record_each_and_are_not_repeated(tmp_path, capsys, monkeyp
 
 
 def test_a_new_process_finds_what_a_worker_is_given():
-    for function in (records.perform, records.one_thread):
-        assert function.__module__ == "benchmarks.planted.records"  # not __main__, which is another one there
-    job = records.Job("mlp", "default", "gentle", 0, 3, {"margin": 0.3})
+    for function in (runs.perform, runs.one_thread):
+        assert function.__module__ == "benchmarks.planted.runs"  # not __main__, which is another one there
+    job = runs.Job("mlp", "default", "gentle", 0, 3, {"margin": 0.3})
     assert pickle.loads(pickle.dumps(job)) == job
 
 

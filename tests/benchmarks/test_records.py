@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.common.files import RESULTS
 from benchmarks.common.records import RecordStore
-from benchmarks.planted import records as planted
+from benchmarks.planted import runs as planted
 from benchmarks.planted import tables as planted_tables
 
 KEYS = ("task", "seed", "rate")

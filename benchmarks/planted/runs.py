@@ -16,7 +16,7 @@ from benchmarks.common.environment import git_commit, processor_name, versions
 from benchmarks.common.files import ROOT
 from benchmarks.common.records import RecordStore
 from benchmarks.planted.cases import CASES
-from benchmarks.planted.run import DRIVEN, Result, run
+from benchmarks.planted.training import DRIVEN, Result, run
 
 __all__ = ["Job", "load", "one_thread", "perform", "store"]
 
@@ -46,7 +46,7 @@ def store(out: Path) -> RecordStore:
 
 
 def one_thread() -> None:
-    """Initialise a worker process. It is not in ``__main__``, which a new process can't import it from."""
+    """Initialise a worker process."""
     torch.set_num_threads(1)
 
 
