@@ -41,7 +41,7 @@ from benchmarks.gpu.sizes import Shape
 from benchmarks.gpu.step import BottomBias
 from benchmarks.gpu.tables import FROZEN, OURS
 from benchmarks.gpu.timing import Budget, Work, interleave
-from l1ra.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 __all__ = ["TypedBench", "layer_works", "model_works"]
 

@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from l1ra.targets import select_targets
+from l1ra.model.targets import select_targets
 
 UNITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NUMBERS = UNITS + [f"{n}teen" for n in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]

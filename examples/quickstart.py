@@ -38,7 +38,7 @@ from transformers import (
 )
 
 import l1ra
-from l1ra.targets import saved_modules, select_targets
+from l1ra.model.targets import saved_modules, select_targets
 
 RANKS_PER_ADAPTER = 2
 

@@ -1,15 +1,16 @@
 """L1RA: low-rank adapters whose ranks find their layers while the model trains."""
 
 from l1ra.config import L1RAConfig
-from l1ra.controller import RankController
-from l1ra.doctor import doctor
-from l1ra.linear import L1RALinear
-from l1ra.merge import merge, unmerge
-from l1ra.patch import patch, unpatch
-from l1ra.peft_export import export_peft
-from l1ra.peft_import import from_peft
-from l1ra.report import plot_ranks, report
-from l1ra.restore import load
+from l1ra.files.peft_export import export_peft
+from l1ra.layers.linear import L1RALinear
+from l1ra.model.load import load
+from l1ra.model.merge import merge, unmerge
+from l1ra.model.patch import patch, unpatch
+from l1ra.model.peft_import import from_peft
+from l1ra.reporting.doctor import doctor
+from l1ra.reporting.plot import plot_ranks
+from l1ra.reporting.table import report
+from l1ra.training.controller import RankController
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from l1ra.doctor import doctor
+from l1ra.reporting.doctor import doctor
 
 if __name__ == "__main__":
     found = doctor()

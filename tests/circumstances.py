@@ -20,9 +20,9 @@ from helpers import SIZES, trainable
 from torch import Tensor, nn
 
 import l1ra
-from l1ra import probing
-from l1ra.linear import find_adapters
-from l1ra.targets import saved_modules, select_targets
+from l1ra.layers.adapted_model import find_adapters
+from l1ra.model.targets import saved_modules, select_targets
+from l1ra.training import probes as probing
 from l1ra_kernels import choice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

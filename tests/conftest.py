@@ -23,13 +23,3 @@ def _same_start():
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):  # where transformers' Trainer tells accelerate of bf16 and the compiler
         yield
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory):
-    """Of the tiny Llama that is loaded with quantised weights."""
-    from quantised_helpers import save_llama
-
-    folder = tmp_path_factory.mktemp("llama")
-    save_llama(folder)
-    return folder

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import l1ra
-from l1ra.allocation import LayerPlan
-from l1ra.linear import L1RALinear
+from l1ra.allocation.plan import LayerPlan
+from l1ra.layers.linear import L1RALinear
 
 # Name -> how to make it from parameters: the optimizers that users of adapters reach for.
 OPTIMIZERS = {

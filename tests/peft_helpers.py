@@ -9,8 +9,8 @@ from helpers import full, shake, tokens
 from torch import nn
 
 import l1ra
-from l1ra.linear import find_adapters
-from l1ra.peft_export import CONFIG
+from l1ra.files.peft_export import CONFIG
+from l1ra.layers.adapted_model import find_adapters
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors")

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("l1ra/**/*.py"), *ROOT.glob("l1ra_kernels/**/*.py")])
+# Of l1ra, from top to bottom; "" is the package itself, which collects the public names.
+ROOMS = ["__main__", "", "reporting", "model", "training", "integrations", "files", "layers", "allocation", "config"]
 # What users may not have, or what costs seconds to import.
 OPTIONAL = {"transformers", "trl", "peft", "accelerate", "datasets", "matplotlib", "sklearn", "pandas", "bitsandbytes"}
 
@@ -39,28 +41,57 @@ def test_each_file_imports_only_what_its_package_may(path):
     allowed = {"torch", "numpy", "l1ra", "l1ra_kernels"}
     if parts[:2] == ("l1ra", "integrations"):
         allowed |= {"transformers", "accelerate"}
-    if path.name in ("checkpoint.py", "peft_export.py", "peft_import.py", "saving.py"):
+    if path.name in ("checkpoint.py", "peft_export.py", "peft_import.py", "save_pretrained.py"):
         allowed |= {"safetensors"}
-    if path.name in ("merged_weight.py", "state_values.py"):
+    if path.name in ("merged_weight.py", "quantised_state.py"):
         allowed |= {"bitsandbytes"}
     if path.name == "self_check.py":
         allowed |= {"transformers", "bitsandbytes"}
-    if path.name == "report.py":
+    if path.name == "plot.py":
         allowed |= {"matplotlib"}
     assert names(path) <= allowed
     for name, lazily in imports(path):
         assert lazily or name not in OPTIONAL, f"{name} is imported before it is needed"
 
 
-def test_no_file_imports_one_that_imports_it():
-    def imported(path):
-        tree = ast.parse(path.read_text())
-        types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-        for_types = {id(n) for block in types for n in ast.walk(block)}
-        return {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and id(n) not in for_types}
+def modules_imported(path):
+    """Full names of the modules of these packages that a file imports, anywhere in it, also for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            submodules = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in MODULES else node.module for name in submodules}
+    return found & MODULES.keys()
 
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
-    TopologicalSorter({name: imported(path) & names.keys() for name, path in names.items()}).prepare()
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def is_method(module):
+    return module.partition(".")[0] == "l1ra"
+
+
+def room_of(module):
+    """The folder of ``l1ra`` in which a module lies, or the name of a file in no folder; "" is the package itself."""
+    return module.removeprefix("l1ra").lstrip(".").partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_from_each_room_to_rooms_below_it(path):
+    module = next(name for name, file in MODULES.items() if file == path)
+    if is_method(module):
+        below = ROOMS[ROOMS.index(room_of(module)) :]
+        assert {room_of(name) for name in modules_imported(path) if is_method(name)} <= set(below)
+
+
+def test_every_room_is_there_and_has_files():
+    assert {room_of(name) for name in MODULES if is_method(name)} == set(ROOMS)
+
+
+def test_no_file_imports_one_that_imports_it():
+    TopologicalSorter({name: modules_imported(path) for name, path in MODULES.items()}).prepare()
 
 
 def test_there_is_something_to_look_at():

@@ -20,7 +20,7 @@ from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING, DecoderLinears
 from benchmarks.gpu.tables import FROZEN, OURS
 from benchmarks.gpu.unsloth_style import UnslothStyle, together
-from l1ra.room import has_use_for_room
+from l1ra.layers.padded_weight import has_use_for_room
 
 __all__ = ["NOTES", "PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.step import timed
 from l1ra import L1RALinear, RankController
-from l1ra.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 __all__ = ["run"]
 

@@ -12,7 +12,7 @@ def _kernel(*stems: str) -> tuple[str, ...]:
     return tuple(f"tests/kernels/test_{stem}.py" for stem in stems)
 
 
-GATES, COMPACTION = "tests/test_gate_step.py", "tests/test_rank_compaction.py"
+GATES, COMPACTION = "tests/kernels/test_gate_step.py", "tests/kernels/test_rank_compaction.py"
 # By the name of a kernel's case in kernels.py. The layer's own tests check the results of shrink and expand, too.
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference_forward": (),
@@ -26,10 +26,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 LAYER = (
     *_kernel("shrink", "output_backward", "input_backward", "reductions", "gated_linear", "pruned_ranks"),
-    *("tests/test_fused_layers.py", *_kernel("autograd", "unwritten_memory")),
+    *("tests/layers/test_fused_layers.py", *_kernel("autograd", "unwritten_memory")),
 )
 AUGMENT = (*LAYER, *_kernel("augment"))
-STEP = (*LAYER, GATES, "tests/test_recompute.py")
+STEP = (*LAYER, GATES, "tests/layers/test_recompute.py")
 REALLOCATION = (*STEP, COMPACTION)
 # Tests that others depend on come first, should time run out.
 ORDER = (*REALLOCATION, *_kernel("augment", "dropout", "cuda_graphs", "compilation", "big_addresses", "memory_bounds"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import l1ra
 from benchmarks.planted.cases import CASES, Case
 from benchmarks.planted.turnover import Turnover
-from l1ra.linear import find_adapters
+from l1ra.layers.adapted_model import find_adapters
 
 __all__ = ["METHODS", "Data", "Result", "run"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from l1ra import RankController
-from l1ra.allocation import LayerPlan
+from l1ra.allocation.plan import LayerPlan
 
 __all__ = ["Turnover"]
 

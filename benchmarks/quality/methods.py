@@ -13,8 +13,8 @@ from torch import nn
 
 import l1ra
 from benchmarks.quality import models
-from l1ra.base_layers import base_features
-from l1ra.targets import saved_modules, select_targets
+from l1ra.layers.base_layers import base_features
+from l1ra.model.targets import saved_modules, select_targets
 
 __all__ = ["FROZEN", "METHODS", "Adapted", "adapt", "budget_of"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.data import CACHE, DataError, aside, keep, packaged_model, pip
-from l1ra.targets import saved_modules
+from l1ra.model.targets import saved_modules
 
 __all__ = ["fresh_head", "load", "minilm", "smollm2", "tokenizer"]
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from l1ra.rank_map import Place, places
+from l1ra.reporting.rank_map import Place, places
 
 __all__ = ["by_depth", "by_projection", "share_behind"]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from l1ra.adapted import carried_tensors, controller_of
-from l1ra.checkpoint import read
+from l1ra.files.checkpoint import read
+from l1ra.layers.adapted_model import carried_tensors, controller_of
 
 __all__ = ["FOLDER", "WEIGHTS", "ResumeWithTrainer", "join_trainer", "trainer_in"]
 

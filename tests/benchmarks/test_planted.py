@@ -18,7 +18,7 @@ from benchmarks.planted.program import main
 from benchmarks.planted.tables import markdown
 from benchmarks.planted.training import DRIVEN, METHODS, Data, run
 from benchmarks.planted.turnover import Turnover
-from l1ra.allocation import LayerPlan
+from l1ra.allocation.plan import LayerPlan
 
 # Where only a step or two are run, no rank moves.
 pytestmark = pytest.mark.filterwarnings("ignore:no rank will move")

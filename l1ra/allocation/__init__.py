@@ -1,0 +1,1 @@
+"""How ranks are distributed: pure functions of numbers and tensors, without modules."""

@@ -1,0 +1,1 @@
+"""The adapted linear layer: its forward, its parameters, and how rows are added and removed."""

@@ -1,0 +1,87 @@
+"""What a model with adapters contains: the adapters, their controller, and the other tensors that training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from l1ra.layers.base_layers import base_features
+from l1ra.layers.linear import L1RALinear
+from l1ra.layers.low_rank import PARTS
+
+__all__ = [
+    "CONTROLLER",
+    "carried_tensors",
+    "controller_of",
+    "find_adapters",
+    "listed",
+    "task_head",
+    "trained_modules",
+    "trained_tensors",
+]
+
+CONTROLLER = "_l1ra_controller"  # attribute of a model
+# Heads of transformers' task models, newly initialised when a pretrained model is loaded, and the classes with one.
+HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
+TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+TASKS += ("ForImageClassification", "ForVideoClassification", "ForAudioClassification", "ForAudioFrameClassification")
+
+
+def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
+    """Every :class:`L1RALinear` of ``model`` with its name as in ``named_modules()``."""
+    for name, module in model.named_modules():
+        if isinstance(module, L1RALinear):
+            yield name, module
+
+
+def controller_of(model: nn.Module) -> Any:
+    """The ``RankController`` of ``model``, or None."""
+    return getattr(model, CONTROLLER, None)
+
+
+def task_head(model: nn.Module) -> dict[str, nn.Module]:
+    """The head of a transformers model for classification or question answering, by name; empty for other models."""
+    has_head = type(model).__name__.endswith(TASKS)
+    return {name: module for name, module in model.named_children() if has_head and name in HEADS}
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules other than adapters that own trainable parameters, under each of their names."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, L1RALinear)
+        and any(p is not None and p.requires_grad for p in module._parameters.values())
+    }
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors outside of the adapters that training changes, by name in the state dict.
+
+    These are the trainable parameters, those inside an adapted layer too, and buffers such as the running statistics of
+    a normalisation. A tensor with several names is listed under the first.
+    """
+    adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in PARTS}
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
+    for name, module in model.named_modules():
+        # Buffers of a linear layer are its quantised weight, which no training changes.
+        if base_features(module) is None:
+            for key, value in module._buffers.items():
+                if value is not None and key not in module._non_persistent_buffers_set:
+                    found[f"{name}.{key}" if name else key] = value
+    return found
+
+
+def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors that training changes, by name in the state dict: those of the adapters with all their rows, and
+    :func:`trained_tensors`."""
+    adapters = {f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in PARTS}
+    return {**adapters, **trained_tensors(model)}
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for a message; of more than eight the first eight and the number of the others."""
+    first = ", ".join(list(names)[:8])
+    return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"

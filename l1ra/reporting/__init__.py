@@ -1,0 +1,1 @@
+"""What a user looks at: tables, pictures, the self-check."""

@@ -1,0 +1,183 @@
+"""Data-parallel training: two real processes (gloo) with a replica each move the same ranks, or rest and say why."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+from helpers import patched, same_bits, step, trainable
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if not distributed.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+from torch.distributed.algorithms.join import Join
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from l1ra.training.data_parallel import Replicas, processes
+
+STEPS = 60
+MOVING = {  # name -> settings of patch; None: another value in each process
+    "replicas": {},
+    "with a limit": {"min_coherence": 0.2},
+    "gradient rows": {"new_rows": "gradient"},
+    "other seeds": {"seed": None},
+    "nothing to learn at first": {},
+}
+RESTING = {  # name -> what the warning says
+    "no reserve": r"Pass reserve=<rows> to l1ra.patch",
+    "each for itself": "each process trains for itself",
+    "sharded": "sharded",
+    "parts of an optimizer": "ZeroRedundancyOptimizer",
+    "other totals": "its processes differ in total_steps: 60 and 61",
+    "uneven batches": "under Join",
+}
+
+
+def begin(number, name, seed=0):
+    torch.manual_seed(seed)
+    settings = {"reserve": None if name == "no reserve" else 12, "total_steps": STEPS, **MOVING.get(name, {})}
+    if name == "other totals":
+        settings["total_steps"] += number
+    settings = {key: number if key == "seed" else value for key, value in settings.items()}
+    model, controller, optimizer, x, y = patched(16, **settings)
+    replica = model
+    if name == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        replica = fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    elif name != "each for itself":
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
+    if name == "parts of an optimizer":
+        optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
+    return model, controller, optimizer, x[number::2], y[number::2], replica
+
+
+def told(model, controller, said):
+    return {
+        "history": controller.history,
+        "model": {name: value.clone() for name, value in model.state_dict().items()},
+        "said": [str(warning.message) for warning in said],
+    }
+
+
+def train(number, name):
+    model, controller, optimizer, x, y, replica = begin(number, name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        if name == "nothing to learn at first":
+            (0 * replica(x).sum()).backward()
+            optimizer.step()
+        with Join([replica]) if name == "uneven batches" else nullcontext():
+            more = {"nothing to learn at first": -1, "uneven batches": -3 * number}.get(name, 0)
+            for _ in range(STEPS + more):
+                step(replica, optimizer, x, y)
+    return told(model, controller, said) if name != "sharded" else told(nn.Module(), controller, said)
+
+
+def resume(number):
+    """From the first process' checkpoint of a moment at which probes look, in all processes, twice."""
+    name = "with a limit"
+    model, controller, optimizer, x, y, replica = begin(number, name)
+    for _ in range(25):
+        step(replica, optimizer, x, y)
+    looking = bool(controller._interval.probing) and not controller._interval.closing
+    saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))]
+    distributed.broadcast_object_list(saved, src=0)
+    model, controller, optimizer, x, y, replica = begin(number, name, seed=1)
+    seen = []
+    for _ in range(2):
+        for part, state in zip((model, optimizer, controller), saved[0], strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+        step(replica, optimizer, x, y)
+        seen += [{probe.seen.item() for probe in controller._interval.probing._probes.values()}]
+    for _ in range(26, STEPS):
+        step(replica, optimizer, x, y)
+    return told(model, controller, []) | {"looking": looking, "seen": seen}
+
+
+def while_others_wait(number):
+    """The first process trains, the second does not."""
+    return train(0, "each for itself") if number == 0 else None
+
+
+def work(number, folder):
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=60)
+    meeting = {"init_method": f"file://{folder}/meeting", "rank": number, "world_size": 2, "timeout": limit}
+    distributed.init_process_group("gloo", **meeting)
+    found = {name: train(number, name) for name in (*MOVING, *RESTING)}
+    found["resumed"], found["alone"] = resume(number), while_others_wait(number)
+    torch.save(found, folder / f"{number}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicas")
+    multiprocessing.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"{number}.pt", weights_only=False) for number in range(2)]
+
+
+@pytest.mark.parametrize("name", [*MOVING, "resumed"])
+def test_replicas_take_the_same_decisions_and_stay_the_same(found, name):
+    first, second = (part[name] for part in found)
+    assert first["history"] == second["history"] and len(first["history"]) > 5
+    assert sum(entry["moved"] for entry in first["history"]) > 0
+    assert first["model"].keys() == second["model"].keys()
+    assert all(same_bits(value, second["model"][key]) for key, value in first["model"].items())
+    assert not first["said"] and not second["said"]
+
+
+def test_replicas_do_what_one_process_does_with_all_examples(found):
+    torch.manual_seed(0)
+    model, controller, optimizer, x, y = patched(16, total_steps=STEPS, reserve=12)
+    for _ in range(STEPS):
+        step(model, optimizer, x, y)
+    replica = found[0]["replicas"]
+    assert [entry["ranks"] for entry in controller.history] == [entry["ranks"] for entry in replica["history"]]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(replica["model"][name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_what_all_processes_have_seen_counts(found):
+    looked = [entry["coherence"] for entry in found[0]["with a limit"]["history"][1:]]
+    assert all(len(entry) == 4 for entry in looked)
+    torch.manual_seed(0)
+    model, controller, optimizer, x, y = patched(16, total_steps=STEPS, reserve=12, min_coherence=0.2)
+    for _ in range(6):
+        step(model, optimizer, x[::2], y[::2])
+    alone = controller.history[1]["coherence"]
+    assert all(abs(looked[0][name] - alone[name]) > 1e-3 for name in alone)  # half of the gradients say something else
+
+
+def test_a_checkpoint_in_the_midst_of_looking_counts_once(found):
+    first, second = (part["resumed"] for part in found)
+    assert first["looking"] and second["looking"]
+    assert first["seen"] == [{2.0}, {2.0}] and second["seen"] == [{1.0}, {1.0}]
+
+
+@pytest.mark.parametrize("name", RESTING)
+def test_ranks_rest_where_they_must_and_a_warning_says_why(found, name):
+    for part in found:
+        (said,) = part[name]["said"]
+        assert "no rank moves in this distributed training" in said and RESTING[name] in said
+        assert len(part[name]["history"]) == 1
+        gates = [value for key, value in part[name]["model"].items() if key.endswith("gate")]
+        assert len(gates) == (0 if name == "sharded" else 4) and all((gate[:4] == 1).all() for gate in gates)
+
+
+def test_a_process_that_trains_alone_waits_for_nobody(found):
+    assert "each process trains for itself" in found[0]["alone"]["said"][0] and found[1]["alone"] is None
+
+
+def test_alone_everything_is_as_it_is():
+    rows, alone = [torch.ones(2)], Replicas()
+    alone.add_up(rows)
+    assert alone.agreed(rows) is rows and torch.equal(rows[0], torch.ones(2))
+    assert (processes(), alone.number, alone.all(3)) == (1, 0, [3])
