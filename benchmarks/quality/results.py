@@ -129,8 +129,13 @@ class Results:
         known = list(order)
         found = {r["method"] for r in self.records}
         self.methods = [m for m in known if m in found] + sorted(found - set(known))
-        self._head_rates = {task: self._head_rate(task) for task in {r["task"] for r in self.records}}
-        runs = {(r["task"], r["method"], r["multiplier"]) for r in self.records if r["seed"] != TUNING_SEED}
+        # By task: the runs that may be reported, and the tries of learning rates.
+        self._finals: dict[str, list[Record]] = {r["task"]: [] for r in self.records}
+        self._tuning: dict[str, list[Record]] = {task: [] for task in self._finals}
+        for r in self.records:
+            (self._tuning if r["seed"] == TUNING_SEED else self._finals)[r["task"]].append(r)
+        self._head_rates = {task: self._head_rate(task) for task in self._finals}
+        runs = {(task, r["method"], r["multiplier"]) for task, finals in self._finals.items() for r in finals}
         self._rates = {run: self._rate(*run) for run in runs}
 
     def metric(self, task: str) -> str:
@@ -139,7 +144,7 @@ class Results:
 
     def tasks(self) -> list[str]:
         """Tasks with anything to report, in order of appearance."""
-        return list(dict.fromkeys(r["task"] for r in self.records if r["seed"] != TUNING_SEED))
+        return [task for task, finals in self._finals.items() if finals]
 
     def multipliers(self, task: str) -> list[float]:
         """Budgets at which anything was trained, in order."""
@@ -192,8 +197,7 @@ class Results:
         return {r["multiplier"] for r in self._tries(task, method)}
 
     def _tries(self, task: str, method: str) -> list[Record]:
-        wanted = (task, method, TUNING_SEED)
-        return [r for r in self.records if (r["task"], r["method"], r["seed"]) == wanted and self._counts(r)]
+        return [r for r in self._tuning[task] if r["method"] == method and self._counts(r)]
 
     def _tried(self, task: str, method: str, multiplier: float) -> dict[float, float]:
         """Of the climb at the budget nearest to this one."""
@@ -204,21 +208,21 @@ class Results:
         }
 
     def _final(self, task: str) -> list[Record]:
-        return [r for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED and self._counts(r)]
+        return [r for r in self._finals[task] if self._counts(r)]
 
     def _counts(self, record: Record) -> bool:
         return record["head_rate"] in (None, self._head_rates[record["task"]])
 
     def _head_tried(self, task: str) -> dict[float, float]:
         tried: dict[float, dict[float, float]] = {}  # LoRA's rate -> the head's -> loss
-        for record in self.records:
-            if (record["task"], record["method"], record["seed"]) == (task, "lora", TUNING_SEED):
+        for record in self._tuning[task]:
+            if record["method"] == "lora":
                 tried.setdefault(record["rate"], {})[record["head_rate"]] = learning_rates.validation_loss_of(record)
         return max(tried.values(), key=len, default={})
 
     def _head_rate(self, task: str) -> float | None:
-        finals = [r["head_rate"] for r in self.records if r["task"] == task and r["seed"] != TUNING_SEED]
-        return _reported([rate for rate in finals if rate is not None], self._head_tried(task))
+        rates = [r["head_rate"] for r in self._finals[task] if r["head_rate"] is not None]
+        return _reported(rates, self._head_tried(task))
 
     def _rate(self, task: str, method: str, multiplier: float) -> float | None:
         runs = [r for r in self._final(task) if (r["method"], r["multiplier"]) == (method, multiplier)]

@@ -1,19 +1,17 @@
 """Records of runs: none is lost or half there, whoever writes; and the committed pages are made from committed ones."""
 
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from benchmarks.common.files import RESULTS
+from benchmarks.common.files import RESULTS, ROOT
 from benchmarks.common.records import RecordStore
 from benchmarks.planted import runs as planted
 from benchmarks.planted import tables as planted_tables
 
 KEYS = ("task", "seed", "rate")
-ROWS = 40
 
 
 def record(seed, rate=None, task="words", **more):
@@ -43,37 +41,43 @@ def test_pandas_reads_them(tmp_path):
     assert pandas.read_json(tmp_path / "words.jsonl", lines=True)["loss"].tolist() == pytest.approx([0.1, 1.1, 2.1])
 
 
-def add_many(folder, first):
-    for seed in range(first, ROWS, 2):
-        RecordStore(folder, KEYS).add(record(seed, text="x" * 2000))
+ADD_MANY = """
+for seed in range(first, 40, 2):
+    RecordStore(folder, keys).add({"task": "words", "seed": seed, "rate": None, "text": "x" * 2000})
+"""
+STOP_WHILE_ADDING = """
+import pathlib, time
+pathlib.Path.replace = lambda *paths: time.sleep(60)
+RecordStore(folder, keys).add({"task": "words", "seed": first, "rate": None})
+"""
+
+
+def writer(program, folder, first):
+    """A process that runs ``program``."""
+    names = f"from pathlib import Path\nfolder, keys, first = Path({str(folder)!r}), {KEYS!r}, {first}\n"
+    text = f"from benchmarks.common.records import RecordStore\n{names}{program}"
+    return subprocess.Popen([sys.executable, "-c", text], cwd=ROOT)
 
 
 def test_two_processes_lose_none_of_their_records_and_a_reader_finds_whole_ones(tmp_path):
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=add_many, args=(tmp_path, first)) for first in (0, 1)]
-    for writer in writers:
-        writer.start()
+    writers = [writer(ADD_MANY, tmp_path, first) for first in (0, 1)]
     store, counts = RecordStore(tmp_path, KEYS), []
-    while any(writer.is_alive() for writer in writers):
+    while any(process.poll() is None for process in writers):
         counts.append(len(store.read_all()))  # raises if a row is not whole
+    assert [process.returncode for process in writers] == [0, 0]
     assert counts == sorted(counts)
-    assert [found["seed"] for found in store.read_all()] == list(range(ROWS))
-
-
-def add_and_stop(folder):
-    type(folder).replace = lambda *paths: time.sleep(60)
-    RecordStore(folder, KEYS).add(record(1))
+    assert [found["seed"] for found in store.read_all()] == list(range(40))
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_the_earlier_records_and_no_lock(tmp_path):
     store = RecordStore(tmp_path, KEYS)
     store.add(record(0))
-    writer = multiprocessing.get_context("fork").Process(target=add_and_stop, args=(tmp_path,))
-    writer.start()
+    process = writer(STOP_WHILE_ADDING, tmp_path, 1)
     while len(list(tmp_path.iterdir())) < 2:  # the temporary file
+        assert process.poll() is None
         time.sleep(0.01)
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join()
+    process.kill()
+    process.wait()
     assert store.read_all() == [record(0)]
     store.add(record(2))
     assert [found["seed"] for found in store.read_all()] == [0, 2]
