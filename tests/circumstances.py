@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
 from l1ra.model.targets import saved_modules, select_targets
-from l1ra.training import probes as probing
+from l1ra.training import probes as probes
 from l1ra_kernels import choice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ SETTINGS = {
     "min_coherence": -1.0,
 }
 RANKS = 2  # of each adapter at first
-PROBE_RANKS = probing.PROBE_RANKS if DEVICE == "cuda" else 3  # the interpreter takes its time for each
+PROBE_RANKS = probes.PROBE_RANKS if DEVICE == "cuda" else 3  # the interpreter takes its time for each
 
 
 ONE_LAYER = {**SIZES, "num_hidden_layers": 1}
@@ -398,7 +398,7 @@ def built(name: str, how: Circumstance) -> nn.Module:
 def train(name: str, how: Circumstance, kernels: str, audit: Callable[[Training], None], process: int = 0) -> dict:
     """Losses and ranks of a training; ``audit`` is called with the gradients of each step on the parameters."""
     model = built(name, how)
-    with choice.using(kernels), mock.patch.object(probing, "PROBE_RANKS", PROBE_RANKS):
+    with choice.using(kernels), mock.patch.object(probes, "PROBE_RANKS", PROBE_RANKS):
         count = len(select_targets(model, "all-linear", saved_modules(model, None)))
         controller = l1ra.patch(model, RANKS * count, **SETTINGS, **how.settings)
         optimizer = torch.optim.AdamW(trainable(model), lr=5e-3, eps=1e-5)

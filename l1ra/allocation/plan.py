@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerPlan", "Plan", "allocate", "returned", "spread", "surplus"]
+__all__ = ["LayerPlan", "Plan", "allocate", "ranks_given_back", "spread", "surplus"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def allocate(
         caps: the largest rank of each adapter; one that is above its cap keeps what it has and gets nothing.
         exclude_pruned: an adapter that has just had a rank cut gets none (with ``importance``: none that another can
             take).
-        given_back: for each adapter what :func:`returned` counts; None: nothing. Only with ``importance``.
+        given_back: for each adapter what :func:`ranks_given_back` counts; None: nothing. Only with ``importance``.
         learning: for each adapter whether a new rank would have something to learn; None: all of them. Only with
             ``importance``.
 
@@ -129,11 +129,11 @@ def allocate(
     """
     keep: list[tuple[int, ...]] = []
     grow = [0] * len(gates)
-    hurt = []
+    had_ranks_pruned = []
     for i, row in enumerate(gates):
         low = [k for k, gate in enumerate(row) if gate < prune_threshold]
         alive = sorted(set(range(len(row))) - set(low))
-        hurt.append(bool(low))
+        had_ranks_pruned.append(bool(low))
         missing = max(0, min(min_rank, len(row)) - len(alive))
         if missing and importance is None:
             alive = sorted(alive + low[-missing:])
@@ -145,7 +145,7 @@ def allocate(
     def fits(i: int) -> bool:
         return costs[i] <= spare and len(keep[i]) + grow[i] < caps[i]
 
-    receivers = [i for i in range(len(gates)) if not (exclude_pruned and hurt[i])]
+    receivers = [i for i in range(len(gates)) if not (exclude_pruned and had_ranks_pruned[i])]
     if importance is None:
         receivers.sort(key=lambda i: -min(gates[i]))
         while any(fits(i) for i in receivers):
@@ -172,7 +172,7 @@ def _need(importance: Sequence[float | None], cost: int, back: int, got: float =
     return weakest / cost / math.sqrt((1 + got) * (1 + back))
 
 
-def returned(history: Sequence[Sequence[int]]) -> list[int]:
+def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
     """How many of the ranks that it was dealt each adapter has had cut again.
 
     Args:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["PARTIAL", "replaced", "stored"]
+__all__ = ["PARTIAL_SUFFIX", "atomic_write", "cpu_copy"]
 
-PARTIAL = r"\.\d+\.partial"  # what is added to the name of a file that is being written
+PARTIAL_SUFFIX = r"\.\d+\.partial"  # what is added to the name of a file that is being written
 
 
 @contextmanager
-def replaced(*files: Path) -> Iterator[list[Path]]:
+def atomic_write(*files: Path) -> Iterator[list[Path]]:
     """Paths to write to; what is written there takes the place of ``files`` when the block has ended.
 
     If it ends in an error, nothing has changed. Of several files the last is the one without which nobody reads the
@@ -42,6 +42,6 @@ def replaced(*files: Path) -> Iterator[list[Path]]:
             aside.unlink(missing_ok=True)
 
 
-def stored(tensor: Tensor) -> Tensor:
+def cpu_copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU, contiguous, in a memory of its own: what safetensors asks for."""
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)

@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from l1ra.config import L1RAConfig
-from l1ra.files.atomic_write import PARTIAL, replaced, stored
+from l1ra.files.atomic_write import PARTIAL_SUFFIX, atomic_write, cpu_copy
 from l1ra.files.controller_state import IN_TENSORS
 from l1ra.files.controller_state import SCHEMA as STATE
-from l1ra.files.schema import misfit
+from l1ra.files.schema import mismatch
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.low_rank import PARTS
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
 __all__ = ["Checkpoint", "read", "save"]
 
@@ -39,7 +39,7 @@ SCHEMA = {
 }
 LEFT = 600.0  # seconds
 # Of older checkpoints, or left by a process that was killed while it wrote.
-OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(" + PARTIAL + ")?")
+OURS = re.compile(r"(l1ra\.json|(adapters|controller)-[0-9a-f]{16}\.safetensors)(" + PARTIAL_SUFFIX + ")?")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def save(
             # A name that no other process takes: each clears away what it has replaced.
             name = f"{kind}-{secrets.token_hex(8)}.safetensors"
             written.append(name)
-            with replaced(folder / name) as (aside,):
+            with atomic_write(folder / name) as (aside,):
                 aside.write_bytes(data)
             index["files"][kind] = {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
-        with replaced(folder / INDEX) as (aside,):
+        with atomic_write(folder / INDEX) as (aside,):
             aside.write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
     except BaseException:
         _clear(folder, set(written) - _named(folder / INDEX))
@@ -137,7 +137,7 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{file} has format {version}, this version of l1ra reads {FORMAT}: install a newer l1ra.")
     if digest != _digest(index):
         raise ValueError(f"{file} is damaged: it does not say what was written.")
-    if wrong := misfit(index, SCHEMA):
+    if wrong := mismatch(index, SCHEMA):
         raise ValueError(f"{file} is no index of an L1RA checkpoint: {wrong}.")
     try:
         config = L1RAConfig(**index["config"])
@@ -191,9 +191,11 @@ def _left(folder: Path) -> set[str]:
 
 def _live_tensors(adapters: Mapping[str, L1RALinear], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rows = {
-        f"{name}.{part}": getattr(adapter, part)[: adapter.rank] for name, adapter in adapters.items() for part in PARTS
+        f"{name}.{part}": getattr(adapter, part)[: adapter.rank]
+        for name, adapter in adapters.items()
+        for part in ADAPTER_PARAMETERS
     }
-    return {name: stored(value) for name, value in {**rows, **trained}.items()}
+    return {name: cpu_copy(value) for name, value in {**rows, **trained}.items()}
 
 
 def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l1ra.files.schema import misfit
+from l1ra.files.schema import mismatch
 from l1ra.layers.linear import L1RALinear
 
 __all__ = ["GATES", "IN_TENSORS", "SCHEMA", "check_state"]
@@ -59,7 +59,7 @@ def check_state(
     Raises:
         ValueError: it does not; the message says what differs.
     """
-    if wrong := misfit(state, SCHEMA):
+    if wrong := mismatch(state, SCHEMA):
         raise ValueError(f"this is no state of a RankController: {wrong}.")
     names = list(adapters)
     parts = [state[part] for part in ("ranks", "initial_ranks", "scalings", "scale_with_rank")]

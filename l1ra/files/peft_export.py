@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l1ra.files.atomic_write import replaced, stored
+from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.layers.adapted_model import find_adapters, task_head, trained_modules
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
@@ -75,10 +75,10 @@ def export_peft(
     for name, (a, b) in layers.items():
         if uniform:
             a, b = (nn.functional.pad(rows, (0, 0, 0, largest - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = stored(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = stored(b.T)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(b.T)
     for name, module in saved.items():
-        tensors |= {f"{PREFIX}{_plain(name)}.{key}": stored(value) for key, value in module.state_dict().items()}
+        tensors |= {f"{PREFIX}{_plain(name)}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     config = {
         "peft_type": "LORA",
@@ -100,7 +100,7 @@ def export_peft(
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with replaced(directory / WEIGHTS, directory / CONFIG) as (weights, settings):
+    with atomic_write(directory / WEIGHTS, directory / CONFIG) as (weights, settings):
         try:
             save_file(tensors, weights, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps what the system says

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["misfit"]
+__all__ = ["mismatch"]
 
 
-def misfit(value: Any, form: Any, at: str = "") -> str:
-    """What of ``value`` is not of the ``form``, in words; "" if all of it is.
+def mismatch(value: Any, schema: Any, at: str = "") -> str:
+    """What of ``value`` is not of the ``schema``, in words; "" if all of it is.
 
     Args:
-        form: a type or a union of types; a dict of forms by name (further names may be there); ``{str: form}``, a dict
-            of any names; ``[form]``, a list of any length; a tuple of forms, a list of that length.
+        schema: a type or a union of types; a dict of schemas by name (further names may be
+            there); ``{str: schema}``, a dict of any names; ``[schema]``, a list of any length; a tuple of
+            schemas, a list of that length.
         at: the way to ``value`` from what was read, names with dots between.
     """
-    if isinstance(form, dict):
+    if isinstance(schema, dict):
         if not isinstance(value, dict):
             return f"{at or 'it'} is no dict"
-        forms = dict.fromkeys(value, form[str]) if str in form else form
-        missing = [name for name in forms if name not in value]
+        schemas = dict.fromkeys(value, schema[str]) if str in schema else schema
+        missing = [name for name in schemas if name not in value]
         if missing:
             return f"{at and at + ': '}{', '.join(missing)} missing"
-        parts = [(name, value[name], forms[name]) for name in forms]
-    elif isinstance(form, list | tuple):
-        if not isinstance(value, list) or (isinstance(form, tuple) and len(value) != len(form)):
-            return f"{at or 'it'} is no list{f' of {len(form)}' if isinstance(form, tuple) else ''}"
-        forms = form if isinstance(form, tuple) else form * len(value)
-        parts = [(i, part, forms[i]) for i, part in enumerate(value)]
+        parts = [(name, value[name], schemas[name]) for name in schemas]
+    elif isinstance(schema, list | tuple):
+        if not isinstance(value, list) or (isinstance(schema, tuple) and len(value) != len(schema)):
+            return f"{at or 'it'} is no list{f' of {len(schema)}' if isinstance(schema, tuple) else ''}"
+        schemas = schema if isinstance(schema, tuple) else schema * len(value)
+        parts = [(i, part, schemas[i]) for i, part in enumerate(value)]
     else:
         # A bool is an int to Python.
-        fits = isinstance(value, form) and (form is bool or not isinstance(value, bool))
-        return "" if fits else f"{at or 'it'} is no {getattr(form, '__name__', form)}"
+        fits = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
+        return "" if fits else f"{at or 'it'} is no {getattr(schema, '__name__', schema)}"
     return next(
-        filter(None, (misfit(part, kind, f"{at}.{name}" if at else str(name)) for name, part, kind in parts)), ""
+        filter(None, (mismatch(part, kind, f"{at}.{name}" if at else str(name)) for name, part, kind in parts)), ""
     )

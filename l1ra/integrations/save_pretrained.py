@@ -14,26 +14,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l1ra.files.atomic_write import replaced, stored
+from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.files.peft_export import export_peft
 from l1ra.integrations.trainer import FOLDER, WEIGHTS, trainer_in
 from l1ra.layers.adapted_model import carried_tensors, controller_of, find_adapters
 from l1ra.layers.linear import L1RALinear
 
-__all__ = ["SavePretrained", "give_back", "take_over"]
+__all__ = ["SavePretrained", "override", "restore"]
 
 METHOD = "save_pretrained"
 
 
-def take_over(model: nn.Module) -> None:
+def override(model: nn.Module) -> None:
     """Let ``model`` write a LoRA when it is saved, if it is a transformers model."""
     kinds = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
     if ("transformers.modeling_utils", "PreTrainedModel") in kinds:
         object.__setattr__(model, METHOD, SavePretrained(model))
 
 
-def give_back(model: nn.Module) -> None:
-    """Undo :func:`take_over`."""
+def restore(model: nn.Module) -> None:
+    """Undo :func:`override`."""
     if METHOD in vars(model):
         object.__delattr__(model, METHOD)
 
@@ -105,6 +105,6 @@ def _write_trained(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: stored(value) for name, value in carried_tensors(model).items()}
-    with replaced(folder / WEIGHTS) as (aside,):
+    tensors = {name: cpu_copy(value) for name, value in carried_tensors(model).items()}
+    with atomic_write(folder / WEIGHTS) as (aside,):
         aside.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))

@@ -1,49 +1,106 @@
-"""transformers.Trainer and its subclasses (TRL's among them), used unmodified.
+"""transformers.Trainer and its subclasses, TRL's among them.
 
-A Trainer can't be told of the controller, since the user passes it nothing; but it is on the call stack when its
-optimizer steps. There it is found, at an optimizer's first step: it knows the number of steps, and gets callbacks that
-put the rank statistics into its logs and the controller into its checkpoints. When it reads one, to resume or because
-it was the best, it is found once more, on the call stack of the model's ``load_state_dict``.
+A Trainer takes the number of its steps into the schedule, the rank statistics into its logs and the controller's state
+into its checkpoints. A callback does all of it, see ``RankController.callback``. A user need not pass it: then it is
+added to the Trainer at an optimizer's first step.
+
+The Trainer has to be found for that, and again when it reads a checkpoint, for which it has no callback. Nothing that
+the user passes to ``l1ra.patch`` refers to a Trainer, and neither do the model and the optimizer, but its method is on
+the call stack at these moments. :func:`trainer_in` looks there; it is the only place of the library that does so.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
+from torch.optim import Optimizer
 
 from l1ra.files.checkpoint import read
 from l1ra.layers.adapted_model import carried_tensors, controller_of
 
-__all__ = ["FOLDER", "WEIGHTS", "ResumeWithTrainer", "join_trainer", "trainer_in"]
+__all__ = ["FOLDER", "WEIGHTS", "ResumeWithTrainer", "join_trainer", "make_callback", "trainer_in"]
 
 FOLDER = "l1ra"  # inside a checkpoint
-WEIGHTS = "model.safetensors"  # without it a Trainer takes no folder for a checkpoint
+WEIGHTS = "model.safetensors"  # without it a Trainer does not accept a folder as a checkpoint
 
 
-def join_trainer(statistics: Callable[[], dict[str, float]], save: Callable[[Path], None]) -> int | None:
-    """Put ``statistics()`` into the logs of the Trainer that is stepping an optimizer right now, and have it call
-    ``save`` with a folder inside each checkpoint that it writes.
+class Controller(Protocol):
+    """The methods of ``RankController`` that a Trainer's callback uses."""
+
+    auto: bool
+
+    def statistics(self) -> dict[str, float]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def expect_steps(self, total_steps: int) -> None: ...
+
+    def step(self, optimizer: Optimizer) -> None: ...
+
+
+def make_callback(controller: Controller) -> Any:
+    """A TrainerCallback that connects ``controller`` to a Trainer; see ``RankController.callback``.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import TrainerCallback
+
+    class RankCallback(TrainerCallback):
+        """Adds the rank statistics to a Trainer's training logs and the controller's state to its checkpoints."""
+
+        def __init__(self, controller: Controller) -> None:
+            self.controller = controller
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.controller.expect_steps(state.max_steps)
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
+            if not self.controller.auto and not getattr(optimizer, "step_was_skipped", False):
+                self.controller.step(getattr(optimizer, "optimizer", optimizer))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
+                numbers = self.controller.statistics()
+                logs.update(numbers)
+                if state.log_history:
+                    state.log_history[-1].update(numbers)
+
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if args.should_save and os.path.isdir(folder):
+                self.controller.save(folder / FOLDER)
+
+    return RankCallback(controller)
+
+
+def join_trainer(controller: Controller) -> int | None:
+    """Add the callback of ``controller`` to the Trainer that is stepping an optimizer right now, if it has none.
 
     Returns:
-        The Trainer's total number of steps; None if no Trainer is at work.
+        The Trainer's total number of steps; None without a Trainer.
     """
-    trainer = trainer_in("train")
-    if trainer is None:
+    found = trainer_in("train")
+    if found is None:
         return None
-    # First, so that the integrations that report logs see what it adds.
-    trainer[0].callback_handler.callbacks.insert(0, _callback(statistics, save))
-    return trainer[0].state.max_steps
+    trainer, _ = found
+    callbacks = trainer.callback_handler.callbacks
+    if not any(getattr(callback, "controller", None) is controller for callback in callbacks):
+        # First, so that the integrations that report logs see the statistics.
+        callbacks.insert(0, make_callback(controller))
+    return trainer.state.max_steps
 
 
 class ResumeWithTrainer:
-    """A hook of the model's ``load_state_dict``: if a Trainer is reading a checkpoint right now, to resume or as the
-    best one, the model's controller goes back to where it was saved. It holds no controller: so that a copy of the
-    model has none.
+    """A hook of the model's ``load_state_dict``.
+
+    If a Trainer is reading a checkpoint right now, to resume or as the best one, the model's controller takes over the
+    state that was saved with it. The hook has no reference to the controller, so that a copy of the model has none.
     """
 
     def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
@@ -59,7 +116,7 @@ class ResumeWithTrainer:
                 "without L1RA. Resume from an older checkpoint."
             ) from None
         controller.load_state_dict(found.controller)
-        # Frozen weights are not in a checkpoint, and the Trainer would list them in a warning.
+        # A checkpoint has no frozen weights, and the Trainer would list them in a warning.
         carried = carried_tensors(model)
         incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name in carried]
 
@@ -73,38 +130,17 @@ def _checkpoint_being_read() -> Path | None:
 
 
 def trainer_in(method: str) -> tuple[Any, dict[str, Any]] | None:
-    """The Trainer that is in ``method``, and the locals of that call."""
+    """The Trainer whose ``method`` is on the call stack, and the local variables of that call."""
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
     frame = sys._getframe(1)
     while frame is not None:
-        # Only there are the locals read: before Python 3.13 a frame whose locals were read holds on to all of them,
-        # also to a model that its function deletes later.
+        # Local variables are read in this frame alone: before Python 3.13 reading them keeps them alive as long as the
+        # frame, also a model that its function deletes.
         if frame.f_code.co_name == method and frame.f_globals.get("__name__") == module.__name__:
             owner = frame.f_locals.get("self")
             if isinstance(owner, module.Trainer):
                 return owner, frame.f_locals
         frame = frame.f_back
     return None
-
-
-def _callback(statistics: Callable[[], dict[str, float]], save: Callable[[Path], None]) -> Any:
-    from transformers import TrainerCallback
-
-    class Ranks(TrainerCallback):
-        """Adds the controller's statistics to what the Trainer logs of the training, and its state to checkpoints."""
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
-                numbers = statistics()
-                logs.update(numbers)
-                if state.log_history:
-                    state.log_history[-1].update(numbers)
-
-        def on_save(self, args, state, control, **kwargs):
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if args.should_save and os.path.isdir(folder):
-                save(folder / FOLDER)
-
-    return Ranks()

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.low_rank import PARTS
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
 __all__ = [
     "CONTROLLER",
+    "abbreviated",
     "carried_tensors",
     "controller_of",
     "find_adapters",
-    "listed",
     "task_head",
     "trained_modules",
     "trained_tensors",
@@ -63,7 +63,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     These are the trainable parameters, those inside an adapted layer too, and buffers such as the running statistics of
     a normalisation. A tensor with several names is listed under the first.
     """
-    adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in PARTS}
+    adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in ADAPTER_PARAMETERS}
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
     for name, module in model.named_modules():
         # Buffers of a linear layer are its quantised weight, which no training changes.
@@ -77,11 +77,13 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All tensors that training changes, by name in the state dict: those of the adapters with all their rows, and
     :func:`trained_tensors`."""
-    adapters = {f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in PARTS}
+    adapters = {
+        f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in ADAPTER_PARAMETERS
+    }
     return {**adapters, **trained_tensors(model)}
 
 
-def listed(names: Collection[str]) -> str:
+def abbreviated(names: Collection[str]) -> str:
     """Names for a message; of more than eight the first eight and the number of the others."""
     first = ", ".join(list(names)[:8])
     return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"

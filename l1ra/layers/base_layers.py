@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "allow_packing",
     "base_features",
     "bnb_kind",
     "check_gradient",
     "dense_weight",
-    "foreign",
+    "fallback_reason",
     "has_own_forward",
     "is_conv1d",
-    "keep_unpacked",
-    "let_repack",
     "main_tensor",
+    "prevent_packing",
 ]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +89,7 @@ def dense_weight(base: nn.Module) -> Tensor:
     return base.weight.t() if is_conv1d(base) else base.weight
 
 
-def keep_unpacked(base: nn.Module) -> bool:
+def prevent_packing(base: nn.Module) -> bool:
     """Keep bitsandbytes from packing a 4-bit weight anew when it is first evaluated on a CPU with AVX512-BF16.
 
     No gradient passes the packed weight, and unpacking rounds its scales.
@@ -111,8 +111,8 @@ def keep_unpacked(base: nn.Module) -> bool:
     return repacks
 
 
-def let_repack(base: nn.Module) -> None:
-    """Undo a :func:`keep_unpacked` that has returned True."""
+def allow_packing(base: nn.Module) -> None:
+    """Undo a :func:`prevent_packing` that has returned True."""
     setattr(base, REPACKS, True)
 
 
@@ -129,7 +129,7 @@ def check_gradient(base: nn.Module, x: Tensor, output: Tensor) -> None:
         )
 
 
-def foreign(base: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+def fallback_reason(base: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     """Why the product with the weight has to be left to ``base`` itself for such an input; "" if it need not."""
     kind = type(base).__name__
     if type(base) is not nn.Linear and not (kind == "Conv1D" and is_conv1d(base)):

@@ -53,7 +53,7 @@ class Probe:
         sketch = torch.zeros(count, a.shape[1], dtype=torch.float32, device=a.device)
         return cls(mix, sketch, sketch.new_zeros(()))
 
-    def follow(self, like: Tensor) -> None:
+    def to_like(self, like: Tensor) -> None:
         """Take the device and the dtype of the adapter that it rides beside, which has been moved."""
         self.__init__(self.mix.to(like), self.sketch.to(like.device), self.seen.to(like.device))
 
@@ -68,15 +68,15 @@ class Probe:
         """
         half = self.seen / 2
         cosine = (self.sketch.square().sum() - self.seen) / (self.seen * (self.seen - 1))
-        agreed = half * cosine / (1 + (half - 1) * cosine)
-        return torch.where(self.seen > 0, agreed.clamp(min=-1.0), 0.0)
+        agreement = half * cosine / (1 + (half - 1) * cosine)
+        return torch.where(self.seen > 0, agreement.clamp(min=-1.0), 0.0)
 
     @property
     def gradient(self) -> Tensor:
         """``(count, in_features)``, the sum over the backward passes since the last step, in the adapter's dtype."""
         return self._zeros.grad
 
-    def beside(self, a: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def append_to(self, a: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """An adapter's A, gate and B with these ranks appended, their gates 1.
 
         The adapter may be a replica of nn.DataParallel's on another device: what it learns comes back to this one.

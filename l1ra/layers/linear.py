@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from l1ra.allocation.plan import LayerPlan
 from l1ra.layers.base_layers import (
     FLOATS,
+    allow_packing,
     base_features,
     check_gradient,
     dense_weight,
-    foreign,
+    fallback_reason,
     is_conv1d,
-    keep_unpacked,
-    let_repack,
     main_tensor,
+    prevent_packing,
 )
 from l1ra.layers.gradient_probe import Probe
 from l1ra.layers.low_rank import GatedLowRank
-from l1ra.layers.merged_weight import Kept, Rounding, add_to_weight, give_back
-from l1ra.layers.padded_weight import Room
-from l1ra.layers.recompute import repeated
+from l1ra.layers.merged_weight import OriginalWeight, Rounding, add_to_weight, restore_weight
+from l1ra.layers.padded_weight import PaddedWeight
+from l1ra.layers.recompute import repeat_decision
 from l1ra.layers.row_moves import RowMoves
 from l1ra.layers.shared_input import SharedInput
 from l1ra_kernels import dispatch
@@ -140,15 +140,15 @@ class L1RALinear(GatedLowRank):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be from 0 to below 1, not {dropout!r}: at 1 the adapter would see nothing.")
         super().__init__(*base_features(base), device=main_tensor(base).device, **adapter)
-        self._repacks = keep_unpacked(base)
+        self._packs_for_cpu = prevent_packing(base)
         self.base_layer = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.train(base.training)
-        self._merged_from: Kept | None = None
+        self._merged_from: OriginalWeight | None = None
         self.probe: Probe | None = None
         self.strict = False
         self.disabled = False
-        self.room: Room | None = None
+        self.padded_weight: PaddedWeight | None = None
         self.sharing: SharedInput | None = None
 
     @property
@@ -174,7 +174,7 @@ class L1RALinear(GatedLowRank):
                 training. The message says why.
         """
         more = "it was called with more than its input" if args or kwargs else ""
-        path, output = self.path_of_call(x, more), None
+        path, output = self.call_path(x, more), None
         if path is None:
             return self.base_layer(x, *args, **kwargs)
         if not path.dense:
@@ -189,19 +189,19 @@ class L1RALinear(GatedLowRank):
             shared = self.sharing.take(self, x)
             if shared is not None:
                 return shared
-        return dispatch.gated_linears(x, [self.parts(output)], self.dropout_now, path)[0]
+        return dispatch.gated_linears(x, [self.kernel_inputs(output)], self.dropout_now, path)[0]
 
-    def path_of_call(self, x: Tensor, more: str = "") -> dispatch.Path | None:
-        """The path of a call with ``x``, now; None: the base layer alone. ``more`` as of :meth:`path_on`.
+    def call_path(self, x: Tensor, more: str = "") -> dispatch.Path | None:
+        """The path of a call with ``x``, now; None: the base layer alone. ``more`` as of :meth:`kernel_path`.
 
         A recompute takes that of its forward: what has come or gone since, a hook on the base layer or a block in which
         adapters are disabled, would make it another computation.
         """
         if self.merged:
             return None
-        return repeated((self, x.dtype, more), lambda: None if self.disabled else self.path_on(x, more))
+        return repeat_decision((self, x.dtype, more), lambda: None if self.disabled else self.kernel_path(x, more))
 
-    def path_on(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
+    def kernel_path(self, x: Tensor | None = None, more: str = "") -> dispatch.Path:
         """How the layer is computed for ``x``; None stands for an input like its weight, outside of autocast.
 
         Args:
@@ -209,34 +209,38 @@ class L1RALinear(GatedLowRank):
         """
         like = main_tensor(self.base_layer) if x is None else x
         dtype = like.dtype if like.dtype in FLOATS else self.lora_A.dtype
-        path = dispatch.path_for(like.device, dtype, more or foreign(self.base_layer, like.device, dtype))
-        return path if self.room is None or path.name != "chain" else dispatch.AUG
+        path = dispatch.path_for(like.device, dtype, more or fallback_reason(self.base_layer, like.device, dtype))
+        return path if self.padded_weight is None or path.name != "chain" else dispatch.AUG
 
     @property
-    def writes(self) -> int:
+    def parameter_version(self) -> int:
         """Rises whenever the adapter's parameters are written to, as an optimizer's step does."""
         return self.lora_A._version + self.gate._version + self.lora_B._version
 
     @property
-    def version(self) -> tuple:
+    def output_version(self) -> tuple:
         """Differs after anything that an output depends on has changed: parameters, weight, scaling, probe, dropout."""
         base = self.base_layer
         bias = None if base.bias is None else base.bias._version
-        return self.writes, base.weight._version, bias, self.scaling, id(self.probe), self.dropout_now
+        return self.parameter_version, base.weight._version, bias, self.scaling, id(self.probe), self.dropout_now
 
     @property
     def dropout_now(self) -> float:
         """The probability that an element of the adapter's input is dropped, 0 in evaluation."""
         return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
-    def parts(self, output: Tensor | None = None) -> dispatch.Layer:
+    def kernel_inputs(self, output: Tensor | None = None) -> dispatch.Layer:
         """What the kernels need: the adapter, and the ``output`` of the base layer or its weight."""
         a, gate, b = self.lora_A, self.gate, self.lora_B
         if self.probe is not None and torch.is_grad_enabled():
-            a, gate, b = self.probe.beside(a, gate, b)
+            a, gate, b = self.probe.append_to(a, gate, b)
         if output is not None:
             return dispatch.Layer(a, gate, b, self.scaling, output=output)
-        augmented = None if self.room is None or torch.compiler.is_compiling() else self.room.memory(self.base_layer)
+        augmented = (
+            None
+            if self.padded_weight is None or torch.compiler.is_compiling()
+            else self.padded_weight.storage(self.base_layer)
+        )
         return dispatch.Layer(
             a, gate, b, self.scaling, dense_weight(self.base_layer), self.base_layer.bias, augmented=augmented
         )
@@ -248,7 +252,7 @@ class L1RALinear(GatedLowRank):
         delta = (self.lora_B.to(exact) * (self.scaling * self.gate).unsqueeze(1)).T @ self.lora_A.to(exact)
         return delta.T if is_conv1d(self.base_layer) else delta
 
-    def merge_quietly(self) -> Rounding | None:
+    def merge_without_warning(self) -> Rounding | None:
         """As :meth:`merge`, but what rounding did to a quantised weight is returned."""
         if self.merged:
             raise RuntimeError("the adapter is merged already: call unmerge() first.")
@@ -268,7 +272,7 @@ class L1RALinear(GatedLowRank):
             RuntimeError: already merged, or disabled.
             TypeError: nothing can be added to the base weight: quantised in another way, or no weight of a plain layer.
         """
-        rounding = self.merge_quietly()
+        rounding = self.merge_without_warning()
         if rounding is not None:
             warnings.warn(str(rounding), stacklevel=2)
 
@@ -280,7 +284,7 @@ class L1RALinear(GatedLowRank):
         """
         if self._merged_from is None:
             raise RuntimeError("the adapter is not merged: call merge() first.")
-        give_back(self.base_layer, self._merged_from)
+        restore_weight(self.base_layer, self._merged_from)
         self._merged_from = None
 
     def release(self, *, merged: bool = False) -> nn.Module:
@@ -288,10 +292,10 @@ class L1RALinear(GatedLowRank):
         merged if it is."""
         if self.merged and not merged:
             self.unmerge()
-        if self.room is not None:
-            self.room.give_back(self.base_layer)
-        if self._repacks:
-            let_repack(self.base_layer)
+        if self.padded_weight is not None:
+            self.padded_weight.remove(self.base_layer)
+        if self._packs_for_cpu:
+            allow_packing(self.base_layer)
         return self.base_layer
 
     def plan_resize(self, moves: RowMoves, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
@@ -308,13 +312,13 @@ class L1RALinear(GatedLowRank):
         # What .to() and its like go through: a probe is no submodule.
         super()._apply(*args, **kwargs)
         if self.probe is not None:
-            self.probe.follow(self.lora_A.detach())
+            self.probe.to_like(self.lora_A.detach())
         return self
 
     def _replicate_for_data_parallel(self) -> L1RALinear:
         # nn.DataParallel's replicas live for one forward, on their own devices: nothing of theirs is to be kept.
         replica = super()._replicate_for_data_parallel()
-        replica.room = replica.sharing = None
+        replica.padded_weight = replica.sharing = None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -322,4 +326,4 @@ class L1RALinear(GatedLowRank):
         return {**self.__dict__, "probe": None, "disabled": False}
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling * self.share:g}" + (", merged" if self.merged else "")
+        return f"rank={self.rank}, scaling={self.scaling * self.rank_scaling:g}" + (", merged" if self.merged else "")

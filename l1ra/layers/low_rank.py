@@ -14,21 +14,21 @@ from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
 from l1ra.layers.row_moves import RowMoves, row_sources
 
-__all__ = ["PARTS", "GatedLowRank"]
+__all__ = ["ADAPTER_PARAMETERS", "GatedLowRank"]
 
-PARTS = ("lora_A", "gate", "lora_B")  # an adapter's parameters
+ADAPTER_PARAMETERS = ("lora_A", "gate", "lora_B")  # an adapter's parameters
 
 
 class GatedLowRank(nn.Module):
     """The parameters of ``s * ((x @ A.T) * g) @ B``, which stay the same objects whatever the rank becomes.
 
     Source: L1RA. ``s`` is ``alpha / rank`` (or ``alpha / sqrt(rank)``) of the rank at construction for good. With
-    ``scale_with_rank`` the gates take :attr:`share` as a factor when the rank changes, so that in effect the scaling
-    follows it: no graph that was compiled or captured with ``s`` in it has to learn of that.
+    ``scale_with_rank`` the gates take :attr:`rank_scaling` as a factor when the rank changes, so that in effect the
+    scaling follows it: no graph that was compiled or captured with ``s`` in it has to learn of that.
 
     Attributes:
         lora_A: Parameter ``(rows, in_features)``; ``rows`` is the rank, or ``reserve``, then 0 beyond the rank.
-        gate: Parameter ``(rows,)``, :attr:`share` unless penalised, 1 at first; float32, or float64 where A is.
+        gate: Parameter ``(rows,)``, :attr:`rank_scaling` unless penalised, 1 at first; float32, or float64 where A is.
         lora_B: Parameter ``(rows, out_features)``, 0 at first.
         scaling: s.
         scale_with_rank: as in ``L1RAConfig``.
@@ -70,7 +70,7 @@ class GatedLowRank(nn.Module):
                 f"reserve must be None, or from the rank {rank} to {largest} for this layer, not {reserve!r}."
             )
         self.in_features, self.out_features = in_features, out_features
-        self.start_at(rank, alpha, rank_stabilized)
+        self.set_initial_rank(rank, alpha, rank_stabilized)
         self.scale_with_rank = scale_with_rank
         self.init = init
         gate_dtype = torch.promote_types(adapter_dtype, torch.float32)
@@ -85,7 +85,7 @@ class GatedLowRank(nn.Module):
         self._rank = None if reserve is None else rank
         self.gate_loaded = False
 
-    def start_at(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
+    def set_initial_rank(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
         """Let ``rank`` be the one that the adapter has started with, and by which its scaling is settled."""
         self.initial_rank = rank
         self.alpha = float(rank if alpha is None else alpha)
@@ -104,11 +104,11 @@ class GatedLowRank(nn.Module):
         return self.lora_A.shape[0] if self._rank is None else self._rank
 
     @property
-    def share(self) -> float:
+    def rank_scaling(self) -> float:
         """What a gate of 1 is in :attr:`gate`: ``sqrt(initial_rank / rank)``, 1 without ``scale_with_rank``."""
-        return self._share(self.rank)
+        return self._rank_scaling(self.rank)
 
-    def _share(self, rank: int) -> float:
+    def _rank_scaling(self, rank: int) -> float:
         if not self.scale_with_rank:
             return 1.0
         # A float32, as the gates are: what B is divided by is then what the gates are multiplied by.
@@ -152,17 +152,17 @@ class GatedLowRank(nn.Module):
         new = slice(len(keep), plan.rank)
         sources = self.row_sources(plan)
         moves.add_parameter(self.lora_A, sources, new, rows)
-        moves.add_parameter(self.gate, sources, new, self.gate.new_full((grow,), self.share))
+        moves.add_parameter(self.gate, sources, new, self.gate.new_full((grow,), self.rank_scaling))
         moves.add_parameter(self.lora_B, sources)
-        factor = self.rescaling(plan.rank)
+        factor = self.gate_factor(plan.rank)
         if factor != 1:
             moves.afterwards(partial(self._rescale, factor))
         if self._rank is not None:
             moves.afterwards(partial(setattr, self, "_rank", plan.rank))
 
-    def rescaling(self, rank: int) -> float:
+    def gate_factor(self, rank: int) -> float:
         """The factor that the gates, and B's gradient, take when the rank becomes ``rank``; B is divided by it."""
-        return self._share(rank) / self.share
+        return self._rank_scaling(rank) / self.rank_scaling
 
     @torch.no_grad()
     def _rescale(self, factor: float) -> None:
@@ -179,7 +179,7 @@ class GatedLowRank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
-        params = {name: getattr(self, name) for name in PARTS}
+        params = {name: getattr(self, name) for name in ADAPTER_PARAMETERS}
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
         ranks = {rows.shape[:1] for rows in found.values()}
         same_layer = all(rows.shape[1:] == params[name].shape[1:] for name, rows in found.items())

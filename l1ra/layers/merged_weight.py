@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
 from l1ra.layers.precision import widest
 
-__all__ = ["Kept", "Rounding", "add_to_weight", "give_back", "refuse_merge"]
+__all__ = ["OriginalWeight", "Rounding", "add_to_weight", "check_mergeable", "restore_weight"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Kept:
+class OriginalWeight:
     """A weight as it was before something was added: a copy of it, or of quantised ones the very objects."""
 
     weight: Tensor
     state: tuple[Tensor | None, ...] = ()
 
 
-def refuse_merge(base: nn.Module, name: str = "the adapter") -> None:
+def check_mergeable(base: nn.Module, name: str = "the adapter") -> None:
     """Raise a TypeError if nothing can be added to the weight of ``base``, whose adapter is called ``name``."""
     why = _obstacle(base)
     if why:
@@ -80,7 +80,7 @@ def _obstacle(base: nn.Module) -> str:
 
 
 @torch.no_grad()
-def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[Kept, Rounding | None]:
+def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[OriginalWeight, Rounding | None]:
     """Add ``delta``, in the layout of the weight, in the wider dtype of the two, and round once.
 
     A 4-bit or 8-bit weight of bitsandbytes is dequantised for that and quantised anew with the settings it had.
@@ -89,16 +89,16 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[Kept, Rounding | None
         What :func:`give_back` needs; what rounding did to a quantised weight, None for any other.
 
     Raises:
-        TypeError: as :func:`refuse_merge`.
+        TypeError: as :func:`check_mergeable`.
     """
-    refuse_merge(base)
+    check_mergeable(base)
     kind, old = bnb_kind(base), base.weight
     if not kind:
-        kept = Kept(old.detach().clone())
+        kept = OriginalWeight(old.detach().clone())
         wide = torch.promote_types(delta.dtype, old.dtype)
         old.copy_(old.to(wide) + delta.to(wide))
         return kept, None
-    kept = Kept(old) if kind == "4-bit" else Kept(old, (base.state.CB, base.state.SCB))
+    kept = OriginalWeight(old) if kind == "4-bit" else OriginalWeight(old, (base.state.CB, base.state.SCB))
     wanted = _dequantised(old, base)
     wanted = wanted + delta.to(wanted.dtype)
     new = _quantised_like(old, wanted)
@@ -112,7 +112,7 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[Kept, Rounding | None
 
 
 @torch.no_grad()
-def give_back(base: nn.Module, kept: Kept) -> None:
+def restore_weight(base: nn.Module, kept: OriginalWeight) -> None:
     """Undo :func:`add_to_weight`, bit for bit."""
     kind, device = bnb_kind(base), base.weight.device
     if not kind:

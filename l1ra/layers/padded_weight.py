@@ -1,4 +1,4 @@
-"""Room behind the columns of a frozen weight, where the kernels put the adapter so that one product does both."""
+"""A frozen weight with padding behind its columns, into which the kernels write the adapter: one product does both."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Room", "has_use_for_room"]
+__all__ = ["PaddedWeight", "padding_pays_off"]
 
 COLUMNS = 128  # as many as the widest bundle of adapters has ranks
 
 
-def has_use_for_room(in_features: int, out_features: int) -> bool:
+def padding_pays_off(in_features: int, out_features: int) -> bool:
     """Whether copying the input, which one product needs, moves clearly fewer bytes than writing the output twice."""
     return out_features >= 1.5 * in_features
 
 
-class Room:
+class PaddedWeight:
     """Keeps the weight of a ``nn.Linear`` as the first columns of a wider memory; the Parameter is the same object.
 
     The memory is made when it is first asked for, and anew when the weight has been moved or cast since.
@@ -29,10 +29,10 @@ class Room:
 
     def __reduce__(self) -> tuple:
         # A copied weight is no longer a part of its memory.
-        return (Room, ())
+        return (PaddedWeight, ())
 
     @torch.no_grad()
-    def memory(self, base: nn.Linear) -> Tensor:
+    def storage(self, base: nn.Linear) -> Tensor:
         """``(out_features, in_features + COLUMNS)``, whose first columns are ``base.weight``."""
         weight, memory = base.weight, self._memory
         if memory is None or (memory.data_ptr(), memory.dtype) != (weight.data_ptr(), weight.dtype):
@@ -48,7 +48,7 @@ class Room:
         return self._memory
 
     @torch.no_grad()
-    def give_back(self, base: nn.Linear) -> None:
+    def remove(self, base: nn.Linear) -> None:
         """Store the weight as it was, without room."""
         if self._memory is not None:
             base.weight.set_(base.weight.contiguous())

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-__all__ = ["in_backward", "repeated", "saving_hooks"]
+__all__ = ["active_saved_tensor_hooks", "in_backward", "repeat_decision"]
 
 T = TypeVar("T")
 
@@ -24,14 +24,14 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def saving_hooks() -> Any:
+def active_saved_tensor_hooks() -> Any:
     """Who takes what is saved for the backward now, such as a checkpointed region: an object of its own for each, or
     None where autograd keeps it."""
     hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]
 
 
-def repeated(what: Hashable, decide: Callable[[], T], otherwise: Callable[[], T] | None = None) -> T:
+def repeat_decision(what: Hashable, decide: Callable[[], T], otherwise: Callable[[], T] | None = None) -> T:
     """``decide()``; in the recompute of a checkpointed region what it was in the forward of the region.
 
     Whatever else has been decided since for ``what``, in other regions or outside of any, does not matter.
@@ -58,7 +58,7 @@ def _region() -> tuple[Any, bool]:
 
     torch tells nobody; its hooks know it as a variable of theirs.
     """
-    hooks = saving_hooks()
+    hooks = active_saved_tensor_hooks()
     if getattr(hooks, "__module__", "") == "torch.utils.checkpoint":
         hooks = inspect.unwrap(hooks)
         variables = dict(zip(hooks.__code__.co_freevars, hooks.__closure__ or (), strict=True))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from l1ra.layers.recompute import in_backward, repeated, saving_hooks
+from l1ra.layers.recompute import active_saved_tensor_hooks, in_backward, repeat_decision
 from l1ra_kernels import dispatch
 
 __all__ = ["SharedInput", "learn_groups", "learned_groups", "share_inputs"]
@@ -28,22 +28,22 @@ class Sharer(Protocol):
 
     in_features: int
     dropout_now: float
-    writes: int
-    version: tuple
+    parameter_version: int
+    output_version: tuple
     lora_A: Tensor
     weight: Tensor
     sharing: SharedInput | None
 
-    def path_of_call(self, x: Tensor) -> dispatch.Path | None: ...
+    def call_path(self, x: Tensor) -> dispatch.Path | None: ...
 
-    def parts(self) -> dispatch.Layer: ...
+    def kernel_inputs(self) -> dispatch.Layer: ...
 
 
 class _Seen:
     """An input, to be recognised: the same tensor, not written to since, and with the graph kept by the same one."""
 
     def __init__(self, x: Tensor) -> None:
-        hooks = saving_hooks()
+        hooks = active_saved_tensor_hooks()
         self._x = weakref.ref(x)
         self._hooks = None if hooks is None else _weakly(hooks)
         self._state = self._state_of(x)
@@ -53,7 +53,7 @@ class _Seen:
         return x._version, x.requires_grad, torch.is_grad_enabled()
 
     def __call__(self, x: Tensor) -> bool:
-        hooks = saving_hooks()
+        hooks = active_saved_tensor_hooks()
         kept_alike = self._hooks is None if hooks is None else self._hooks is not None and self._hooks() is hooks
         return kept_alike and self._x() is x and self._state == self._state_of(x)
 
@@ -72,7 +72,7 @@ class _Group:
     def __init__(self, leader: Sharer, followers: Sequence[Sharer] = ()) -> None:
         self.learned: dict[Sharer, None] = dict.fromkeys(followers)  # as far as the calls have shown
         self._settled = tuple(followers)  # what was learned when the parameters were stepped the last time
-        self._writes = leader.writes
+        self._stepped_at = leader.parameter_version
 
     def followers(self, leader: Sharer) -> tuple[Sharer, ...]:
         """Who is computed together with ``leader`` now."""
@@ -80,8 +80,10 @@ class _Group:
             return tuple(self.learned)
         # Within a backward a step may be that of an optimizer which steps there; a reentrant recompute is free to go by
         # it, for it is held to no number of tensors.
-        if leader.writes != self._writes and not (in_backward() and saving_hooks() is not None):
-            self._settled, self._writes = tuple(self.learned), leader.writes
+        if leader.parameter_version != self._stepped_at and not (
+            in_backward() and active_saved_tensor_hooks() is not None
+        ):
+            self._settled, self._stepped_at = tuple(self.learned), leader.parameter_version
         return self._settled
 
 
@@ -129,7 +131,7 @@ class SharedInput:
         now = self._now
         if now.offer is not None and layer in now.offer.outputs and now.offer.seen(x):
             output, version = now.offer.outputs.pop(layer)
-            if version == layer.version:
+            if version == layer.output_version:
                 self._misses[layer] = 0
                 return output
         if now.leader is None or now.leader is layer or not now.seen(x):
@@ -145,13 +147,13 @@ class SharedInput:
         if group is None:
             group = self._groups.setdefault(layer, _Group(layer))
         now.leader, now.seen = layer, _Seen(x)
-        followers = repeated((self, layer), lambda: group.followers(layer), otherwise=tuple)
+        followers = repeat_decision((self, layer), lambda: group.followers(layer), otherwise=tuple)
         fit = [layer, *(follower for follower in followers if self._fits(follower, layer, x))]
         if len(fit) == 1:
             return None
         _withdraw_last()
-        outputs = dispatch.gated_linears(x, [m.parts() for m in fit], 0.0, dispatch.CHAIN)
-        now.offer = _Offer(now.seen, {m: (y, m.version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
+        outputs = dispatch.gated_linears(x, [m.kernel_inputs() for m in fit], 0.0, dispatch.CHAIN)
+        now.offer = _Offer(now.seen, {m: (y, m.output_version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
         _offering.last = weakref.ref(self)
         return outputs[0]
 
@@ -187,7 +189,7 @@ class SharedInput:
 
     @staticmethod
     def _fits(layer: Sharer, leader: Sharer, x: Tensor) -> bool:
-        path = layer.path_of_call(x)
+        path = layer.call_path(x)
         dense = path is not None and path.fused and path.dense
         return dense and not layer.dropout_now and layer.sharing is leader.sharing
 

@@ -11,7 +11,7 @@ from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.files.controller_state import check_state
 from l1ra.layers.adapted_model import controller_of, find_adapters
 from l1ra.layers.base_layers import base_features
-from l1ra.layers.low_rank import PARTS
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.model.patch import patch, unpatch
 from l1ra.training.controller import RankController
 
@@ -73,7 +73,7 @@ def _put_in(model: nn.Module, checkpoint: Checkpoint, adapted: bool, auto: bool)
     names = "|".join(re.escape(name) for name in checkpoint.adapters)
     controller = patch(model, state["budget"], target_modules=names, modules_to_save=[], config=config, auto=auto)
     for name, layer in controller.adapters.items():  # as from_peft may have given them other ranks than patch
-        layer.start_at(state["initial_ranks"][name], config.alpha, config.rank_stabilized)
+        layer.set_initial_rank(state["initial_ranks"][name], config.alpha, config.rank_stabilized)
     return controller
 
 
@@ -97,7 +97,7 @@ def _check_model(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> Non
             )
         _check_adapter(name, size, checkpoint, module.reserve if adapted else checkpoint.config.reserve)
     there = model.state_dict()
-    adapters = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in PARTS}
+    adapters = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in ADAPTER_PARAMETERS}
     for name in checkpoint.trained:
         found = checkpoint.tensors.get(name)
         here = there.get(name if adapted else _before_patch(name, checkpoint))
@@ -114,8 +114,10 @@ def _before_patch(name: str, checkpoint: Checkpoint) -> str:
 
 def _check_adapter(name: str, size: tuple[int, int], checkpoint: Checkpoint, reserve: int | None) -> None:
     ranks = [checkpoint.controller[part].get(name, 0) for part in ("ranks", "initial_ranks")]
-    expected = {part: (ranks[0], *of) for part, of in zip(PARTS, ((size[0],), (), (size[1],)), strict=True)}
-    found = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS}
+    expected = {
+        part: (ranks[0], *of) for part, of in zip(ADAPTER_PARAMETERS, ((size[0],), (), (size[1],)), strict=True)
+    }
+    found = {part: checkpoint.tensors.get(f"{name}.{part}") for part in ADAPTER_PARAMETERS}
     if min(ranks) < 1 or any(rows is None or tuple(rows.shape) != expected[part] for part, rows in found.items()):
         raise ValueError(f"the checkpoint is damaged: the tensors of {name} are not those of an adapter of its rank.")
     if ranks[0] > (reserve or min(size)):
@@ -124,4 +126,4 @@ def _check_adapter(name: str, size: tuple[int, int], checkpoint: Checkpoint, res
 
 def _belongs(name: str, checkpoint: Checkpoint) -> bool:
     owner, _, part = name.rpartition(".")
-    return name in checkpoint.trained or (owner in checkpoint.adapters and part in PARTS)
+    return name in checkpoint.trained or (owner in checkpoint.adapters and part in ADAPTER_PARAMETERS)

@@ -11,7 +11,7 @@ from torch import nn
 
 from l1ra.layers.adapted_model import find_adapters
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.merged_weight import refuse_merge
+from l1ra.layers.merged_weight import check_mergeable
 
 __all__ = ["merge", "unmerge"]
 
@@ -38,11 +38,11 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in adapters.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged already: call l1ra.unmerge(model) first.")
-        refuse_merge(layer.base_layer, name)
+        check_mergeable(layer.base_layer, name)
     done, roundings = [], []
     try:
         for layer in adapters.values():
-            rounding = layer.merge_quietly()
+            rounding = layer.merge_without_warning()
             done.append(layer)
             if rounding is not None:
                 roundings.append(rounding)

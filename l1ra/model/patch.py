@@ -17,13 +17,13 @@ from l1ra.integrations import save_pretrained
 from l1ra.layers.adapted_model import controller_of, find_adapters
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.padded_weight import Room, has_use_for_room
+from l1ra.layers.padded_weight import PaddedWeight, padding_pays_off
 from l1ra.layers.shared_input import share_inputs
 from l1ra.model.merge import merge as merge_adapters
-from l1ra.model.targets import left_out, part_of, saved_modules, select_targets
+from l1ra.model.targets import describe_unadapted, optional_submodule, saved_modules, select_targets
 from l1ra.training.controller import RankController
 
-__all__ = ["check_plain", "patch", "unpatch"]
+__all__ = ["check_unpatched", "patch", "unpatch"]
 
 UNDO = "_l1ra_undo"
 QUANTISED = "is_quantized"  # of transformers' models
@@ -69,7 +69,7 @@ def patch(
         ValueError, TypeError: the message says what to write instead; the model is untouched.
         RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the model is untouched.
     """
-    check_plain(model)
+    check_unpatched(model)
     if preset is not None and config is not None:
         raise ValueError("pass preset or config, not both: L1RAConfig.from_preset(preset) makes a config.")
     config = L1RAConfig.from_preset(preset or "default") if config is None else config
@@ -83,7 +83,7 @@ def patch(
     check_budget(budget)
     saved = saved_modules(model, modules_to_save)
     targets = select_targets(model, target_modules, saved)
-    left = left_out(model, saved) if target_modules == "all-linear" else ""
+    left = describe_unadapted(model, saved) if target_modules == "all-linear" else ""
     sizes = [base_features(module) for module in targets.values()]
     caps = [rank_cap(*size, config) for size in sizes]
     low = next((i for i, cap in enumerate(caps) if cap < config.min_rank), None)
@@ -118,12 +118,14 @@ def patch(
             )
         # A layer that is shared between parents is replaced in all of them.
         for layer in adapters.values():
-            path = layer.path_on()
+            path = layer.kernel_path()
             if config.strict and not path.fused:
                 raise RuntimeError(f"strict=True, but the adapters would run as plain PyTorch: {path.reason}.")
             layer.strict = config.strict
             if config.augment and type(layer.base_layer) is nn.Linear:
-                layer.room = Room() if has_use_for_room(layer.in_features, layer.out_features) else None
+                layer.padded_weight = (
+                    PaddedWeight() if padding_pays_off(layer.in_features, layer.out_features) else None
+                )
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if id(child) in adapters:
@@ -149,7 +151,7 @@ def patch(
         # transformers.Trainer refuses quantised models whose adapters it does not know.
         setattr(model, QUANTISED, False)
     object.__setattr__(model, UNDO, undo)
-    save_pretrained.take_over(model)
+    save_pretrained.override(model)
     if left:
         warnings.warn(left, stacklevel=2)
     return controller
@@ -187,12 +189,12 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
         undo.hook.remove()
     if undo.quantised:
         setattr(model, QUANTISED, True)
-    save_pretrained.give_back(model)
+    save_pretrained.restore(model)
     object.__delattr__(model, UNDO)
     return model
 
 
-def check_plain(model: nn.Module) -> None:
+def check_unpatched(model: nn.Module) -> None:
     """Refuse a model that has adapters already, L1RA's or PEFT's.
 
     Raises:
@@ -238,7 +240,7 @@ def _let_gradients_through(model: nn.Module) -> RemovableHandle | None:
 
     With frozen embeddings no input does; transformers mends that for PEFT models alone.
     """
-    embeddings = part_of(model, "get_input_embeddings")
+    embeddings = optional_submodule(model, "get_input_embeddings")
     return None if embeddings is None else embeddings.register_forward_hook(_RequireGradient(model))
 
 

@@ -17,19 +17,19 @@ from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
 from l1ra.allocation.plan import LayerPlan
 from l1ra.config import L1RAConfig
 from l1ra.files.peft_export import CONFIG, PREFIX, WEIGHTS, refuse_shared
-from l1ra.files.schema import misfit
-from l1ra.layers.adapted_model import controller_of, find_adapters, listed
+from l1ra.files.schema import mismatch
+from l1ra.layers.adapted_model import abbreviated, controller_of, find_adapters
 from l1ra.layers.base_layers import FLOATS, base_features
 from l1ra.layers.linear import L1RALinear
-from l1ra.model.patch import check_plain, patch, unpatch
-from l1ra.model.targets import fits
+from l1ra.model.patch import check_unpatched, patch, unpatch
+from l1ra.model.targets import name_matches
 from l1ra.training.controller import RankController
 
 __all__ = ["from_peft"]
 
 # Settings of a LoRA that from_peft obeys, and such as say nothing about the function of a trained adapter. What else is
 # set changes that function.
-FORMS = {
+SETTINGS_SCHEMA = {
     "r": int,
     "lora_alpha": int | float,
     "rank_pattern": {str: int},
@@ -39,7 +39,7 @@ FORMS = {
     "exclude_modules": [str],
     "modules_to_save": [str],
 }
-OBEYED = {*FORMS, "peft_type", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"}
+OBEYED = {*SETTINGS_SCHEMA, "peft_type", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"}
 SILENT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 SILENT |= {"lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config"}
 SILENT |= {"lora_ga_config", "qalora_group_size", "runtime_config"}
@@ -90,7 +90,7 @@ def from_peft(
             the settings; the model is untouched.
         RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the model is untouched.
     """
-    check_plain(model)
+    check_unpatched(model)
     if config is not None and not isinstance(config, L1RAConfig):
         raise TypeError(f"config must be an L1RAConfig, not {type(config).__name__}.")
     config = (config or L1RAConfig()).replace(**overrides)
@@ -131,7 +131,7 @@ def _load(layer: L1RALinear, a: Tensor, b: Tensor, config: L1RAConfig) -> None:
     rank = max(1, len(a))
     layer.resize(LayerPlan((0,), rank - 1), a[1:].float())
     # The settings' scaling is that of the rank at the start, which is this one.
-    layer.start_at(rank, config.alpha, config.rank_stabilized)
+    layer.set_initial_rank(rank, config.alpha, config.rank_stabilized)
     layer.gate[:rank] = 1.0
     layer.lora_A[: len(a)] = a.to(layer.lora_A)
     layer.lora_B[: len(b)] = (b / layer.scaling).to(layer.lora_B)
@@ -206,11 +206,13 @@ def _files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_settings(config: dict[str, Any], file: Path) -> None:
     patterns = []
-    for name in FORMS.keys() & config.keys():
+    for name in SETTINGS_SCHEMA.keys() & config.keys():
         value = config[name]
         if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
             patterns.append(value)
-        elif (value is not None or name in ("r", "lora_alpha")) and (wrong := misfit(value, FORMS[name], name)):
+        elif (value is not None or name in ("r", "lora_alpha")) and (
+            wrong := mismatch(value, SETTINGS_SCHEMA[name], name)
+        ):
             raise ValueError(f"{file} has settings that PEFT does not write: {wrong}.")
         elif isinstance(value, dict):
             patterns += map(_whole, value)
@@ -230,7 +232,7 @@ def _targeted(model: nn.Module, config: dict[str, Any], saved: list[str]) -> set
     def named(name: str, by: str | list[str] | None) -> bool:
         if isinstance(by, str):
             return re.fullmatch(by, name) is not None
-        return any(fits(name, ending) for ending in by or ())
+        return any(name_matches(name, ending) for ending in by or ())
 
     return {
         name
@@ -247,7 +249,7 @@ def _compare(setting: str, expected: Collection[str] | None, found: Collection[s
         return
     for names, what in ((set(expected) - set(found), "missing from"), (set(found) - set(expected), "surplus in")):
         if names:
-            raise ValueError(f"by the LoRA's {setting}, tensors are {what} {WEIGHTS}: {listed(sorted(names))}.")
+            raise ValueError(f"by the LoRA's {setting}, tensors are {what} {WEIGHTS}: {abbreviated(sorted(names))}.")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -12,15 +12,15 @@ from torch import nn
 from l1ra.layers.adapted_model import task_head
 from l1ra.layers.base_layers import base_features
 
-__all__ = ["left_out", "part_of", "saved_modules", "select_targets"]
+__all__ = ["describe_unadapted", "optional_submodule", "saved_modules", "select_targets"]
 
 
-def fits(name: str, pattern: str) -> bool:
+def name_matches(name: str, pattern: str) -> bool:
     """Whether a module's name is ``pattern`` or ends with it as whole components."""
     return name == pattern or name.endswith("." + pattern)
 
 
-def part_of(model: nn.Module, getter: str) -> nn.Module | None:
+def optional_submodule(model: nn.Module, getter: str) -> nn.Module | None:
     """What a method such as ``get_input_embeddings`` of a transformers model returns; None if there is no such part."""
     try:
         part = getattr(model, getter)()
@@ -47,7 +47,7 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> di
     modules = dict(model.named_modules())
     found = {}
     for pattern in modules_to_save:
-        matches = {name: module for name, module in modules.items() if name and fits(name, pattern)}
+        matches = {name: module for name, module in modules.items() if name and name_matches(name, pattern)}
         if not matches:
             raise ValueError(f"modules_to_save: no module is named {pattern!r}.{_suggest(pattern, modules)}")
         found.update(matches)
@@ -79,7 +79,7 @@ def select_targets(
     blocked = {id(inner) for module in saved.values() for inner in module.modules()}
     tied = _tied(model)
     if target_modules == "all-linear":
-        head = part_of(model, "get_output_embeddings")
+        head = optional_submodule(model, "get_output_embeddings")
         out = {id(head), *blocked, *tied}
         chosen = {
             name: module
@@ -99,7 +99,7 @@ def select_targets(
     return chosen
 
 
-def left_out(model: nn.Module, saved: dict[str, nn.Module]) -> str:
+def describe_unadapted(model: nn.Module, saved: dict[str, nn.Module]) -> str:
     """What ``"all-linear"`` leaves frozen though it may be most of a model, in words; "" if there is nothing.
 
     transformers 5 stores the experts of a mixture so: as Parameters of three dimensions, used without a layer.
@@ -175,11 +175,11 @@ def _named(
                 f"target_modules must be 'all-linear', a regular expression or a list of names, not {target_modules!r}."
             )
         names = list(target_modules)
-        lost = [name for name in names if not any(fits(module, name) for module in modules)]
+        lost = [name for name in names if not any(name_matches(module, name) for module in modules)]
         if lost:
-            _refuse_parameter(model, lambda name: fits(name, lost[0]))
+            _refuse_parameter(model, lambda name: name_matches(name, lost[0]))
             raise ValueError(f"target_modules: no module is named {lost[0]!r}.{_suggest(lost[0], modules)}")
-        chosen = {key: module for key, module in modules.items() if any(fits(key, name) for name in names)}
+        chosen = {key: module for key, module in modules.items() if any(name_matches(key, name) for name in names)}
     unfit = {name: module for name, module in chosen.items() if base_features(module) is None}
     if unfit:
         told = [f"{name} ({type(module).__name__})" for name, module in unfit.items()]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from l1ra.layers.adapted_model import controller_of
-from l1ra.reporting.rank_map import grid
+from l1ra.reporting.rank_map import rank_grid
 from l1ra.training.controller import RankController
 
 __all__ = ["plot_ranks"]
@@ -36,7 +36,7 @@ def plot_ranks(model: nn.Module, path: str | Path) -> Path:
         raise ImportError("plot_ranks needs matplotlib: pip install 'l1ra[plot]'.") from None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    layers, projections, cells = grid(controller.ranks)
+    layers, projections, cells = rank_grid(controller.ranks)
     figure = Figure(figsize=(13, max(3.2, 0.32 * len(projections) + 1.6)), layout="constrained")
     _draw_map(figure, *figure.subplots(1, 2, width_ratios=[3, 2]), controller, layers, projections, cells)
     figure.savefig(path, dpi=120)
@@ -75,7 +75,7 @@ def _draw_map(
     for projection in projections:
         means = []
         for entry in controller.history:
-            ranks = [r for key, r in grid(entry["ranks"])[2].items() if key[1] == projection]
+            ranks = [r for key, r in rank_grid(entry["ranks"])[2].items() if key[1] == projection]
             means.append(sum(ranks) / len(ranks))
         over_time.step(steps, means, where="post", label=projection)
     over_time.set_xlabel("optimizer step")

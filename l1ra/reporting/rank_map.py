@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-__all__ = ["Adapter", "Place", "ProjectionRanks", "grid", "places", "ranks_by_depth", "ranks_by_projection"]
+__all__ = ["Adapter", "Place", "ProjectionRanks", "places", "rank_grid", "ranks_by_depth", "ranks_by_projection"]
 
 
 class Place(NamedTuple):
@@ -105,7 +105,7 @@ def ranks_by_depth(ranks: Mapping[str, int]) -> dict[int | None, int]:
     return dict(sorted(sums.items(), key=lambda item: (item[0] is None, item[0] or 0)))
 
 
-def grid(ranks: Mapping[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
     """The ranks as a map, block by projection.
 
     Args:

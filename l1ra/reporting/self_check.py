@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from l1ra.layers.base_layers import bnb_kind, dense_weight
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.padded_weight import Room
+from l1ra.layers.padded_weight import PaddedWeight
 from l1ra.model.load import load
 from l1ra.model.patch import patch
 from l1ra.training.controller import RankController
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of an error relative to the norm, in units of the dtype's rounding: sums of a hundred products lose a few of them, a
 # wrong number loses everything.
 TOLERANCE = 8
-PARTS = ("the output", "the gradient of x", "the gradient of A", "the gradient of the gate", "the gradient of B")
+COMPARED = ("the output", "the gradient of x", "the gradient of A", "the gradient of the gate", "the gradient of B")
 BUDGET = 8
 BRISK = {"interval": 4, "total_steps": 40, "warmup": 0.0, "margin": 1.0, "turnover": 0.5, "gate_lr": 1.0}
 
@@ -85,8 +85,8 @@ def _try_layer(
         return Check(what, name, path, None, f"the layer itself fails: {_words(error)}")
     try:
         layer = L1RALinear.from_linear(base, rank=RANK)
-        layer.room = Room() if what == AUGMENTED else None
-        taken = layer.path_on(x)
+        layer.padded_weight = PaddedWeight() if what == AUGMENTED else None
+        taken = layer.kernel_path(x)
         path = str(taken)
         if taken.fused and choice.interpreting() and dtype == torch.bfloat16:
             return Check(what, name, path, None, "Triton's interpreter does not multiply bfloat16 right")
@@ -141,7 +141,7 @@ def _compare(layer: L1RALinear, x: Tensor, dy: Tensor) -> str:
     y = layer(x)
     found = (y, *torch.autograd.grad(y, params, dy))
     limit, worst = TOLERANCE * _rounding(x), 0.0
-    for part, mine, exact in zip(PARTS, found, _exact(layer, x, dy), strict=True):
+    for part, mine, exact in zip(COMPARED, found, _exact(layer, x, dy), strict=True):
         error = ((mine.detach().cpu().double() - exact).norm() / exact.norm()).item()
         if not error <= limit:
             raise _Wrong(f"{part} is off by {error:.1e} of its norm, where {limit:.1e} would be rounding")
@@ -150,7 +150,7 @@ def _compare(layer: L1RALinear, x: Tensor, dy: Tensor) -> str:
 
 
 def _exact(layer: L1RALinear, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """``PARTS`` in float64 on the CPU. What a quantised base computes is taken from itself: its rounding is its own."""
+    """``COMPARED`` in float64 on the CPU. The output of a quantised base is its own: its rounding is not checked."""
     base = layer.base_layer
     x64, a, gate, b, dy64 = (
         t.detach().cpu().double().requires_grad_() for t in (x, layer.lora_A, layer.gate, layer.lora_B, dy)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from l1ra.layers.adapted_model import controller_of, find_adapters, listed
+from l1ra.layers.adapted_model import abbreviated, controller_of, find_adapters
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.reporting.columns import aligned_columns
@@ -167,16 +167,16 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
 def _refuse_plain(adapters: dict[str, L1RALinear]) -> None:
     reasons: dict[str, list[str]] = {}
     for name, layer in adapters.items():
-        path = layer.path_on()
+        path = layer.kernel_path()
         if not path.fused:
             reasons.setdefault(path.reason, []).append(name)
     if reasons:
-        told = "; ".join(f"{listed(names)} ({reason})" for reason, names in reasons.items())
+        told = "; ".join(f"{abbreviated(names)} ({reason})" for reason, names in reasons.items())
         raise RuntimeError(f"strict=True, but adapters would run as plain PyTorch: {told}.")
 
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
-    path = layer.path_on()
+    path = layer.kernel_path()
     if layer.sharing is None or not (path.fused and path.dense):
         return str(path)
     partners = [names[other].rpartition(".")[2] for other in layer.sharing.partners(layer) if other in names]
@@ -192,7 +192,7 @@ def _row(name: str, layer: L1RALinear, controller: RankController | None, names:
         layer.out_features,
         layer.rank,
         controller.initial_ranks.get(name, layer.initial_rank) if controller else layer.initial_rank,
-        layer.gate.detach()[: layer.rank].min().item() / layer.share,
+        layer.gate.detach()[: layer.rank].min().item() / layer.rank_scaling,
         controller.history[-1]["coherence"].get(name) if controller else None,
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),

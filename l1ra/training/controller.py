@@ -1,4 +1,4 @@
-"""The controller: listens to the optimizer, moves the gates, and from time to time the ranks."""
+"""The controller: at each optimizer step it moves the gates, and at the end of each interval ranks."""
 
 from __future__ import annotations
 
@@ -15,42 +15,48 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.allocation.costs import check_budget, rank_cost
-from l1ra.allocation.plan import returned
+from l1ra.allocation.plan import ranks_given_back
 from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
-from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer
-from l1ra.layers.adapted_model import CONTROLLER, controller_of, find_adapters, listed, trained_tensors
+from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer, make_callback
+from l1ra.layers.adapted_model import CONTROLLER, abbreviated, controller_of, find_adapters, trained_tensors
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.shared_input import learn_groups, learned_groups
-from l1ra.training.data_parallel import NotReplicas, join, processes, sharded
+from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
 from l1ra.training.gate_bank import GateBank
-from l1ra.training.gate_rules import Moment, make_rule
-from l1ra.training.interval import Interval, Moves
-from l1ra.training.optimizer_hooks import BackwardCounter, OptimizerListener
-from l1ra.training.schedule import Schedule
+from l1ra.training.gate_rules import make_rule
+from l1ra.training.interval import Interval, Reallocation
+from l1ra.training.optimizer_hooks import BackwardCounter, OptimizerHooks
+from l1ra.training.schedule import Schedule, Stage
 
 __all__ = ["RankController"]
 
 
 class RankController:
-    """Moves the gates of all adapters of a model at each optimizer step, and ranks between adapters now and then.
+    """Moves the gates of all adapters of a model at each optimizer step, and ranks at the end of each interval.
 
-    It needs no call: it hears the steps of every torch optimizer that holds the adapters' parameters. Before a
-    step it takes the gates' gradients away, so that no optimizer moves or decays a gate; after the step it moves
-    the gates by its rule, and every interval cuts the ranks whose gate is 0 and hands them out anew. A
-    reallocation changes the model's function by no more than rounding.
+    Nothing needs to be called: the controller is called back at each step of every torch optimizer that holds
+    parameters of the adapters. Before the step it takes the gradients of the gates away, so that no optimizer moves or
+    decays a gate. After the step it moves the gates by its rule. At the end of an interval it prunes the ranks whose
+    gate is 0 and gives as many ranks to the adapters in need, which changes the model's function by no more than
+    rounding.
+
+    Example::
+
+        controller = RankController(model, budget=64, total_steps=1000)  # model: with L1RALinear layers
+        print(controller.ranks)
 
     Attributes:
         model, config, budget: as given.
+        adapters: module name -> :class:`L1RALinear`.
         initial_ranks: module name -> rank at construction.
-        steps: optimizer steps seen.
-        total_steps: optimizer steps of the whole training, None until it is known.
-        spare: what of the budget is not given to any adapter, in the budget's unit.
-        moved: ranks that have gone from one adapter (or from the spare) to another so far.
-        history: one dict a reallocation, the start first: ``step``, ``ranks`` (name -> int), ``pruned``, ``moved``,
-            ``spare``, ``gates`` (min, mean, share at zero, steps skipped), ``coherence`` (name -> how much the
-            adapter's gradients agreed in the interval before, see ``Probe.coherence``; empty where nobody looked).
+        steps: optimizer steps so far.
+        total_steps: optimizer steps of the whole training, None until the number is known.
+        moved: the number of ranks by which adapters grew so far.
+        history: one dict for the start and one for each reallocation: ``step``, ``ranks`` (name -> int), ``pruned``,
+            ``moved``, ``spare``, ``gates`` (min, mean, share at zero, steps skipped), ``coherence`` (name -> agreement
+            of the adapter's gradients in the interval before, see ``Probe.coherence``; empty without probes).
     """
 
     def __init__(
@@ -62,18 +68,18 @@ class RankController:
         auto: bool = True,
         **overrides: Any,
     ) -> None:
-        """Take charge of every ``L1RALinear`` in ``model``.
+        """A controller of every ``L1RALinear`` in ``model``.
 
         Args:
             budget: what all adapters' ranks together may cost: ranks, or parameters (``config.budget_unit``).
-            config: settings; the default preset if None. ``overrides`` replace single fields of it. What the layers
-                alone have (``LAYER_SETTINGS``) is not read: it is as they were made.
-            auto: listen to optimizers; False: call ``step(optimizer)`` yourself.
+            config: settings; None means the default preset. Settings of single layers (``LAYER_SETTINGS``) are not
+                read: the layers exist already.
+            auto: register hooks on optimizers; with False call ``step(optimizer)`` after each step.
+            overrides: replace single fields of ``config``.
 
         Raises:
-            ValueError: no adapter in the model, another controller on it, or adapters that already cost more
-                than the budget.
-            TypeError: a budget that is no int, or a setting of the layers among the ``overrides``.
+            ValueError: the model has no adapter or has a controller; or the adapters cost more than the budget.
+            TypeError: the budget is no int, or ``overrides`` has a setting of single layers.
         """
         check_budget(budget)
         if own := sorted(overrides.keys() & LAYER_SETTINGS):
@@ -108,20 +114,21 @@ class RankController:
         self._interval = Interval(adapters, self._bank, budget, costs, config)
         self._schedule: Schedule | None = None
         self._gradients: tuple[Tensor, Tensor | None] | None = None
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._resting = self._sharded = False
+        self._trainer_steps: int | None = None
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
+        self._ranks_fixed = self._sharded = False
         self.initial_ranks = self.ranks
-        self._record(Moves(0, 0, {}))
+        self._record(Reallocation(0, 0, {}))
 
-        self._listener = OptimizerListener(self._parameter_ids, self._collect, self._after) if auto else None
-        self._auto_off: list[Optimizer] = []
+        self._hooks = OptimizerHooks(self._parameter_ids, self._before_step, self._after_step) if auto else None
+        self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
         self._resuming = model.register_load_state_dict_post_hook(ResumeWithTrainer())
         setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
-        # A copy or a pickle of the model is a model of its own, which nobody drives.
+        # A copy or a pickle of the model has no controller: this one drives the original.
         return (type(None), ())
 
     @property
@@ -132,27 +139,32 @@ class RankController:
         return {id(p) for layer in self._layers for p in (layer.lora_A, layer.gate, layer.lora_B)}
 
     @property
+    def auto(self) -> bool:
+        """Whether the controller is called back by the optimizers."""
+        return self._hooks is not None
+
+    @property
     def ranks(self) -> dict[str, int]:
-        """Module name, as in ``named_modules()``, -> rank now."""
+        """Module name, as in ``named_modules()``, -> current rank."""
         return {name: layer.rank for name, layer in self.adapters.items()}
 
     @property
     def spare(self) -> int:
-        """What of the budget is not given to any adapter, in the budget's unit."""
+        """The part of the budget that no adapter has, in the budget's unit."""
         return self.budget - sum(c * a.rank for c, a in zip(self._costs, self._layers, strict=True))
 
     @property
     def skipped_steps(self) -> int:
-        """Steps at which the gates stood still because a gate's gradient was NaN or infinite, or its square was."""
+        """The number of steps at which no gate moved because a gate's gradient, or its square, was not finite."""
         return int(self._bank.skipped.item())
 
     def gates(self) -> dict[str, list[float]]:
-        """Module name -> the master gates, in row order."""
+        """Module name -> the gates of its ranks, in row order."""
         self._bank.refresh()
-        return dict(zip(self.adapters, self._bank.rows(self._bank.value), strict=True))
+        return dict(zip(self.adapters, self._bank.by_adapter(self._bank.value), strict=True))
 
     def statistics(self) -> dict[str, float]:
-        """A few numbers for a log."""
+        """Numbers for a log: smallest and largest rank, ranks in all, spare, moved ranks, mean gate."""
         self._bank.refresh()
         ranks = list(self.ranks.values())
         return {
@@ -165,35 +177,64 @@ class RankController:
         }
 
     def step(self, optimizer: Optimizer) -> None:
-        """With ``auto=False``: call it after ``optimizer.step()`` and before the gradients are cleared.
+        """With ``auto=False``: call this after ``optimizer.step()`` and before the gradients are cleared.
 
         Raises:
-            RuntimeError: the controller listens by itself; the step would count twice.
+            RuntimeError: the controller was made with ``auto=True``; the step would count twice.
         """
-        if self._listener is not None:
+        if self.auto:
             raise RuntimeError("this controller hears the optimizer by itself: drop the call, or pass auto=False.")
-        if not any(known is optimizer for known in self._auto_off):
-            self._auto_off.append(optimizer)
+        if not any(known is optimizer for known in self._passed):
+            self._passed.append(optimizer)
         if all(layer.gate.grad is None for layer in self._layers):
             warnings.warn(
                 "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
                 "cleared.",
                 stacklevel=2,
             )
-        self._after(optimizer)
+        self._after_step(optimizer)
+
+    def callback(self) -> Any:
+        """A ``transformers.TrainerCallback`` that connects this controller to a Trainer explicitly.
+
+        A Trainer does not need it: the controller finds a Trainer by itself at the first optimizer step. The callback
+        does the same: it takes the number of steps from the Trainer, adds :meth:`statistics` to its logs and the state
+        of the ranks to its checkpoints. With ``auto=False`` it also calls :meth:`step`.
+
+        Example::
+
+            controller = l1ra.patch(model, budget=224)
+            trainer = Trainer(model, args, train_dataset=data, callbacks=[controller.callback()])
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        return make_callback(self)
+
+    def expect_steps(self, total_steps: int) -> None:
+        """Take the number of optimizer steps from a Trainer, unless ``total_steps`` was passed by the user.
+
+        Called by :meth:`callback` when a Trainer begins to train.
+        """
+        self._trainer_steps = total_steps
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A ``with`` block in which the model computes without its adapters, as it did before they were put in.
+        """A context in which the model computes without its adapters, as before :func:`l1ra.patch`.
 
-        For the reference of DPO and the like, and to compare: ``with torch.no_grad(), controller.disabled(): ...``.
-        What is in ``modules_to_save`` has no old weights beside the trained ones: it stays as it has been trained. A
-        backward of what was computed in the block reaches no adapter; with reentrant or nested gradient checkpointing
-        it must run in the block too, for it computes once more. Blocks may be nested.
+        It gives the reference model of DPO and similar methods. Modules in ``modules_to_save`` have no weights from
+        before the training: they stay as trained. The backward of a forward in the context reaches no adapter; with
+        reentrant or nested gradient checkpointing it must run in the context too, since it recomputes the forward.
+        Contexts may be nested.
+
+        Example::
+
+            with torch.no_grad(), controller.disabled():
+                reference = model(**batch).logits
 
         Raises:
-            RuntimeError: an adapter is merged; or, from its ``step()``, an optimizer that holds the adapters steps in
-                the block. Nothing has changed then.
+            RuntimeError: an adapter is merged; or an optimizer that holds the adapters steps in the context (raised by
+                its ``step()``). Nothing has changed then.
         """
         merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
         if merged is not None:
@@ -211,17 +252,22 @@ class RankController:
                 layer.disabled = disabled
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the adapters, whatever else of the model is trained, and this controller: see :func:`l1ra.load`.
+        """Write the adapters, all other trained tensors of the model and the controller's state, for :func:`l1ra.load`.
 
-        The optimizer's state is not in it: save ``optimizer.state_dict()`` beside it to go on training bit for bit.
+        The optimizer's state is not included: save ``optimizer.state_dict()`` beside it to resume bit for bit.
+
+        Example::
+
+            controller.save("out/adapter")
+            controller = l1ra.load(fresh_model, "out/adapter")
 
         Raises:
-            OSError: it can't be written; an older checkpoint in the folder is still whole.
+            OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
         save(folder, self.config, self.adapters, trained_tensors(self.model), self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the adapters' own tensors, which the model's state dict holds."""
+        """The state without the adapters' own tensors, which are in the model's state dict."""
         self._bank.refresh()
         return {
             "ranks": self.ranks,
@@ -235,17 +281,17 @@ class RankController:
             "scalings": {name: layer.scaling for name, layer in self.adapters.items()},
             "scale_with_rank": {name: layer.scale_with_rank for name, layer in self.adapters.items()},
             "sharing": learned_groups(self.adapters),
-            "closing": self._interval.closing,
-            "probes": self._interval.probing.state_dict(),
+            "closing": self._interval.pruning,
+            "probes": self._interval.probes.state_dict(),
             "gates": self._bank.state_dict(),
             "generator": self._interval.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict()``, after the model's own state dict was loaded.
+        """Take over a ``state_dict()``. The model's own state dict must have been loaded before.
 
         Raises:
-            ValueError: it belongs to other adapters, ranks or scalings, another budget or rule, or a part is missing;
+            ValueError: the state belongs to other adapters, ranks, scalings, budget or rule, or a part is missing;
                 nothing is changed then.
         """
         check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
@@ -261,52 +307,58 @@ class RankController:
         learn_groups(self.adapters, state["sharing"])
 
     def close(self) -> None:
-        """Stop driving: the adapters stay as they are."""
-        if self._listener is not None:
-            self._listener.close()
+        """Remove all hooks. The adapters stay as they are."""
+        if self._hooks is not None:
+            self._hooks.close()
         self._backwards.close()
         self._resuming.remove()
-        self._interval.probing.stop()
+        self._interval.probes.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
-    # --- around an optimizer's step
+    # --- one training step
 
-    def _collect(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
         if any(layer.disabled for layer in self._layers):
             raise RuntimeError(
                 "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
                 "the block before optimizer.step()."
             )
         if self._schedule is None:
-            self._sharded = sharded(self._layers)
+            self._sharded = adapters_are_sharded(self._layers)
         if self._sharded:
             for layer in self._layers:
                 layer.gate.grad = None
             return
         self._bank.refresh()
         taken = self._bank.take_gradients()
-        if taken is None:
-            return
-        grad, seen = taken
-        # A fused optimizer unscales inside its step: GradScaler leaves the scale and its verdict on it.
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            grad = grad / scale.to(grad)
-        if getattr(optimizer, "found_inf", None) is not None:
-            grad = torch.where(optimizer.found_inf.to(grad.device) > 0, torch.nan, grad)
-        self._gradients = (grad, seen)
+        if taken is not None:
+            grad, seen = taken
+            self._gradients = _unscaled(grad, optimizer), seen
 
     @torch.no_grad()
-    def _after(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Move the gates, and ranks if they are due."""
         if self._gradients is None:
-            self._collect(optimizer)  # a closure computed them within the step
-        # Several optimizers may share the adapters: a new training step begins when one of them comes round again.
-        begins = not self._stepped or optimizer in self._stepped
-        if begins:
+            self._before_step(optimizer)  # a closure computed the gradients within the step
+        is_new_step = self._count_step(optimizer)
+        if self._gradients is not None and not self._ranks_fixed:
+            grad, seen = self._gradients
+            self._bank.update(self._rule.step(self._bank, grad, self._stage(), seen), grad, seen)
+        self._gradients = None
+        if not self._sharded:
+            self._bank.write_to_layers()
+        if is_new_step and not self._ranks_fixed:
+            self._advance_interval()
+
+    def _count_step(self, optimizer: Optimizer) -> bool:
+        """Whether a new training step begins: if several optimizers hold adapters, when one of them steps again."""
+        is_new_step = not self._stepped or optimizer in self._stepped
+        if is_new_step:
             self._stepped.clear()
-            if optimizer not in self._met:
-                self._meet(optimizer)
+            if optimizer not in self._known:
+                self._register(optimizer)
             self.steps += 1
             if self.total_steps is not None and self.steps == self.total_steps + 1:
                 warnings.warn(
@@ -315,96 +367,108 @@ class RankController:
                     stacklevel=2,
                 )
         self._stepped.add(optimizer)
-        self._backwards.stepped()
-        schedule = self._schedule
-        if self._gradients is not None and not self._resting:
-            grad, seen = self._gradients
-            at = self._moment()
-            self._bank.update(self._rule.step(self._bank, grad, at, seen), grad, seen)
-        self._gradients = None
-        if not self._sharded:
-            self._bank.write()
-        if self._resting or not begins:
+        self._backwards.reset()
+        return is_new_step
+
+    # --- the interval
+
+    def _advance_interval(self) -> None:
+        """After a training step: end the interval with a reallocation, choose ranks in its middle, or start probes."""
+        interval, schedule, step = self._interval, self._schedule, self.steps
+        if schedule.reallocates_after(step):
+            self._reallocate()
+        if interval.pruning:
             return
-        if schedule.reallocates(self.steps):
-            merged = [name for name, layer in self.adapters.items() if layer.merged]
-            if merged:
-                warnings.warn(
-                    f"ranks wait for the next interval: {merged[0]} is merged. Call its unmerge() to train on.",
-                    stacklevel=2,
-                )
-            else:
-                self._reallocate()
-        if self._interval.closing:
-            return
-        self._interval.probing.take_step()
-        if schedule.closes(self.steps):
-            self._interval.close(self._importance(), self._moment().progress, self._given_back())
-        elif schedule.looks(self.steps):
-            self._interval.look()
+        interval.probes.take_step()
+        if schedule.in_second_half(step):
+            interval.choose_ranks(self._importance(), self._stage().progress, self._given_back())
+        elif schedule.in_first_half(step):
+            interval.start_probes()
 
-    def _moment(self) -> Moment:
-        schedule = self._schedule
-        at = self.steps
-        return Moment(schedule.interval, schedule.progress(at), schedule.over(at), schedule.trial(at))
-
-    def _meet(self, optimizer: Optimizer) -> None:
-        self._met.add(optimizer)
-        trainer_steps = join_trainer(self.statistics, self.save)
-        if self._schedule is None:
-            self._start(trainer_steps, optimizer)
-
-    def _start(self, trainer_steps: int | None, optimizer: Optimizer) -> None:
-        if self.total_steps is None:
-            self.total_steps = trainer_steps
-        # Beside a fresh head the first gradients tell about the head, not about the layers.
-        mine = self._parameter_ids()
-        alone = not any(p.requires_grad for p in self.model.parameters() if id(p) not in mine)
-        self._schedule = Schedule.from_config(self.config, self.total_steps, early=alone)
-        if processes() > 1:
-            self._join_replicas(optimizer)
-        if not self._resting:
-            self._schedule.warn(self.config, self.total_steps)
-
-    def _join_replicas(self, optimizer: Optimizer) -> None:
-        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
-        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
-        where = {"whether ranks fade": self._interval.closing, "whether probes look": bool(self._interval.probing)}
-        try:
-            self._interval.join(join(self._layers, optimizer, {**settings, **numbers, **where}))
-        except NotReplicas as why:
-            self._resting = True
-            warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
-
-    # --- reallocation
+    def _stage(self) -> Stage:
+        return self._schedule.stage(self.steps)
 
     def _importance(self) -> list[list[float | None]] | None:
-        return self._rule.importance(self._bank, self._moment())
+        return self._rule.importance(self._bank, self._stage())
 
     def _given_back(self) -> list[int]:
-        return returned([list(entry["ranks"].values()) for entry in self.history])
+        return ranks_given_back([list(entry["ranks"].values()) for entry in self.history])
+
+    # --- the reallocation
 
     def _reallocate(self) -> None:
+        """Prune the ranks whose gate is 0, and give as many to the adapters in need."""
+        merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
+        if merged is not None:
+            warnings.warn(
+                f"ranks wait for the next interval: {merged} is merged. Call its unmerge() to train on.", stacklevel=2
+            )
+            return
         if len(self.history) == 1:
-            self._warn_of_unseen()
-        moves = self._interval.end(self._importance(), self._given_back(), self._optimizers())
-        self.moved += moves.moved
-        self._record(moves)
+            self._warn_of_untrained()
+        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers())
+        self.moved += done.moved
+        self._record(done)
 
-    def _warn_of_unseen(self) -> None:
-        seen = self._bank.rows(self._bank.age > 0)
-        unseen = [name for name, row in zip(self.adapters, seen, strict=True) if not any(row)]
-        if unseen and self.skipped_steps < self.steps:
+    def _warn_of_untrained(self) -> None:
+        trained = self._bank.by_adapter(self._bank.age > 0)
+        untrained = [name for name, row in zip(self.adapters, trained, strict=True) if not any(row)]
+        if untrained and self.skipped_steps < self.steps:
             warnings.warn(
                 f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
-                f"{listed(unseen)}. The model does not call these layers, or reads their weights without calling them: "
-                "leave them out of target_modules.",
+                f"{abbreviated(untrained)}. The model does not call these layers, or reads their weights without "
+                "calling them: leave them out of target_modules.",
                 stacklevel=2,
             )
 
     def _optimizers(self) -> list[Optimizer]:
-        return list(self._listener.optimizers) if self._listener is not None else self._auto_off
+        return list(self._hooks.optimizers) if self._hooks is not None else self._passed
 
-    def _record(self, moves: Moves) -> None:
+    def _record(self, done: Reallocation) -> None:
         now = {"step": self.steps, "ranks": self.ranks, "spare": self.spare, "gates": self._bank.summary()}
-        self.history.append({**now, **moves._asdict()})
+        self.history.append({**now, **done._asdict()})
+
+    # --- the first step of an optimizer
+
+    def _register(self, optimizer: Optimizer) -> None:
+        self._known.add(optimizer)
+        trainer_steps = join_trainer(self)
+        if self._schedule is None:
+            self._start(self._trainer_steps if trainer_steps is None else trainer_steps)
+
+    def _start(self, trainer_steps: int | None) -> None:
+        if self.total_steps is None:
+            self.total_steps = trainer_steps
+        # Beside a new head the first gradients tell about the head, not about the layers.
+        mine = self._parameter_ids()
+        alone = not any(p.requires_grad for p in self.model.parameters() if id(p) not in mine)
+        self._schedule = Schedule.from_config(self.config, self.total_steps, judge_early=alone)
+        if world_size() > 1:
+            self._join_replicas()
+        if not self._ranks_fixed:
+            self._schedule.warn(self.config, self.total_steps)
+
+    def _join_replicas(self) -> None:
+        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
+        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
+        where = {"whether ranks fade": self._interval.pruning, "whether probes observe": bool(self._interval.probes)}
+        try:
+            replicas = join_replicas(self._layers, self._optimizers(), {**settings, **numbers, **where})
+        except CannotMoveRanks as why:
+            self._ranks_fixed = True
+            warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
+        else:
+            self._interval.synchronise(replicas)
+
+
+def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
+    """The gradient without the loss scale of a GradScaler; NaN if the scaler has found that it is not finite.
+
+    A fused optimizer unscales within its step. GradScaler then leaves scale and verdict in its attributes.
+    """
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is not None:
+        grad = grad / scale.to(grad)
+    if found_inf is not None:
+        grad = torch.where(found_inf.to(grad.device) > 0, torch.nan, grad)
+    return grad

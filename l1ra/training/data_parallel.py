@@ -1,38 +1,40 @@
-"""Data-parallel training: each process has a replica of the model, and all must take the same decisions.
+"""Data-parallel training: every process holds a replica of the model and must move the same ranks.
 
-What decides is the same everywhere to the last bit, gradients being averaged; the first process' word counts all the
-same, for a single rank that differs would let the replicas drift apart for good.
+Gradients are averaged, so all processes compute the same decisions. The decision of the first process is broadcast all
+the same: a single rank that differs would let the replicas diverge.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
 
-__all__ = ["NotReplicas", "Replicas", "join", "processes", "sharded"]
+__all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
 
 T = TypeVar("T")
 
 
-class NotReplicas(Exception):
-    """Why ranks can't move in this distributed training, as the end of a sentence."""
+class CannotMoveRanks(Exception):
+    """Ranks can't move in this distributed training. The message is the end of a sentence."""
 
 
-class Replicas:
-    """The processes that train replicas of one model together; one process alone, without a ``group``.
+class ReplicaGroup:
+    """The processes that train replicas of one model; without a ``group``, this process alone.
 
-    All of them must make the same calls in the same order.
+    All processes must make the same calls in the same order.
 
     Attributes:
-        number: which of them this one is, from 0.
+        number: the rank of this process in the group.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -40,8 +42,8 @@ class Replicas:
         self._device = device
         self.number = 0 if group is None else distributed.get_rank(group)
 
-    def agreed(self, value: T) -> T:
-        """The first process' ``value``, which must be picklable."""
+    def broadcast(self, value: T) -> T:
+        """The picklable ``value`` of the first process."""
         if self._group is None:
             return value
         held = [value]
@@ -49,8 +51,8 @@ class Replicas:
             distributed.broadcast_object_list(held, distributed.get_global_rank(self._group, 0), self._group)
         return held[0]
 
-    def all(self, value: T) -> list[T]:
-        """The ``value`` of each process, in order; it must be picklable."""
+    def gather(self, value: T) -> list[T]:
+        """The picklable ``value`` of each process, in order."""
         if self._group is None:
             return [value]
         found: list = [None] * distributed.get_world_size(self._group)
@@ -58,8 +60,8 @@ class Replicas:
             distributed.all_gather_object(found, value, self._group)
         return found
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes the sum over all processes."""
+    def sum_over_replicas(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place."""
         if self._group is None or not tensors:
             return
         flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
@@ -73,66 +75,89 @@ class Replicas:
         return torch.cuda.device(self._device) if cuda else nullcontext()
 
 
-def processes() -> int:
-    """How many train at the same time, together or not; 1 outside of distributed training."""
+def world_size() -> int:
+    """The number of processes of torch.distributed; 1 without it."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def sharded(layers: Iterable[L1RALinear]) -> bool:
-    """Whether a process holds only a part of some adapter (FSDP 2)."""
-    return processes() > 1 and any(
+def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
+    """Whether this process holds only a part of some adapter, as under FSDP 2."""
+    return world_size() > 1 and any(
         type(param) is not nn.Parameter  # but a DTensor
         for layer in layers
         for param in (layer.lora_A, layer.gate, layer.lora_B)
     )
 
 
-def join(layers: Sequence[L1RALinear], optimizer: Optimizer, same: Mapping[str, Any]) -> Replicas:
-    """The replicas among which these adapters are trained.
+def join_replicas(
+    layers: Sequence[L1RALinear], optimizers: Iterable[Optimizer], same: Mapping[str, Any]
+) -> ReplicaGroup:
+    """The group of processes that train these adapters with DistributedDataParallel.
 
-    Nothing is sent before it is clear that there are replicas.
+    Nothing is sent before this process knows that it is in such a group.
 
     Args:
-        optimizer: that steps.
-        same: what must be the same in all processes, by name.
+        optimizers: those that have stepped the adapters.
+        same: the values that must be equal in all processes, by name.
 
     Raises:
-        NotReplicas: there are none, or ranks can't move in them; then it is raised in each of them.
+        CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
     """
-    wrapper = _wrapper(layers)
-    if wrapper is None:
-        raise NotReplicas(
-            "ranks move with DistributedDataParallel, not where adapters are sharded (FSDP, DeepSpeed) or each process "
-            "trains for itself"
-        )
+    wrapper = _wrapper_of(layers)
     if any(layer.reserve is None for layer in layers):
-        raise NotReplicas(
+        raise CannotMoveRanks(
             "DistributedDataParallel needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin "
             "with four times the mean rank"
         )
-    if _zero(optimizer):
-        raise NotReplicas("ZeroRedundancyOptimizer gives each process a part of the adapters. Take a plain optimizer")
+    if _any_is_zero(optimizers):
+        raise CannotMoveRanks(
+            "ZeroRedundancyOptimizer gives each process a part of the adapters. Take a plain optimizer"
+        )
     if wrapper._join_config.enable:
-        raise NotReplicas("under Join processes stop at different steps. Give all of them as many batches")
-    replicas = Replicas(wrapper.process_group, layers[0].lora_A.device)
-    found = replicas.all(dict(same))
+        raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
+    replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
+    found = replicas.gather(dict(same))
     for name in same:
         values = [part[name] for part in found]
         if any(value != values[0] for value in values):
             told = " and ".join(dict.fromkeys(str(value) for value in values))
-            raise NotReplicas(f"its processes differ in {name}: {told}. Give all of them the same")
+            raise CannotMoveRanks(f"its processes differ in {name}: {told}. Give all of them the same")
     return replicas
 
 
-def _wrapper(layers: Sequence[L1RALinear]) -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel around all of these layers: nothing in the model itself points to it."""
+# A wrapped model has no reference to its wrapper. torch reports each module that is put into another one, so wrappers
+# are recorded when they are constructed, with the ids of the parameters whose gradients they average.
+_averaged: WeakKeyDictionary[DistributedDataParallel, frozenset[int]] = WeakKeyDictionary()
+
+
+def _record_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if isinstance(module, DistributedDataParallel) and name == "module" and submodule is not None:
+        _averaged[module] = frozenset(id(param) for param in submodule.parameters() if param.requires_grad)
+
+
+register_module_module_registration_hook(_record_wrapper)
+
+
+def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
     mine = {id(layer) for layer in layers}
-    found = (o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel))
-    return next((o for o in found if mine <= {id(module) for module in o.modules()}), None)
+    wrappers = [w for w in _averaged if mine <= {id(module) for module in w.modules()}]
+    if not wrappers:
+        raise CannotMoveRanks(
+            "ranks move with DistributedDataParallel, not where adapters are sharded (FSDP, DeepSpeed) or each process "
+            "trains for itself"
+        )
+    params = {id(param) for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)}
+    averaging = [wrapper for wrapper in wrappers if params <= _averaged[wrapper]]
+    if not averaging:
+        raise CannotMoveRanks(
+            "DistributedDataParallel was constructed before the adapters, so that it does not average their gradients. "
+            "Call l1ra.patch first"
+        )
+    return averaging[0]
 
 
-def _zero(optimizer: Optimizer) -> bool:
-    """Whether it is the part of a ZeroRedundancyOptimizer that belongs to this process."""
+def _any_is_zero(optimizers: Iterable[Optimizer]) -> bool:
+    """Whether a ZeroRedundancyOptimizer is among them. It steps the optimizer of its own part within its step."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return any(issubclass(type(o), ZeroRedundancyOptimizer) and o.optim is optimizer for o in gc.get_objects())
+    return any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in optimizers)

@@ -1,4 +1,4 @@
-"""The gates of all adapters as flat vectors: the fp32 master copy that the controller moves."""
+"""The gates of all adapters as flat vectors: the float32 master copy that the controller moves."""
 
 from __future__ import annotations
 
@@ -16,61 +16,66 @@ from l1ra_kernels import dispatch
 
 __all__ = ["GateBank"]
 
-# name -> value of a new rank
+# Name of a tensor -> its value for a new rank.
 STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0, "weight": 0.0}
 
 
 class GateBank:
     """Flat float32 tensors ``(R,)``, R the sum of all ranks, adapter after adapter.
 
-    They live on the first gate's device and follow it: a model is often moved after it was patched.
+    They live on the device of the first gate and follow it, since a model is often moved after it was patched.
 
     Attributes:
-        value: the master gates. The layers' Parameters are copies of them times the layers' ``share``, in whatever
-            dtype the model has.
+        value: the master gates. The layers' Parameters are copies of them, times the layers' ``rank_scaling``, in the
+            dtype of these.
         exp_avg, exp_avg_sq: Adam moments (rule ``"l1"``).
         importance_sq: moving average of ``(g * dL/dg)**2``.
-        age: steps that each gate has seen.
-        weight: of each rank's L1 penalty (rule ``"adaptive-l1"``).
-        skipped: int64 scalar, steps with a gradient that was not finite, or whose square was not.
+        age: the number of steps at which each gate was trained.
+        weight: of the L1 penalty of each rank (rule ``"adaptive-l1"``).
+        skipped: int64 scalar, the number of steps at which a gradient, or its square, was not finite.
     """
 
-    PRESSED = 2.0  # weight of a rank that is to go: its gate falls as fast as the others are pulled to 1
+    PENALTY_WEIGHT = 2.0  # of a rank to be pruned: its gate falls as fast as the others are pulled to 1
 
     def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)
+        self._read_layers()
+
+    def _read_layers(self) -> None:
         device = self.layers[0].gate.device
-        self._measure(device)
+        self._read_ranks(device)
         gates = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
-        self.value = (gates / self._share).to(gates)
+        self.value = (gates / self._rank_scaling).to(gates)
         for name, fill in STATE.items():
             if name != "value":
                 setattr(self, name, torch.full_like(gates, fill))
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
 
-    def _measure(self, device: torch.device) -> None:
+    def _read_ranks(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
-        # A changed rank divides B by what the gates of a float64 adapter must take to the last bit.
-        shares = [layer.share for layer, rank in zip(self.layers, self.ranks, strict=True) for _ in range(rank)]
-        self._share = torch.tensor(shares, dtype=widest(device)).to(device)
+        # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
+        factors = [layer.rank_scaling for layer in self.layers for _ in range(layer.rank)]
+        self._rank_scaling = torch.tensor(factors, dtype=widest(device)).to(device)
 
-    def _follow(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
             for name in (*STATE, "skipped"):
                 setattr(self, name, getattr(self, name).to(device))
-            self._share = self._share.to(device, widest(device))
+            self._rank_scaling = self._rank_scaling.to(device, widest(device))
 
     def take_gradients(self) -> tuple[Tensor, Tensor | None] | None:
-        """Remove the gradients from the gates: flat, of the masters, and a mask of the gates that had one.
+        """Remove the gradients from the layers' gates.
 
-        The mask is None if all of them had one; None instead of both if no gate has a gradient.
+        Returns:
+            The gradient of the master gates ``(R,)`` and a bool mask ``(R,)`` of the gates that had one, None if all
+            had. None instead of both if no gate has a gradient.
         """
         grads = [layer.gate.grad for layer in self.layers]
         if all(grad is None for grad in grads):
             return None
         for layer in self.layers:
             layer.gate.grad = None
-        self._follow(self.layers[0].gate.device)
+        self._move_to(self.layers[0].gate.device)
         device, dtype = self.value.device, self.value.dtype
         parts = [
             torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad[:rank].to(device, dtype)
@@ -80,13 +85,12 @@ class GateBank:
         if any(grad is None for grad in grads):
             had = torch.tensor([grad is not None for grad in grads])
             seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        return (torch.cat(parts) * self._share).to(dtype), seen
+        return (torch.cat(parts) * self._rank_scaling).to(dtype), seen
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
-        """Take over new values of the state, but nothing at all at a step whose gradient is not finite.
+        """Take over the new state that a rule has returned; see ``Rule.step``.
 
-        A new state that has an ``age`` is taken as it is: the ops for gate steps have seen to that already. No value is
-        brought to the host, so that a GPU is not waited for.
+        Nothing is copied to the host, so that the GPU is not waited for.
         """
         if "age" not in new:
             new = {**new, "age": self.age + 1}
@@ -97,18 +101,18 @@ class GateBank:
             setattr(self, name, tensor)
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Copy the masters into the layers' gates, undoing whatever an optimizer did to them."""
+    def write_to_layers(self) -> None:
+        """Copy the master gates into the layers, which undoes whatever an optimizer did to them."""
         gates = [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in self.layers]
-        torch._foreach_copy_(gates, self._written())
+        torch._foreach_copy_(gates, self._layer_gates())
 
-    def _written(self) -> list[Tensor]:
-        return list((self.value * self._share).split(self.ranks))
+    def _layer_gates(self) -> list[Tensor]:
+        return list((self.value * self._rank_scaling).split(self.ranks))
 
     def refresh(self) -> None:
-        """Start anew from the layers' gates if somebody else has resized a layer, or loaded other gates into it."""
+        """Start again from the layers if one of them was resized, or has loaded other gates, without this bank."""
         if self._stale():
-            self.__init__(self.layers)
+            self._read_layers()
 
     def _stale(self) -> bool:
         loaded = [layer.gate_loaded for layer in self.layers]
@@ -118,37 +122,38 @@ class GateBank:
             return True
         return any(loaded) and any(
             new and not torch.equal(layer.gate[: layer.rank], gate.to(layer.gate))
-            for new, layer, gate in zip(loaded, self.layers, self._written(), strict=True)
+            for new, layer, gate in zip(loaded, self.layers, self._layer_gates(), strict=True)
         )
 
-    def press(self, chosen: Sequence[Sequence[int]]) -> None:
-        """From now on an L1 penalty presses these rows of each adapter, and no others."""
+    def penalise(self, chosen: Sequence[Sequence[int]]) -> None:
+        """From now on apply the L1 penalty to these rows of each adapter, and to no others."""
         weight = torch.zeros(len(self.value))
         start = 0
         for rows, rank in zip(chosen, self.ranks, strict=True):
-            weight[[start + row for row in rows]] = self.PRESSED
+            weight[[start + row for row in rows]] = self.PENALTY_WEIGHT
             start += rank
         self.weight = weight.to(self.weight)
 
     def plan_move(self, moves: RowMoves, plan: Plan) -> None:
-        """Add to ``moves``: the state goes along with a plan that the layers will follow."""
+        """Add the state to ``moves``, by a plan that the layers will follow."""
         flat, start = [], 0
         for layer, rank in zip(plan.layers, self.ranks, strict=True):
             flat += [start + row if row >= 0 else row for row in row_sources(layer)]
             start += rank
         for name, fill in STATE.items():
             moves.add(getattr(self, name), flat, fill, partial(setattr, self, name))
-        moves.afterwards(lambda: self._measure(self.value.device))
+        moves.afterwards(lambda: self._read_ranks(self.value.device))
 
-    def settled(self) -> list[list[int]]:
-        """For each adapter the rows that have been trained and that no penalty has moved: their gates are 1."""
-        whole = self.rows((self.age > 0) & (self.value == 1))
-        return [[k for k, is_whole in enumerate(row) if is_whole] for row in whole]
+    def rows_at_one(self) -> list[list[int]]:
+        """For each adapter the rows that have been trained and whose gate is 1: no penalty has moved them."""
+        at_one = self.by_adapter((self.age > 0) & (self.value == 1))
+        return [[k for k, yes in enumerate(row) if yes] for row in at_one]
 
-    def turn(self, rows: Sequence[Sequence[int]], rotations: Sequence[Tensor | None]) -> None:
-        """These rows of each adapter were turned among themselves: so is their importance.
+    def rotate(self, rows: Sequence[Sequence[int]], rotations: Sequence[Tensor | None]) -> None:
+        """Rotate the importance of these rows of each adapter as the rows themselves were rotated.
 
-        As their gates' gradients were uncorrelated, the squares of turned ones are means of the squares.
+        The gradients of different gates are taken as uncorrelated: the squares of the rotated ones are then means of
+        the squares.
         """
         start = 0
         for some, rotation, rank in zip(rows, rotations, self.ranks, strict=True):
@@ -158,12 +163,12 @@ class GateBank:
                 self.importance_sq[index] = matrix @ self.importance_sq[index]
             start += rank
 
-    def rows(self, flat: Tensor) -> list[list[float]]:
+    def by_adapter(self, flat: Tensor) -> list[list[float]]:
         """A flat tensor as one list an adapter."""
         return [part.tolist() for part in flat.cpu().split(self.ranks)]
 
     def summary(self) -> dict[str, float]:
-        """Smallest and mean gate, the share at exactly 0, and the steps skipped."""
+        """The smallest and the mean gate, the share of gates at exactly 0, and the number of skipped steps."""
         value = self.value
         return {
             "min": value.min().item(),
@@ -173,11 +178,12 @@ class GateBank:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all tensors, by name."""
         return {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state of the same ranks."""
+        """Take over a state of the same ranks, and write the gates to the layers."""
         for name in (*STATE, "skipped"):
             setattr(self, name, state[name].to(getattr(self, name)).clone())
-        self._measure(self.value.device)
-        self.write()
+        self._read_ranks(self.value.device)
+        self.write_to_layers()

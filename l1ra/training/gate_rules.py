@@ -1,96 +1,95 @@
-"""Gate rules: how gates move at an optimizer step, and how much each rank matters.
-
-A rule has two methods. ``step(bank, grad, at, seen)`` returns the new state of the bank, by name of its tensor; it
-changes nothing. ``seen`` is the mask of the gates that had a gradient, or None: all of them. The bank keeps gates at
-their old state that were not seen, and all of them at a step whose gradient is not finite, unless the rule returns
-``age`` and ``skipped`` as well: then it has seen to that already, as the ops for gate steps do. ``importance(bank,
-at)`` returns one number a rank (None in place of one that can't be judged yet), by which the allocation chooses the
-ranks that shall go (``bank.weight``) and those who receive, or None if it shall go by the gates alone.
-"""
+"""Gate rules: how gates move at an optimizer step, and how important each rank is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from l1ra.config import L1RAConfig
 from l1ra.training.gate_bank import GateBank
+from l1ra.training.schedule import Stage
 from l1ra_kernels import dispatch
 
-__all__ = ["AdaptiveL1", "Moment", "PaperL1", "Rule", "make_rule"]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the training a step lies.
-
-    Attributes:
-        interval: steps between two reallocations.
-        progress: share, from 0 to 1, of the way to the last reallocation; 1 while the total is unknown.
-        over: whether no reallocation will come any more.
-        trial: steps for which a rank must have been trained to be judged.
-    """
-
-    interval: int
-    progress: float
-    over: bool
-    trial: int
+__all__ = ["AdaptiveL1", "PaperL1", "Rule", "make_rule"]
 
 
 class Rule(Protocol):
-    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]: ...
+    """What a gate rule provides. ``R`` is the sum of all ranks."""
 
-    def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]] | None: ...
+    def step(self, bank: GateBank, grad: Tensor, stage: Stage, seen: Tensor | None = None) -> dict[str, Tensor]:
+        """The new state of the gates after an optimizer step. ``bank`` is not changed.
+
+        Args:
+            grad: ``(R,)``, the gradient of the master gates.
+            seen: ``(R,)`` bool, the gates that had a gradient; None means all.
+
+        Returns:
+            New tensors by their names in ``bank``. The bank keeps the old values of gates that were not seen, and all
+            old values if ``grad`` is not finite. A rule that returns ``age`` and ``skipped`` has handled both itself,
+            as the fused gate steps do.
+        """
+        ...
+
+    def importance(self, bank: GateBank, stage: Stage) -> list[list[float | None]] | None:
+        """The importance of each rank of each adapter, from which ranks are chosen and dealt.
+
+        None in place of a number: the rank is too young to be judged. None in place of the list: ranks are dealt by
+        their gates alone.
+        """
+        ...
 
 
 class PaperL1:
-    """The paper's rule: Adam with decoupled elastic net (AdamE), then the clamp to [0, 1]; receivers by their gates."""
+    """The rule of the paper: Adam with a decoupled elastic net (AdamE), then a clamp to [0, 1].
+
+    Source: L1RA, arXiv:2509.04884.
+    """
 
     def __init__(self, config: L1RAConfig) -> None:
         self.lr = 2e-2 if config.gate_lr is None else config.gate_lr
         self.l1 = 1e-3 if config.l1_lambda is None else config.l1_lambda
         self.l2 = config.l2_lambda
 
-    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]:
+    def step(self, bank: GateBank, grad: Tensor, stage: Stage, seen: Tensor | None = None) -> dict[str, Tensor]:
         state = (bank.value, grad, bank.exp_avg, bank.exp_avg_sq, bank.age, bank.skipped, seen)
         new = dispatch.adam_gate_step(*state, lr=self.lr, l1=self.l1, l2=self.l2)
         return dict(zip(("value", "exp_avg", "exp_avg_sq", "age", "skipped"), new, strict=True))
 
-    def importance(self, bank: GateBank, at: Moment) -> None:
+    def importance(self, bank: GateBank, stage: Stage) -> None:
         return None
 
 
 class AdaptiveL1:
-    """An L1 penalty on the ranks that ``allocation.plan.surplus`` has chosen, against a constant pull back to 1.
+    """An L1 penalty on chosen ranks, against a constant pull of all gates back to 1.
 
-    A rank's importance is ``I = sqrt(EMA[(g * dL/dg)**2])``, the first-order change of the loss if it were removed: it
-    is blind to how a rank's scale is split among A, g and B. In the middle of an interval ranks are chosen by it; their
-    gates fade to exactly 0 until its end, all others stay at 1.
+    The importance of a rank is ``I = sqrt(EMA[(g * dL/dg)**2])``, to first order the change of the loss if the rank
+    were removed. It does not depend on how the scale of a rank is split among A, g and B. In the middle of an interval
+    ``allocation.plan.surplus`` chooses ranks by it. Their gates fade to exactly 0 by the end of the interval; all other
+    gates stay at 1.
     """
 
     def __init__(self, config: L1RAConfig) -> None:
         self.lr = config.gate_lr
         self.l1 = 1.0 if config.l1_lambda is None else config.l1_lambda
 
-    def step(self, bank: GateBank, grad: Tensor, at: Moment, seen: Tensor | None = None) -> dict[str, Tensor]:
+    def step(self, bank: GateBank, grad: Tensor, stage: Stage, seen: Tensor | None = None) -> dict[str, Tensor]:
         new = dispatch.adaptive_gate_step(
             *(bank.value, grad, bank.importance_sq, bank.age, bank.weight, bank.skipped, seen),
-            lr=self._fading_lr(at) if self.lr is None else self.lr,
-            l1=0.0 if at.over else self.l1,
-            horizon=max(2.0, at.interval / 2),
+            lr=self._fading_lr(stage) if self.lr is None else self.lr,
+            l1=0.0 if stage.over else self.l1,
+            horizon=max(2.0, stage.interval / 2),
         )
         return dict(zip(("value", "importance_sq", "age", "skipped"), new, strict=True))
 
-    def importance(self, bank: GateBank, at: Moment) -> list[list[float | None]]:
-        judged = bank.rows((bank.age >= at.trial) & (bank.value > 0))
-        values = bank.rows(bank.importance_sq.sqrt())
+    def importance(self, bank: GateBank, stage: Stage) -> list[list[float | None]]:
+        judged = bank.by_adapter((bank.age >= stage.min_age) & (bank.value > 0))
+        values = bank.by_adapter(bank.importance_sq.sqrt())
         return [[v if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, judged, strict=True)]
 
-    def _fading_lr(self, at: Moment) -> float:
-        # From 1 to 0 within half an interval. Half a step less: a sum of fractions may fall short of 1.
-        return 1 / (max(1, at.interval // 2) - 0.5) / max(self.l1 * GateBank.PRESSED - 1, 0.1)
+    def _fading_lr(self, stage: Stage) -> float:
+        # From 1 to 0 within half an interval. Half a step less, since a sum of fractions may fall short of 1.
+        return 1 / (max(1, stage.interval // 2) - 0.5) / max(self.l1 * GateBank.PENALTY_WEIGHT - 1, 0.1)
 
 
 def make_rule(config: L1RAConfig) -> Rule:

@@ -1,4 +1,4 @@
-"""What becomes of the ranks in an interval: who looks, which ones fade from its middle on, who gets them at its end."""
+"""The decisions of an interval: probes observe, ranks are chosen and fade, at the end all ranks are reallocated."""
 
 from __future__ import annotations
 
@@ -16,38 +16,43 @@ from l1ra.allocation.plan import LayerPlan, Plan, allocate, surplus
 from l1ra.config import L1RAConfig
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
-from l1ra.training.data_parallel import Replicas
+from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
-from l1ra.training.principal_axes import turn_adapters
-from l1ra.training.probes import Probing
+from l1ra.training.principal_axes import rotate_to_principal_axes
+from l1ra.training.probes import ProbeSet
 from l1ra.training.reallocation import move_ranks
 
-__all__ = ["Interval", "Moves"]
+__all__ = ["Interval", "Reallocation"]
 
-Importance = Sequence[Sequence[float | None]]  # of each rank of each adapter; None where a rank is too young
+Importance = Sequence[Sequence[float | None]]  # of each rank of each adapter; None: the rank is too young
 
 
-class Moves(NamedTuple):
-    """Of a reallocation: how many ranks were cut, by how many the growing adapters grew, and each one's coherence."""
+class Reallocation(NamedTuple):
+    """What a reallocation did.
+
+    Attributes:
+        pruned: number of ranks that were cut.
+        moved: number of ranks by which adapters grew, in all.
+        coherence: of each adapter's gradients in the interval before.
+    """
 
     pruned: int
     moved: int
     coherence: dict[str, float]
 
 
-# An adapter's rank grows by this factor at most in one reallocation: how much its weakest rank matters says something
-# of the next few, and nothing of the hundredth.
-REACH = 4
-AFRESH = 0x9E3779B9  # new rows from the stream of the first ones would be the same rows again
+# The importance of an adapter's weakest rank says something about the next few ranks, but not about the hundredth.
+MAX_GROWTH = 4  # factor by which an adapter's rank may grow in one reallocation
+SEED_OFFSET = 0x9E3779B9  # keeps new rows from repeating the rows that were drawn at the start
 
 
 class Interval:
-    """The decisions of one interval after the other; when they are due, its caller knows.
+    """Takes the decisions of one interval after another. The caller knows when each is due.
 
     Attributes:
-        probing: the probes of all adapters.
-        closing: whether it is in its second half, in which the gates of chosen ranks fade.
-        generator: of all random rows, those of probes and those of new ranks.
+        probes: of all adapters.
+        pruning: whether the interval is in its second half, in which the gates of the chosen ranks fade.
+        generator: of all random rows, for probes and for new ranks.
     """
 
     def __init__(
@@ -61,11 +66,13 @@ class Interval:
         """
         Args:
             adapters: by name.
-            bank: of these adapters, in the same order; ``costs`` of a rank too, in the unit of ``budget``.
+            bank: the gates of these adapters, in the same order.
+            budget: what all ranks together may cost.
+            costs: of one rank of each adapter, in the unit of ``budget``.
         """
-        self.probing = Probing(adapters)
-        self.closing = False
-        self.generator = torch.Generator().manual_seed(config.seed + AFRESH)
+        self.probes = ProbeSet(adapters)
+        self.pruning = False
+        self.generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
         self._adapters = adapters
         self._layers = list(adapters.values())
         self._bank = bank
@@ -74,30 +81,30 @@ class Interval:
         self._config = config
         caps = [rank_cap(a.in_features, a.out_features, config) for a in self._layers]
         self._caps = [min(cap, a.reserve or cap) for cap, a in zip(caps, self._layers, strict=True)]
-        self._replicas = Replicas()
+        self._replicas = ReplicaGroup()
 
-    def join(self, replicas: Replicas) -> None:
-        """From now on decide alike in all of these processes."""
+    def synchronise(self, replicas: ReplicaGroup) -> None:
+        """From now on take the same decisions in all of these processes."""
         self._replicas = replicas
-        self.generator.set_state(replicas.agreed(self.generator.get_state()))
-        self._drop_copied_probes()
+        self.generator.set_state(replicas.broadcast(self.generator.get_state()))
+        self._reset_copied_probes()
 
-    def look(self) -> None:
-        """Let probes ride along, if any decision asks them and they don't yet."""
-        if not self.probing and (self._config.rule == "adaptive-l1" or self._config.new_rows == "gradient"):
-            self.probing.begin(self.generator)
+    def start_probes(self) -> None:
+        """First half: let probes observe the gradients, if a decision needs them and there are none yet."""
+        if not self.probes and (self._config.rule == "adaptive-l1" or self._config.new_rows == "gradient"):
+            self.probes.start(self.generator)
 
-    def close(self, importance: Importance | None, progress: float, given_back: Sequence[int]) -> None:
-        """Its middle: the probes have seen enough; choose the ranks that shall go, and let their gates fade.
+    def choose_ranks(self, importance: Importance | None, progress: float, given_back: Sequence[int]) -> None:
+        """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
         Args:
-            importance: by the rule; None if it knows none.
-            progress: share, from 0 to 1, of the way to the last reallocation.
-            given_back: ranks that each adapter was dealt before and has given back.
+            importance: by the gate rule; None if the rule has none.
+            progress: share of the way to the last reallocation, 0 to 1.
+            given_back: the number of ranks that each adapter was dealt and lost again.
         """
-        self.closing = True
-        self.probing.stop()
-        self.probing.add_up(self._replicas)
+        self.pruning = True
+        self.probes.stop()
+        self.probes.sum_over_replicas(self._replicas)
         if importance is not None:
             chosen = surplus(
                 importance,
@@ -105,42 +112,44 @@ class Interval:
                 margin=self._config.margin**progress,
                 most=int(self._config.turnover * len(self._bank.value)),
                 min_rank=self._config.min_rank,
-                caps=self._within_reach(),
+                caps=self._growth_caps(),
                 given_back=given_back,
-                learning=self._learning(self.probing.coherence()),
+                learning=self._learning(self.probes.coherence()),
             )
-            self._bank.press(self._replicas.agreed(chosen))
+            self._bank.penalise(self._replicas.broadcast(chosen))
 
-    def end(self, importance: Importance | None, given_back: Sequence[int], optimizers: Sequence[Optimizer]) -> Moves:
-        """Cut the ranks that have faded, deal them to the adapters in need, and turn what is left to principal axes.
+    def reallocate(
+        self, importance: Importance | None, given_back: Sequence[int], optimizers: Sequence[Optimizer]
+    ) -> Reallocation:
+        """End: prune the ranks whose gate is 0, give as many to the adapters in need, rotate to principal axes.
 
         Args:
-            importance, given_back: as in :meth:`close`.
-            optimizers: whose state moves along.
+            importance, given_back: as in :meth:`choose_ranks`.
+            optimizers: their state moves along.
         """
-        coherence = self.probing.coherence()
-        plan = self._replicas.agreed(self._plan(importance, given_back, self._learning(coherence)))
+        coherence = self.probes.coherence()
+        plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
         pruned, moved = move_ranks(self._adapters, plan, self._bank, optimizers, self._new_rows)
-        self._bank.press([()] * len(self._layers))
+        self._bank.penalise([()] * len(self._layers))
         if self._config.principal_axes and self._config.rule == "adaptive-l1":
-            settled = self._bank.settled()
-            turned = turn_adapters(zip(self._layers, settled, strict=True), optimizers, self._replicas.agreed)
-            self._bank.turn(settled, turned)
-        self.closing = False
-        self.probing.forget()
-        return Moves(pruned, moved, coherence)
+            rows = self._bank.rows_at_one()
+            layers = zip(self._layers, rows, strict=True)
+            self._bank.rotate(rows, rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast))
+        self.pruning = False
+        self.probes.discard()
+        return Reallocation(pruned, moved, coherence)
 
-    def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, closing: bool) -> None:
-        """Go on from what was saved: the state of ``probing`` and of ``generator``, and ``closing``."""
+    def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, pruning: bool) -> None:
+        """Take over a saved state: of :attr:`probes`, of :attr:`generator`, and :attr:`pruning`."""
         self.generator.set_state(generator)
-        self.closing = closing
-        self.probing.load_state_dict(probes, looking=not closing)
-        self._drop_copied_probes()
+        self.pruning = pruning
+        self.probes.load_state_dict(probes, observing=not pruning)
+        self._reset_copied_probes()
 
-    def _drop_copied_probes(self) -> None:
-        # A checkpoint holds what one process has seen: loaded into all of them, it must not count for each.
-        if self._replicas.number and not self.closing:
-            self.probing.empty()
+    def _reset_copied_probes(self) -> None:
+        # A checkpoint has the sketches of one process. Loaded into all of them, they must count once in their sum.
+        if self._replicas.number and not self.pruning:
+            self.probes.reset()
 
     def _learning(self, coherence: dict[str, float]) -> list[bool]:
         least = least_coherence(coherence.values(), self._config.min_coherence)
@@ -148,26 +157,26 @@ class Interval:
 
     def _plan(self, importance: Importance | None, given_back: Sequence[int], learning: list[bool]) -> Plan:
         return allocate(
-            self._bank.rows(self._bank.value),
+            self._bank.by_adapter(self._bank.value),
             importance,
             self._costs,
             self._budget,
             min_rank=self._config.min_rank,
-            caps=self._caps if importance is None else self._within_reach(),
+            caps=self._caps if importance is None else self._growth_caps(),
             prune_threshold=self._config.prune_threshold,
             exclude_pruned=self._config.exclude_pruned,
             given_back=given_back,
             learning=learning,
         )
 
-    def _within_reach(self) -> list[int]:
+    def _growth_caps(self) -> list[int]:
         """The largest rank that each adapter may have after the next reallocation."""
-        return [min(cap, REACH * layer.rank) for cap, layer in zip(self._caps, self._layers, strict=True)]
+        return [min(cap, MAX_GROWTH * layer.rank) for cap, layer in zip(self._caps, self._layers, strict=True)]
 
     def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
         layer = self._adapters[name]
         rows = layer.initial_rows(change.grow, self.generator)
         if change.grow and self._config.new_rows == "gradient":
-            rows = leading_rows(self.probing.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
-            rows = self._replicas.agreed(rows)
+            rows = leading_rows(self.probes.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
+            rows = self._replicas.broadcast(rows)
         return rows

@@ -1,4 +1,4 @@
-"""Hears the steps of whichever torch optimizer holds a controller's parameters."""
+"""Hooks around the steps of every torch optimizer that holds a controller's parameters."""
 
 from __future__ import annotations
 
@@ -9,97 +9,95 @@ from collections.abc import Callable
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from l1ra.training.optimizer_state import holds
-
-__all__ = ["BackwardCounter", "OptimizerListener"]
+__all__ = ["BackwardCounter", "OptimizerHooks"]
 
 
-class OptimizerListener:
+class OptimizerHooks:
     """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold some parameters.
 
-    Built on torch's global step hooks. ``params()`` returns the parameters' ids. It holds the three, bound methods,
-    weakly, and is deaf once their object is gone.
+    Built on torch's global step hooks. The three callables must be bound methods: they are referenced weakly, so that
+    the hooks do not keep their object alive and stop when it is gone.
 
     Attributes:
-        optimizers: the optimizers that have been heard.
+        optimizers: the optimizers with these parameters that have stepped.
     """
 
-    def __init__(self, params: Callable[[], set[int]], before: Callable, after: Callable) -> None:
+    def __init__(self, param_ids: Callable[[], set[int]], before: Callable, after: Callable) -> None:
+        """
+        Args:
+            param_ids: returns the ids of the parameters.
+            before: called before each step.
+            after: called after each step.
+        """
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._params = weakref.WeakMethod(params)
+        self._param_ids = weakref.WeakMethod(param_ids)
+        self._callbacks = {"before": weakref.WeakMethod(before), "after": weakref.WeakMethod(after)}
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
-        self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         self._number = next(_numbers)
-        _listeners.add(self)
+        _active.add(self)
         _hook_into_torch()
 
-    def before(self, optimizer: Optimizer) -> None:
-        self._pass_on(self._before, optimizer)
+    def call(self, when: str, optimizer: Optimizer) -> None:
+        """Call ``"before"`` or ``"after"`` if ``optimizer`` holds any of the parameters."""
+        callback = self._callbacks[when]()
+        if callback is not None and self._holds_params(optimizer):
+            callback(optimizer)
 
-    def after(self, optimizer: Optimizer) -> None:
-        self._pass_on(self._after, optimizer)
+    def close(self) -> None:
+        """Stop calling."""
+        _active.discard(self)
 
-    def _pass_on(self, callback: weakref.WeakMethod, optimizer: Optimizer) -> None:
-        call = callback()
-        if call is not None and self.hears(optimizer):
-            call(optimizer)
-
-    def hears(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer holds any of the parameters; one that does is remembered."""
+    def _holds_params(self, optimizer: Optimizer) -> bool:
         size = tuple(len(group["params"]) for group in optimizer.param_groups)
         known = self._known.get(optimizer)
         if known is None or known[0] != size:
-            params = self._params()
-            known = self._known[optimizer] = (size, params is not None and holds(optimizer, params()))
+            param_ids = self._param_ids()
+            held = (id(param) for group in optimizer.param_groups for param in group["params"])
+            known = self._known[optimizer] = (size, param_ids is not None and not param_ids().isdisjoint(held))
             if known[1]:
                 self.optimizers.add(optimizer)
         return known[1]
 
-    def close(self) -> None:
-        _listeners.discard(self)
 
-
-# One pair of hooks for all listeners, registered once and left in place: torch iterates over its hooks as they are,
-# so that one which goes away during a step, by close() or by garbage collection, makes that step fail.
-_listeners: weakref.WeakSet[OptimizerListener] = weakref.WeakSet()
+# torch calls its hooks while it iterates over them, so a hook that is removed within a step, by close() or by garbage
+# collection, makes that step fail. One pair of hooks therefore serves all instances and is never removed.
+_active: weakref.WeakSet[OptimizerHooks] = weakref.WeakSet()
 _handles: list = []
 _numbers = itertools.count()
 
 
 def _hook_into_torch() -> None:
     if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell("before", optimizer)))
-        _handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell("after", optimizer)))
+        _handles.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _call_all("before", optimizer)))
+        _handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: _call_all("after", optimizer)))
 
 
-def _tell(when: str, optimizer: Optimizer) -> None:
-    # In the order of their making: replicas must hear the same ones in the same order.
-    for listener in sorted(_listeners, key=lambda listener: listener._number):
-        getattr(listener, when)(optimizer)
+def _call_all(when: str, optimizer: Optimizer) -> None:
+    # In the order of construction: data-parallel processes must call theirs in the same order.
+    for hooks in sorted(_active, key=lambda hooks: hooks._number):
+        hooks.call(when, optimizer)
 
 
 class BackwardCounter:
-    """Warns once when many backward passes go by without an optimizer step."""
+    """Warns once when many backward passes have gone by without an optimizer step."""
 
     LIMIT = 256
 
     def __init__(self, param: torch.nn.Parameter) -> None:
+        """Count the backward passes that reach ``param``."""
         self.count = 0
         self.warned = False
         counter = weakref.ref(self)
 
         def hook(_: torch.Tensor) -> None:
             if (me := counter()) is not None:
-                me.passed()
+                me.count_backward()
 
         self._handle = param.register_post_accumulate_grad_hook(hook)
 
-    def passed(self) -> None:
+    def count_backward(self) -> None:
         self.count += 1
         if self.count >= self.LIMIT and not self.warned:
             self.warned = True
@@ -110,8 +108,10 @@ class BackwardCounter:
                 stacklevel=2,
             )
 
-    def stepped(self) -> None:
+    def reset(self) -> None:
+        """An optimizer has stepped."""
         self.count = 0
 
     def close(self) -> None:
+        """Stop counting."""
         self._handle.remove()

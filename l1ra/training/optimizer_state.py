@@ -1,4 +1,4 @@
-"""Optimizer state follows the rows: what an optimizer remembers of a kept row stays with it, bit for bit."""
+"""The optimizer's state (moments, momentum) of adapter rows that are kept, appended, rotated or rescaled."""
 
 from __future__ import annotations
 
@@ -10,49 +10,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from l1ra.allocation.plan import LayerPlan
-from l1ra.layers.row_moves import RowMoves, row_sources
-from l1ra.training.quantised_state import BESIDE, in_blocks, read, write
+from l1ra.layers.row_moves import RowMoves
+from l1ra.training.quantised_state import COMPANIONS, is_quantised, read_values, write_values
 
-__all__ = ["holds", "move_state", "plan_state", "scale_state", "turn_state", "turns"]
+__all__ = ["can_rotate", "plan_state", "rotate_state", "scale_state"]
 
-# Factored second moments. Per row: one number a row of the parameter. Shared: one number a column, over all rows.
+# Factored second moments: one number for each row of the parameter, and one for each column, shared by all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
 SHARED = ("col_var", "exp_avg_sq_col")
-# What is never negative: sums of squares, largest values, and the step of Rprop.
+# Never negative: sums of squares, largest values, and the step size of Rprop.
 SQUARES = (*PER_ROW, "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size")
-# What is no gradient: averages of the parameter itself (ASGD, schedule-free), which begin with a new row as it is, and
-# sizes of steps.
+# In units other than the gradient's: averages of the parameter itself (ASGD, schedule-free), which start at the value
+# of a new row, and step sizes.
 AVERAGES = ("ax", "z")
 STEPS = ("acc_delta", "step_size")
-# What changes as the gradient does. An optimizer of another library may have other names for it.
+# Linear in the gradient. Optimizers of other libraries may use other names.
 LINEAR = ("exp_avg", "momentum_buffer", "grad_avg", "prev", *AVERAGES)
-# What starts at a value of the user's choice instead of 0, and the setting of the group that holds it: Adagrad's sum
-# and the step of Rprop, which is only ever multiplied.
+# State that starts at a value of the parameter group instead of 0, and the name of that setting: Adagrad's sum, and the
+# step size of Rprop, which is only ever multiplied.
 STARTS = {"sum": "initial_accumulator_value", "step_size": "lr"}
-
-
-def holds(optimizer: Optimizer, params: set[int]) -> bool:
-    """Whether ``optimizer`` steps any of the parameters with these ids."""
-    return any(id(p) in params for group in optimizer.param_groups for p in group["params"])
-
-
-def move_state(optimizer: Optimizer, param: torch.nn.Parameter, plan: LayerPlan, old_shape: torch.Size) -> None:
-    """Carry the state of one parameter, resized by ``plan`` from ``old_shape``, along with its rows: see
-    :func:`plan_state`."""
-    moves = RowMoves()
-    plan_state(moves, optimizer, {param: (row_sources(plan), old_shape)})
-    moves.run()
 
 
 def plan_state(
     moves: RowMoves, optimizer: Optimizer, plans: Mapping[torch.nn.Parameter, tuple[Sequence[int], torch.Size]]
 ) -> None:
-    """Add to ``moves`` the state of all parameters whose rows move, each to its sources, from its old shape.
+    """Add the state of all parameters whose rows move to ``moves``.
 
-    State tensors of the parameter's old shape and per-row factors move, new rows start at 0; scalars and factors
-    shared by all rows stay. bitsandbytes' 8-bit numbers move too, rounded anew. The rest can't be followed: then the
-    state of this parameter alone will be reset, and a warning names it.
+    State tensors of the parameter's old shape, and factors with one number a row, move with the rows; new rows start at
+    0. Scalars and factors shared by all rows stay. 8-bit state of bitsandbytes moves too and is quantised again. If a
+    parameter has any other state, its whole state is reset, with a warning that names it.
+
+    Args:
+        plans: parameter -> for each new row the row it was before (-1: none), and the shape before the move.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         if plans:
@@ -77,12 +66,12 @@ def plan_state(
         for name in state:
             if _kind(state, name, old_shape) == "rows":
                 start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
-                take = partial(_take_average, param, sources) if name in AVERAGES else write
-                moves.add(read(state, name), sources, float(start), partial(take, state, name))
+                store = partial(_write_average, param, sources) if name in AVERAGES else write_values
+                moves.add(read_values(state, name), sources, float(start), partial(store, state, name))
 
 
-def turns(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
-    """Whether :func:`turn_state` can turn what ``optimizer`` keeps of the parameter."""
+def can_rotate(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
+    """Whether :func:`rotate_state` can rotate the state of the parameter."""
     state = optimizer.state.get(param)
     if not state:
         return True
@@ -90,56 +79,56 @@ def turns(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
         return False
     kinds = {name: _kind(state, name, param.shape) for name in state}
     return all(
-        kind == "shared" or (kind == "rows" and (state[name].is_floating_point() or in_blocks(state, name)))
+        kind == "shared" or (kind == "rows" and (state[name].is_floating_point() or is_quantised(state, name)))
         for name, kind in kinds.items()
     )
 
 
-def turn_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, rotation: Tensor) -> None:
-    """The rows of a parameter were turned among themselves: so is its state.
+def rotate_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, rotation: Tensor) -> None:
+    """Rotate the state of a parameter as its rows were rotated.
 
-    What is linear in the gradient turns alike. Squares become means weighted by the squares of the rotation, which is
-    what they would be if the rows' gradients were uncorrelated.
+    State that is linear in the gradient is rotated like the rows. Squares become means weighted by the squares of the
+    rotation, as if the gradients of different rows were uncorrelated.
 
     Args:
-        rows: their ``(n,)`` indices.
+        rows: ``(n,)``, the indices of the rotated rows.
         rotation: ``(n, n)``, orthogonal, in the widest dtype of the device.
     """
     state = optimizer.state.get(param, {})
     for name in state:
         if _kind(state, name, param.shape) == "rows":
-            values = read(state, name)
+            values = read_values(state, name)
             matrix = rotation.square() if _never_negative(name, values) else rotation
             values.index_copy_(0, rows, (matrix @ values[rows].to(matrix)).to(values.dtype))
-            write(state, name, values)
+            write_values(state, name, values)
 
 
 def scale_state(optimizer: Optimizer, param: torch.nn.Parameter, factor: float) -> None:
-    """A parameter was divided by ``factor``, which its gradient takes from now on: so does its state.
+    """Rescale the state of a parameter that was divided by ``factor``: its gradient grows by this factor.
 
-    Sizes of steps stay: the optimizer goes on in steps as long as before, in a parameter that is scaled.
+    Step sizes are not rescaled.
     """
     state = optimizer.state.get(param, {})
-    # The momentum of RMSprop, and of transformers' Adafactor, is one of steps, that of all others one of gradients.
+    # The momentum of RMSprop and of transformers' Adafactor averages steps, that of all others gradients.
     momentum = {"square_avg": "momentum_buffer", "exp_avg_sq_row": "exp_avg"}
     steps = (*STEPS, *(name for squares, name in momentum.items() if squares in state))
     for name in state:
         if name in steps or not (name in SHARED or _kind(state, name, param.shape) == "rows"):
             continue
-        values = read(state, name)
+        values = read_values(state, name)
         if values.is_floating_point():
             squares = name in SHARED or (name != "exp_inf" and _never_negative(name, values))
-            write(state, name, values.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor))
+            write_values(state, name, values.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor))
 
 
-def _take_average(param: torch.nn.Parameter, sources: Sequence[int], state: dict, name: str, moved: Tensor) -> None:
+def _write_average(param: torch.nn.Parameter, sources: Sequence[int], state: dict, name: str, moved: Tensor) -> None:
     new = [row for row, source in enumerate(sources) if source < 0]
-    moved[new] = param.detach()[new].to(moved)  # which has got its new rows before
-    write(state, name, moved)
+    moved[new] = param.detach()[new].to(moved)  # its new rows are there already
+    write_values(state, name, moved)
 
 
 def _never_negative(name: str, values: Tensor) -> bool:
-    # Of unknown names the numbers tell: a root will be taken of squares, so none of them may become negative.
+    # Under unknown names the values decide: optimizers take the root of squares, which must not become negative.
     return name in SQUARES or (name not in LINEAR and bool((values >= 0).all()))
 
 
@@ -149,22 +138,22 @@ def _is_plain(value: Tensor) -> bool:
 
 def _kind(state: dict, name: str, old_shape: torch.Size) -> str:
     """``"rows"`` if it moves with the rows, ``"shared"`` if it stays, else ``"unknown"``."""
-    # By name first: at rank 1 a factor has the shape of the parameter itself, or that of a scalar.
+    # By name first: at rank 1 a factor has the shape of the parameter or of a scalar.
     value = state[name]
     if not isinstance(value, Tensor) or name in SHARED:
         return "shared"
     if not _is_plain(value):
         return "unknown"
-    if name in BESIDE:
+    if name in COMPANIONS:
         owner = "state" + name[-1]
-        return "shared" if owner in state and in_blocks(state, owner) else "unknown"
+        return "shared" if owner in state and is_quantised(state, owner) else "unknown"
     if value.shape == old_shape or (name in PER_ROW and value.shape[:1] == old_shape[:1]):
         return "rows"
     return "shared" if value.numel() == 1 and value.dim() < len(old_shape) else "unknown"
 
 
 def _reset_lbfgs(moves: RowMoves, optimizer: torch.optim.LBFGS) -> None:
-    # One state for all parameters, flattened one after the other.
+    # LBFGS has one state for all parameters, flattened and concatenated.
     if optimizer.state:
         warnings.warn(
             "LBFGS keeps one flat state for all parameters, which can't be moved with the rows of one: it starts anew "

@@ -1,9 +1,8 @@
-"""Principal axes: the ranks of an adapter, turned so that each is one singular direction of what the adapter adds.
+"""Rotation of an adapter's ranks onto its principal axes: each rank becomes one singular direction of ``B.T @ A``.
 
-``B.T @ A`` does not say which ranks it is made of: any orthogonal Q turns it into the ranks ``Q @ A`` and ``Q @ B`` of
-the same sum. Training leaves them in an arbitrary basis, in which ranks that have all learned the same thing look
-equally important. On the principal axes the first one holds that thing, and what the last one is worth is what a rank
-less would cost.
+``B.T @ A`` is the same for the ranks ``Q @ A`` and ``Q @ B`` with any orthogonal Q. Training leaves the ranks in an
+arbitrary basis, in which ranks that have learned the same direction look equally important. On the principal axes the
+first rank has that direction, and the importance of the last rank is what pruning it would cost.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest
-from l1ra.training.optimizer_state import turn_state, turns
+from l1ra.training.optimizer_state import can_rotate, rotate_state
 
-__all__ = ["principal_rotation", "turn_adapters"]
+__all__ = ["principal_rotation", "rotate_to_principal_axes"]
 
 
 def principal_rotation(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """The turn of ranks onto their principal axes, strongest first.
+    """The rotation of ranks onto their principal axes, strongest first.
 
     Args:
         gram_a, gram_b: ``A @ A.T`` and ``B @ B.T``, each ``(r, r)``, float64, finite.
 
     Returns:
-        Orthogonal ``(r, r)`` Q, float64: of all turns that for which the rows of ``Q @ A`` and ``Q @ B`` lie nearest to
+        Orthogonal ``(r, r)`` Q, float64. Among all rotations it brings the rows of ``Q @ A`` and ``Q @ B`` nearest to
         the singular vectors of ``B.T @ A``, weighted by the singular values (orthogonal Procrustes problem: Schönemann
-        1966). Where A's rows are orthogonal and equally long, as nearly at the start, it is met exactly.
+        1966). If A's rows are orthogonal and equally long, as nearly at the start, they are met exactly.
     """
     # A.T = U @ root(A A.T) with orthonormal columns of U, so the r x r core has the singular values of B.T @ A.
     root_a, root_b = _root(gram_a), _root(gram_b)
@@ -46,34 +45,35 @@ def _root(gram: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def turn_adapters(
+def rotate_to_principal_axes(
     layers: Iterable[tuple[L1RALinear, Sequence[int]]],
     optimizers: Sequence[Optimizer],
-    agreed: Callable[[list[Tensor | None]], list[Tensor | None]] = lambda rotations: rotations,
+    broadcast: Callable[[list[Tensor | None]], list[Tensor | None]] = lambda rotations: rotations,
 ) -> list[Tensor | None]:
-    """Turn rows of each adapter, and what optimizers remember of them, onto their principal axes.
+    """Rotate rows of each adapter, and the optimizers' state of them, onto their principal axes.
 
-    The function of the model stays, but for rounding to the adapters' dtype.
+    The function of the model does not change, up to rounding to the adapters' dtype.
 
     Args:
-        layers: each adapter with the rows that shall turn among themselves; their gates must be equal.
-        agreed: given the rotations, returns those that all replicas take.
+        layers: each adapter with the rows to be rotated, whose gates must be equal.
+        optimizers: whose state is rotated too.
+        broadcast: given the rotations, returns those that all data-parallel processes apply.
 
     Returns:
-        For each adapter its rotation ``(n, n)``, float64 on the CPU, or None where it stays as it is: fewer than two
-        rows, nothing learned yet, not finite, or an optimizer with state that can't be turned.
+        For each adapter its rotation ``(n, n)``, float64 on the CPU, or None if it was not rotated: fewer than two
+        rows, B = 0, values that are not finite, or optimizer state that can't be rotated.
     """
     layers = list(layers)
     grams = [None if len(rows) < 2 else torch.stack([_gram(p, rows) for p in _params(layer)]) for layer, rows in layers]
     rotations: list[Tensor | None] = []
     for (layer, _), gram in zip(layers, grams, strict=True):
         rotation = None
-        if gram is not None and all(turns(optimizer, p) for optimizer in optimizers for p in _params(layer)):
+        if gram is not None and all(can_rotate(optimizer, p) for optimizer in optimizers for p in _params(layer)):
             gram_a, gram_b = gram = gram.cpu().double()
             if torch.isfinite(gram).all() and gram_a.trace() > 0 and gram_b.trace() > 0:
                 rotation = principal_rotation(gram_a, gram_b)
         rotations.append(rotation)
-    rotations = agreed(rotations)
+    rotations = broadcast(rotations)
     for (layer, rows), rotation in zip(layers, rotations, strict=True):
         if rotation is None:
             continue
@@ -84,7 +84,7 @@ def turn_adapters(
                 if tensor is not None:
                     tensor.index_copy_(0, index, (there @ tensor.detach()[index].to(there)).to(tensor.dtype))
             for optimizer in optimizers:
-                turn_state(optimizer, param, index, there)
+                rotate_state(optimizer, param, index, there)
     return rotations
 
 

@@ -1,4 +1,4 @@
-"""A plan carried out: rows of adapters, of their gates, and of what optimizers remember of them move together."""
+"""Carrying out a plan: rows of adapters, gates and optimizer state are pruned, kept and appended together."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ def move_ranks(
     optimizers: Sequence[Optimizer],
     new_rows: Callable[[str, LayerPlan], Tensor],
 ) -> tuple[int, int]:
-    """Cut and deal the ranks of all adapters as ``plan`` says; the model's function stays if the cut ones' gates are 0.
+    """Prune and append ranks of all adapters as ``plan`` says.
+
+    The function of the model does not change if the gates of the pruned ranks are 0.
 
     Args:
-        plan: of as many layers as ``adapters``, in the same order.
-        new_rows: called with a name and its part of the plan, once for each adapter that changes, in order; returns A
-            of its new ranks, ``(grow, in_features)``.
+        plan: for as many layers as ``adapters``, in the same order.
+        bank: the gates of these adapters.
+        optimizers: whose state moves along.
+        new_rows: returns A of an adapter's new ranks, ``(grow, in_features)``; called with a name and the adapter's
+            part of the plan, once for each adapter that changes, in order.
 
     Returns:
-        How many ranks were cut, and by how many the growing adapters grew, both in all.
+        The number of ranks that were pruned, and by which adapters grew, both in all.
     """
     moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
     for (name, layer), change in zip(adapters.items(), plan.layers, strict=True):
@@ -42,7 +46,7 @@ def move_ranks(
         if not cut and not change.grow:
             continue
         layer.plan_resize(moves, change, new_rows(name, change))
-        if (factor := layer.rescaling(change.rank)) != 1:
+        if (factor := layer.gate_factor(change.rank)) != 1:
             rescaled[layer.lora_B] = factor
         sources = layer.row_sources(change)
         resized |= {param: (sources, param.shape) for param in (layer.lora_A, layer.gate, layer.lora_B)}
@@ -52,5 +56,5 @@ def move_ranks(
             moves.afterwards(partial(scale_state, optimizer, param, factor))
     bank.plan_move(moves, plan)
     moves.run()
-    bank.write()
+    bank.write_to_layers()
     return pruned, moved

@@ -1,4 +1,4 @@
-"""When ranks are moved: steps of the optimizer, counted from 1."""
+"""When ranks move. Steps are those of the optimizer, counted from 1."""
 
 from __future__ import annotations
 
@@ -7,45 +7,66 @@ from dataclasses import dataclass
 
 from l1ra.config import L1RAConfig
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far the training is at one step.
+
+    Attributes:
+        interval: steps between two reallocations.
+        progress: share of the way to the last reallocation, 0 to 1; 1 while the total is unknown.
+        over: whether no further reallocation will come.
+        min_age: steps for which a rank must have been trained to be judged.
+    """
+
+    interval: int
+    progress: float
+    over: bool
+    min_age: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Reallocations come after every ``interval``-th step within ``first`` ... ``last``.
+    """The steps after which ranks are reallocated: each multiple of ``interval`` from ``first`` to ``last``.
+
+    Probes observe the gradients in the first half of the interval before a reallocation. In its second half the gates
+    of the ranks to be pruned fade.
 
     Attributes:
         interval: steps between two reallocations.
-        first, last: the first and last step after which there may be one; ``last`` None means for ever.
-        early: whether ranks are judged in the first interval already, see :meth:`trial`.
+        first, last: the first and the last step after which there may be one; ``last`` is None if there is no last.
+        judge_early: whether ranks are judged in the first interval already, see :meth:`min_age`.
     """
 
     interval: int
     first: int
     last: int | None
-    early: bool
+    judge_early: bool
 
     @classmethod
-    def from_config(cls, config: L1RAConfig, total_steps: int | None, *, early: bool) -> Schedule:
-        """The schedule of a training of ``total_steps``; None, unknown: shares of the total then fall away.
+    def from_config(cls, config: L1RAConfig, total_steps: int | None, *, judge_early: bool) -> Schedule:
+        """The schedule of a training of ``total_steps``.
 
-        An interval given as a share of an unknown total becomes 100 steps.
+        If the total is unknown (None), warm-up and cooldown are left out, and an interval given as a share of it
+        becomes 100 steps.
         """
         interval = config.interval
         if total_steps is None:
             steps = 100 if isinstance(interval, float) else interval
-            return cls(steps, steps, None, early)
+            return cls(steps, steps, None, judge_early)
 
         def share(part: float) -> int:
             return int(part * total_steps + 1e-6)  # 0.29 * 100 is 28.999... in floats
 
         steps = max(config.min_interval, share(interval)) if isinstance(interval, float) else interval
-        # Not after the very last step: ranks that are dealt then would never be trained.
+        # Not after the very last step: new ranks would never be trained.
         last = min(total_steps - 1, share(1 - config.cooldown)) // steps * steps
-        return cls(steps, max(1, share(config.warmup)), last, early)
+        return cls(steps, max(1, share(config.warmup)), last, judge_early)
 
     def warn(self, config: L1RAConfig, total_steps: int | None) -> None:
-        """Say what a user may not expect of the schedule that was made from ``config`` and ``total_steps``."""
+        """Warn if the schedule, made from ``config`` and ``total_steps``, does not do what a user may expect."""
         if total_steps is None:
             warnings.warn(
                 f"L1RA does not know how long the training is: ranks move every {self.interval} steps until it ends. "
@@ -67,40 +88,44 @@ class Schedule:
 
     @property
     def judges(self) -> bool:
-        """Whether before some reallocation, when its interval closes, the first ranks can be judged."""
+        """Whether any rank is old enough to be judged before the last reallocation."""
         if self.last is None:
             return True
-        closes = self.last - max(1, self.interval // 2)
-        return not self.empty and closes >= self.trial(closes)
+        middle = self.last - max(1, self.interval // 2)
+        return not self.empty and middle >= self.min_age(middle)
 
-    def trial(self, step: int) -> int:
-        """For how many steps a rank must have been trained to be judged at ``step``: an interval.
-
-        If ``early``, a quarter of one is enough in the first interval: it closes after half of one, and a step or
-        another may have been skipped.
-        """
-        return max(1, self.interval // 4) if self.early and step <= self.interval else self.interval
-
-    def reallocates(self, step: int) -> bool:
-        """Whether there is a reallocation after ``step``."""
+    def reallocates_after(self, step: int) -> bool:
+        """Whether ranks are reallocated after ``step``."""
         return step % self.interval == 0 and step >= self.first and not self.over(step)
 
+    def in_first_half(self, step: int) -> bool:
+        """Whether the step after ``step`` lies in the first half of an interval that ends with a reallocation."""
+        return self.reallocates_after(self._next_end(step)) and not self.in_second_half(step)
+
+    def in_second_half(self, step: int) -> bool:
+        """Whether the step after ``step`` lies in the second half of an interval that ends with a reallocation."""
+        end = self._next_end(step)
+        return self.reallocates_after(end) and end - step <= max(1, self.interval // 2)
+
+    def stage(self, step: int) -> Stage:
+        """How far the training is at ``step``."""
+        return Stage(self.interval, self.progress(step), self.over(step), self.min_age(step))
+
     def over(self, step: int) -> bool:
-        """Whether ``step`` lies behind the last possible reallocation."""
+        """Whether ``step`` comes after the last possible reallocation."""
         return self.last is not None and step > self.last
 
     def progress(self, step: int) -> float:
-        """The share, from 0 to 1, of the way to the last possible reallocation; 1 while the total is unknown."""
+        """The share of the way to the last possible reallocation, 0 to 1; 1 while the total is unknown."""
         return 1.0 if self.last is None else min(1.0, step / max(1, self.last))
 
-    def looks(self, step: int) -> bool:
-        """Whether the steps after ``step`` are the first half of an interval before a reallocation."""
-        return self.reallocates(self._coming(step)) and not self.closes(step)
+    def min_age(self, step: int) -> int:
+        """The steps for which a rank must have been trained to be judged at ``step``: an interval.
 
-    def closes(self, step: int) -> bool:
-        """Whether the steps after ``step`` are the last half interval before a reallocation."""
-        coming = self._coming(step)
-        return self.reallocates(coming) and coming - step <= max(1, self.interval // 2)
+        With ``judge_early`` a quarter of one in the first interval: ranks are judged in its middle, and some steps may
+        have been skipped.
+        """
+        return max(1, self.interval // 4) if self.judge_early and step <= self.interval else self.interval
 
-    def _coming(self, step: int) -> int:
+    def _next_end(self, step: int) -> int:
         return (step // self.interval + 1) * self.interval

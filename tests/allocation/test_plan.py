@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from l1ra.allocation.plan import LayerPlan, allocate, returned, spread, surplus
+from l1ra.allocation.plan import LayerPlan, allocate, ranks_given_back, spread, surplus
 
 CASES = 1000
 
@@ -60,8 +60,8 @@ def test_nothing_is_spare_that_a_receiver_could_take():
         args, settings = some_case(seed)
         result = allocate(*args, **settings)
         for row, layer, cost, cap in zip(args[0], result.layers, args[2], settings["caps"], strict=True):
-            hurt = any(g < settings["prune_threshold"] for g in row)
-            if layer.rank < cap and not (hurt and settings["exclude_pruned"]):
+            had_ranks_pruned = any(g < settings["prune_threshold"] for g in row)
+            if layer.rank < cap and not (had_ranks_pruned and settings["exclude_pruned"]):
                 assert cost > result.spare
 
 
@@ -218,11 +218,11 @@ def test_whatever_the_importance_nobody_gives_and_receives():
 
 def test_what_came_back_is_what_was_dealt_and_cut_again():
     up, down, up_and_down, twice, only_down = [2, 3, 5], [2, 1, 1], [2, 5, 3], [2, 4, 2, 3, 1, 1], [4, 3, 4]
-    assert [returned([[r] for r in ranks]) for ranks in (up, down, up_and_down, twice)] == [[0], [0], [2], [3]]
-    assert returned([[r] for r in only_down]) == [0]
-    assert returned([[4], [2], [3], [1]]) == [1]  # of its first ranks nobody says that they were dealt in vain
-    assert returned([[2, 2], [3, 1], [2, 2]]) == [1, 0]
-    assert returned([[2, 2]]) == [0, 0]
+    assert [ranks_given_back([[r] for r in ranks]) for ranks in (up, down, up_and_down, twice)] == [[0], [0], [2], [3]]
+    assert ranks_given_back([[r] for r in only_down]) == [0]
+    assert ranks_given_back([[4], [2], [3], [1]]) == [1]  # of its first ranks nobody says that they were dealt in vain
+    assert ranks_given_back([[2, 2], [3, 1], [2, 2]]) == [1, 0]
+    assert ranks_given_back([[2, 2]]) == [0, 0]
 
 
 def test_who_gave_ranks_back_needs_less():

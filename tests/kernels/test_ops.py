@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import same_bits
+from op_helpers import DTYPES, TOKENS, error, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l1ra_kernels.reference import (
@@ -24,15 +25,6 @@ SHAPES = [
     ((2, 2, 3), 3, 11, 2),
     ((0,), 5, 4, 2),
 ]
-TOKENS = [((33,), 65, 47, 5), ((3, 11), 64, 128, 1), ((2, 3, 5), 129, 31, 8), ((1,), 16, 16, 16)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def inputs(lead, k, n, r, dtype=torch.float64, adapter=None):
-    make = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
-    y0, x = make(*lead, n).to(dtype), make(*lead, k).to(dtype)
-    a, g, b = make(r, k) / math.sqrt(k), torch.rand(r, dtype=torch.float64), make(r, n)
-    return [t.requires_grad_() for t in (y0, x, *(t.to(adapter or dtype) for t in (a, g, b)))]
 
 
 def naive(y0, x, a, g, b, s):
@@ -64,10 +56,6 @@ def test_gate_ops_pass_gradcheck_away_from_their_corners():
     assert check(lambda g, d, m: importance_step(g, d, m, age, 10.0), (gate, grad, other))
     assert check(lambda g, w: weighted_l1_step(g, w, lr=0.01, l1=1.0), (gate, other))
     assert check(lambda g, d, m: adam_elastic_net_step(g, d, m, m, age, lr=0.01, l1=0.1, l2=0.1), (gate, grad, other))
-
-
-def error(results, exact):
-    return [(r.double() - e).abs().max().item() if e.numel() else 0.0 for r, e in zip(results, exact, strict=True)]
 
 
 def all_results(op, args, dy, s):

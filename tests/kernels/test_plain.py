@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops import DTYPES, TOKENS, error, inputs
+from op_helpers import DTYPES, TOKENS, error, inputs
 
 from l1ra.layers.linear import L1RALinear
 from l1ra_kernels.dispatch import Layer

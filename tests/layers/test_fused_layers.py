@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from attention_helpers import DEVICE, as_stepped, attention, calls, randn, wide
 from helpers import BRISK, Residual, gpt2, llama, shake, step, task, tokens, trainable
 from torch import nn
 
@@ -17,40 +18,7 @@ from l1ra_kernels import choice
 if not (choice.interpreting() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-# Where the kernels run: in the interpreter there is no other device than the CPU.
-DEVICE = "cpu" if choice.interpreting() else "cuda"
 SETTINGS = {**BRISK, "min_interval": 1}
-
-
-def randn(*shape, **options):
-    return torch.randn(*shape, device=DEVICE, **options)
-
-
-class Attention(nn.Module):
-    """Three layers that read one input, and one that reads another."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(width, width))
-
-    def forward(self, x, other=None):
-        q, k, v = self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)
-        return self.o_proj(torch.tanh(q) * torch.tanh(k) + v)
-
-
-def attention(**settings):
-    torch.manual_seed(0)
-    model = Attention().to(DEVICE)
-    l1ra.patch(model, 12, **settings)
-    return shake(model)
-
-
-def as_stepped(model):
-    """Write to the adapters' parameters, as an optimizer's step does, but leave their values."""
-    with torch.no_grad():
-        for p in trainable(model):
-            p.mul_(1)
 
 
 def both(model, *inputs):
@@ -78,20 +46,6 @@ def assert_same(fused, plain):
     """Two float32 paths that sum in different orders; how exact each is, the tests of the kernels say."""
     for mine, theirs in zip(fused, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()) + 1e-7)
-
-
-def calls(monkeypatch):
-    """Collects how many layers each call of the fused op serves."""
-    from l1ra_kernels import autograd
-
-    seen, original = [], autograd.fused
-
-    def count(x, layers, dropout):
-        seen.append(len(layers))
-        return original(x, layers, dropout)
-
-    monkeypatch.setattr(autograd, "fused", count)
-    return seen
 
 
 def test_layers_that_read_one_input_are_computed_together(monkeypatch):
@@ -221,25 +175,6 @@ def test_dropout_drops_in_training_alone():
 # --- room behind the weights
 
 
-class Wide(nn.Module):
-    """Two layers that widen one input, and one that narrows."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width)
-        self.down_proj = nn.Linear(3 * width, width)
-
-    def forward(self, x):
-        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
-
-
-def wide(**settings):
-    torch.manual_seed(0)
-    model = Wide().to(DEVICE)
-    l1ra.patch(model, 12, augment=True, **settings)
-    return shake(model)
-
-
 def test_one_product_of_the_augmented_weight_gives_the_same_numbers(monkeypatch):
     model, seen = wide(), calls(monkeypatch)
     weight = model.gate_proj.weight
@@ -248,7 +183,7 @@ def test_one_product_of_the_augmented_weight_gives_the_same_numbers(monkeypatch)
     assert_same(fused, plain)
     assert seen == [1, 1, 1, 2, 1]
     with choice.using("fused"):
-        paths = {name: layer.path_on().name for name, layer in find_adapters(model)}
+        paths = {name: layer.kernel_path().name for name, layer in find_adapters(model)}
         assert "fused (aug), x read together with up_proj" in str(l1ra.report(model))
     assert paths == {"gate_proj": "aug", "up_proj": "aug", "down_proj": "chain"}
     assert model.gate_proj.weight is weight and weight.stride() == (16 + 128, 1) and torch.equal(weight, before)
@@ -325,7 +260,7 @@ def hooked():
     return base
 
 
-def replaced():
+def replaced_forward():
     base = nn.Linear(16, 16)
     base.forward = lambda x: torch.nn.functional.linear(x, base.weight) * 3
     return base
@@ -334,7 +269,7 @@ def replaced():
 FOREIGN = {
     "a Doubling has a forward of its own": lambda: Doubling(16, 16),
     "its base layer has hooks": hooked,
-    "its forward was replaced": replaced,
+    "its forward was replaced": replaced_forward,
 }
 
 
@@ -344,7 +279,7 @@ def test_what_a_base_layer_does_besides_is_kept(reason):
     plain, fused = both(layer, randn(5, 16))
     assert_same(fused, plain)
     with choice.using("fused"):
-        assert str(layer.path_on()) == f"fused (add: {reason})"
+        assert str(layer.kernel_path()) == f"fused (add: {reason})"
 
 
 def test_autocast_is_left_to_the_base_layer():
@@ -354,7 +289,7 @@ def test_autocast_is_left_to_the_base_layer():
             plain = layer(x)
         with choice.using("fused"):
             fused = layer(x)
-            assert "autocast makes float16" in str(layer.path_on())
+            assert "autocast makes float16" in str(layer.kernel_path())
     assert fused.dtype == torch.float16
     # A GPU sums products of float16 in another order.
     tolerance = {} if DEVICE == "cpu" else {"rtol": 5e-3, "atol": 5e-3}
@@ -368,22 +303,22 @@ def test_a_trained_base_gets_its_gradient():
     assert len(plain) == 2 + 5
     assert_same(fused, plain)
     with choice.using("fused"):
-        assert "its base layer is trained" in str(layer.path_on())
+        assert "its base layer is trained" in str(layer.kernel_path())
 
 
 def test_doubles_run_as_plain_torch():
     layer = shake(L1RALinear(16, 16, rank=3, dtype=torch.float64, adapter_dtype=torch.float64).to(DEVICE))
     with choice.using("fused"):
-        assert str(layer.path_on()) == "torch (no fused kernel takes float64)"
+        assert str(layer.kernel_path()) == "torch (no fused kernel takes float64)"
         assert layer(randn(2, 16, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_the_variable_turns_the_kernels_off(monkeypatch):
     monkeypatch.setenv("L1RA_KERNELS", "torch")
-    assert str(L1RALinear(16, 16, rank=3).path_on()) == "torch (plain PyTorch was asked for)"
+    assert str(L1RALinear(16, 16, rank=3).kernel_path()) == "torch (plain PyTorch was asked for)"
     monkeypatch.setenv("L1RA_KERNELS", "fsued")
     with pytest.raises(ValueError, match="must be one of auto, torch, fused"):
-        L1RALinear(16, 16, rank=3).path_on()
+        L1RALinear(16, 16, rank=3).kernel_path()
 
 
 def test_strict_raises_instead_of_falling_back_and_touches_nothing():

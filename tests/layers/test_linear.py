@@ -405,8 +405,8 @@ def test_a_replica_of_data_parallel_on_another_device_trains_with_probes():
     replica = layer._replicate_for_data_parallel()
     for name, param in layer.named_parameters(recurse=False):
         setattr(replica, name, param.to("meta"))
-    assert replica.sharing is None and replica.room is None and layer.sharing is not None
-    a, gate, b = layer.probe.beside(replica.lora_A, replica.gate, replica.lora_B)
+    assert replica.sharing is None and replica.padded_weight is None and layer.sharing is not None
+    a, gate, b = layer.probe.append_to(replica.lora_A, replica.gate, replica.lora_B)
     assert {part.device.type for part in (a, gate, b)} == {"meta"} and len(a) == len(gate) == len(b) == 5
 
 

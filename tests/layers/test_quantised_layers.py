@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import l1ra
 from l1ra import L1RALinear
 from l1ra.layers.adapted_model import find_adapters
-from l1ra.layers.base_layers import base_features, foreign, main_tensor
+from l1ra.layers.base_layers import base_features, fallback_reason, main_tensor
 from l1ra_kernels import choice
 
 KINDS = ("nf4", "int8", "torchao")
@@ -48,7 +48,7 @@ def test_a_layer_with_a_floating_point_weight_is_not_taken_for_quantised():
 )
 def test_why_the_base_computes_by_itself_is_said_in_words(kind, reason):
     model = nn.Sequential(quantised(nn.Linear(16, 32), kind))
-    assert foreign(model[0], torch.device("cpu"), torch.float32) == reason
+    assert fallback_reason(model[0], torch.device("cpu"), torch.float32) == reason
     if choice.interpreting():
         with choice.using("fused"):
             l1ra.patch(model, 2, strict=True)

@@ -1,14 +1,24 @@
 """A recompute under activation checkpointing is the forward once more, whoever shares an input with whom, and whatever
 has come or gone in between."""
 
-import threading
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from attention_helpers import (
+    DEVICE,
+    Attention,
+    as_stepped,
+    assert_same,
+    attention,
+    example,
+    gradients,
+    in_a_thread,
+    settled_attention,
+    wide,
+)
 from helpers import shake, trainable
-from test_fused_layers import DEVICE, Attention, as_stepped, attention, randn, wide
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -29,32 +39,6 @@ BOTH = pytest.mark.parametrize("kernels", ["fused", "torch"])
 def _path(request):
     with choice.using(request.getfixturevalue("kernels") if "kernels" in request.fixturenames else "fused"):
         yield
-
-
-def gradients(model, run, x, seed=0):
-    """Output and gradients of one forward and backward."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = run(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in trainable(model))]
-
-
-def assert_same(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()) + 1e-7)
-
-
-def example():
-    return randn(5, 16)
-
-
-def settled_attention():
-    model = attention()
-    model(example())
-    as_stepped(model)
-    return model
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -341,12 +325,6 @@ def test_the_path_of_the_recompute_is_that_of_the_forward():
     with choice.using("torch"):
         y.square().sum().backward()
     assert_same([p.grad for p in trainable(model)], gradients(plain, plain, x.detach())[2:])
-
-
-def in_a_thread(call):
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,7 +41,7 @@ def test_without_it_rows_and_scaling_stay():
     adapted = layer(scale_with_rank=False)
     gate, b = adapted.gate.detach().clone(), adapted.lora_B.detach().clone()
     adapted.resize(LayerPlan((0, 1, 2, 3), 1))
-    assert adapted.share == 1 and torch.equal(adapted.gate[:4], gate) and torch.equal(adapted.lora_B[:4], b)
+    assert adapted.rank_scaling == 1 and torch.equal(adapted.gate[:4], gate) and torch.equal(adapted.lora_B[:4], b)
 
 
 def test_gradients_that_are_held_are_those_of_the_scaled_parameters():
@@ -96,7 +96,7 @@ def moved(**settings):
 @pytest.mark.parametrize("reserve", [None, 12])
 def test_the_controllers_gates_are_the_masters(reserve):
     model, controller, *_ = moved(reserve=reserve)
-    assert any(layer.share != 1 for layer in controller.adapters.values())
+    assert any(layer.rank_scaling != 1 for layer in controller.adapters.values())
     for name, adapted in controller.adapters.items():
         gates = controller.gates()[name]
         assert all(0 <= gate <= 1 for gate in gates)
@@ -133,7 +133,7 @@ def test_importance_does_not_see_the_scale():
     for adapted in controller.adapters.values():
         adapted.gate.grad = torch.ones_like(adapted.gate)
     grad, _ = bank.take_gradients()
-    shares = [1.0 * a.share for a in controller.adapters.values() for _ in range(a.rank)]
+    shares = [1.0 * a.rank_scaling for a in controller.adapters.values() for _ in range(a.rank)]
     assert grad.tolist() == pytest.approx(shares)
 
 

@@ -5,10 +5,23 @@ import weakref
 
 import pytest
 import torch
-from test_fused_layers import as_stepped, attention, calls
-from test_recompute import assert_same, example, gradients, in_a_thread, settled_attention
+from attention_helpers import (
+    DEVICE,
+    Attention,
+    as_stepped,
+    assert_same,
+    attention,
+    calls,
+    example,
+    gradients,
+    in_a_thread,
+    randn,
+    settled_attention,
+)
+from helpers import same_bits, shake
 from torch.utils.checkpoint import checkpoint
 
+import l1ra
 from l1ra_kernels import choice, dispatch
 
 
@@ -131,3 +144,18 @@ def test_a_thread_does_not_take_what_another_computes(monkeypatch):
     assert_same([model.k_proj(mine).detach()], [expected])
     in_a_thread(lambda: begun.append(model.k_proj(theirs)))
     assert_same([begun[1].detach()], [model.k_proj(theirs).detach()])
+
+
+def test_layers_that_are_computed_together_are_disabled_together():
+    model, x = Attention().to(DEVICE), randn(4, 16)
+    expected = model(x)
+    controller = l1ra.patch(model, 12)
+    with choice.using("fused"):
+        shake(model)(x)
+        adapted = model(x)  # q leads, and has computed k and v too
+        with controller.disabled():
+            assert same_bits(model(x), expected)
+        assert same_bits(model(x), adapted)
+        model.q_proj(x)
+        with controller.disabled():
+            assert same_bits(model.k_proj(x), model.k_proj.base_layer(x))

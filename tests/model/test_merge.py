@@ -10,7 +10,7 @@ from torch import nn
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.merged_weight import Kept
+from l1ra.layers.merged_weight import OriginalWeight
 
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8}  # the largest relative error of one rounding
 
@@ -150,8 +150,8 @@ def test_what_was_merged_before_a_failure_is_taken_out_again(monkeypatch):
     model = adapted(MLP, budget=9)
     before = snapshot(model)
     last = list(find_adapters(model))[-1][1]
-    merge = L1RALinear.merge_quietly
-    monkeypatch.setattr(L1RALinear, "merge_quietly", lambda layer: 1 / 0 if layer is last else merge(layer))
+    merge = L1RALinear.merge_without_warning
+    monkeypatch.setattr(L1RALinear, "merge_without_warning", lambda layer: 1 / 0 if layer is last else merge(layer))
     with pytest.raises(ZeroDivisionError):
         l1ra.merge(model)
     assert_untouched(model, before)
@@ -168,4 +168,4 @@ def test_a_model_of_ones_own_is_merged_without_a_controller():
     model, x = shake(Adapted()), torch.randn(3, 6)
     y = model(x)
     torch.testing.assert_close(l1ra.merge(model)(x), y)
-    assert isinstance(model.up._merged_from, Kept) and same_bits(l1ra.unmerge(model)(x), y)
+    assert isinstance(model.up._merged_from, OriginalWeight) and same_bits(l1ra.unmerge(model)(x), y)

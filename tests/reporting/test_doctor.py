@@ -14,7 +14,7 @@ from helpers import little_room
 import l1ra
 from l1ra.reporting import self_check
 from l1ra.training.controller import RankController
-from l1ra.training.interval import Moves
+from l1ra.training.interval import Reallocation
 from l1ra_kernels import choice, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def scaled(index, factor):
     return wrong
 
 
-@pytest.mark.parametrize("index, part", list(enumerate(self_check.PARTS)))
+@pytest.mark.parametrize("index, part", list(enumerate(self_check.COMPARED)))
 def test_a_wrong_output_or_gradient_is_found(index, part, monkeypatch):
     monkeypatch.setattr(dispatch, "plain_linear", scaled(index, 1.1))
     with choice.using("torch"):
@@ -102,7 +102,7 @@ def test_a_reallocation_that_changes_the_model_is_found(monkeypatch):
 
     monkeypatch.setattr(RankController, "_reallocate", wrong)
     assert self_check._try("a reallocation", self_check._reallocation, CPU).told.startswith("it changes the model's")
-    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(Moves(0, 0, {})))
+    monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(Reallocation(0, 0, {})))
     assert "0 ranks have moved" in self_check._try("a reallocation", self_check._reallocation, CPU).told
 
 

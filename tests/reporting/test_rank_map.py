@@ -8,7 +8,7 @@ from torch import nn
 
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
-from l1ra.reporting.rank_map import grid, places, ranks_by_depth
+from l1ra.reporting.rank_map import places, rank_grid, ranks_by_depth
 
 
 def moved(model):
@@ -88,17 +88,17 @@ def test_blocks_of_several_stacks_are_summed_and_none_is_lost():
 
 def test_names_are_cut_into_layer_and_projection():
     ranks = {"model.layers.0.mlp.up": 3, "model.layers.10.mlp.up": 5, "model.layers.10.q": 2, "pooler.dense": 7}
-    layers, projections, cells = grid(ranks)
+    layers, projections, cells = rank_grid(ranks)
     assert layers == [-1, 0, 10] and projections == ["mlp.up", "q", "pooler.dense"]
     assert cells == {(0, "mlp.up"): 3, (10, "mlp.up"): 5, (10, "q"): 2, (-1, "pooler.dense"): 7}
 
 
 def test_layers_that_have_no_parts_are_one_projection():
-    assert grid({"blocks.0": 1, "blocks.1": 4}) == ([0, 1], ["blocks"], {(0, "blocks"): 1, (1, "blocks"): 4})
-    assert grid({"0": 1, "2": 4}) == ([0, 2], ["layer"], {(0, "layer"): 1, (2, "layer"): 4})
+    assert rank_grid({"blocks.0": 1, "blocks.1": 4}) == ([0, 1], ["blocks"], {(0, "blocks"): 1, (1, "blocks"): 4})
+    assert rank_grid({"0": 1, "2": 4}) == ([0, 2], ["layer"], {(0, "layer"): 1, (2, "layer"): 4})
 
 
 def test_stacks_of_layers_are_kept_apart():
-    cells = grid({"encoder.layer.0.q": 1, "decoder.layer.0.q": 4, "encoder.layer.0.experts.3.up": 2})[2]
+    cells = rank_grid({"encoder.layer.0.q": 1, "decoder.layer.0.q": 4, "encoder.layer.0.experts.3.up": 2})[2]
     expected = {"encoder.layer.q": 1, "decoder.layer.q": 4, "encoder.layer.experts.3.up": 2}
     assert cells == {(0, name): rank for name, rank in expected.items()}

@@ -101,7 +101,7 @@ def test_history_ranks_and_statistics_agree():
     assert statistics["l1ra/ranks"] + statistics["l1ra/spare"] == 16
     assert statistics["l1ra/rank_max"] == max(controller.ranks.values())
     assert statistics["l1ra/moved"] == controller.moved
-    assert controller.gates() == {n: pytest.approx((a.gate / a.share).tolist()) for n, a in find_adapters(model)}
+    assert controller.gates() == {n: pytest.approx((a.gate / a.rank_scaling).tolist()) for n, a in find_adapters(model)}
 
 
 def test_the_same_run_twice_gives_the_same_ranks():

@@ -9,7 +9,7 @@ from helpers import patched, play, same_bits, step, trainable
 
 import l1ra
 from l1ra.files.controller_state import GATES, SCHEMA
-from l1ra.files.schema import misfit
+from l1ra.files.schema import mismatch
 from l1ra.layers.adapted_model import find_adapters
 
 
@@ -98,13 +98,13 @@ def test_gates_of_a_state_dict_loaded_without_the_controllers_are_taken_over(ran
     expected = {n: [0.5] * a.rank for n, a in find_adapters(model)}
     if ranks == "other ranks":
         expected["blocks.1"][-1] = 1.0
-    held = {n: pytest.approx((a.gate / a.share).tolist()) for n, a in find_adapters(model)}
+    held = {n: pytest.approx((a.gate / a.rank_scaling).tolist()) for n, a in find_adapters(model)}
     assert controller.gates() == held and controller.gates() == expected
 
 
 def test_the_form_names_all_of_a_state():
     state = run_to(20, *patched())[1].state_dict()
-    assert SCHEMA.keys() == state.keys() and misfit(state, SCHEMA) == "" and set(state["gates"]) == set(GATES)
+    assert SCHEMA.keys() == state.keys() and mismatch(state, SCHEMA) == "" and set(state["gates"]) == set(GATES)
 
 
 def snapshot(controller):

@@ -17,7 +17,7 @@ if not distributed.is_available():
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from l1ra.training.data_parallel import Replicas, processes
+from l1ra.training.data_parallel import ReplicaGroup, world_size
 
 STEPS = 60
 MOVING = {  # name -> settings of patch; None: another value in each process
@@ -85,7 +85,7 @@ def resume(number):
     model, controller, optimizer, x, y, replica = begin(number, name)
     for _ in range(25):
         step(replica, optimizer, x, y)
-    looking = bool(controller._interval.probing) and not controller._interval.closing
+    looking = bool(controller._interval.probes) and not controller._interval.pruning
     saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))]
     distributed.broadcast_object_list(saved, src=0)
     model, controller, optimizer, x, y, replica = begin(number, name, seed=1)
@@ -94,7 +94,7 @@ def resume(number):
         for part, state in zip((model, optimizer, controller), saved[0], strict=True):
             part.load_state_dict(copy.deepcopy(state))
         step(replica, optimizer, x, y)
-        seen += [{probe.seen.item() for probe in controller._interval.probing._probes.values()}]
+        seen += [{probe.seen.item() for probe in controller._interval.probes._probes.values()}]
     for _ in range(26, STEPS):
         step(replica, optimizer, x, y)
     return told(model, controller, []) | {"looking": looking, "seen": seen}
@@ -177,7 +177,7 @@ def test_a_process_that_trains_alone_waits_for_nobody(found):
 
 
 def test_alone_everything_is_as_it_is():
-    rows, alone = [torch.ones(2)], Replicas()
-    alone.add_up(rows)
-    assert alone.agreed(rows) is rows and torch.equal(rows[0], torch.ones(2))
-    assert (processes(), alone.number, alone.all(3)) == (1, 0, [3])
+    rows, alone = [torch.ones(2)], ReplicaGroup()
+    alone.sum_over_replicas(rows)
+    assert alone.broadcast(rows) is rows and torch.equal(rows[0], torch.ones(2))
+    assert (world_size(), alone.number, alone.gather(3)) == (1, 0, [3])

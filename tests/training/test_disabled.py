@@ -132,23 +132,3 @@ def test_a_compiled_model_has_a_graph_with_adapters_and_one_without(kernels):
             with controller.disabled():
                 torch.testing.assert_close(compiled(x), base)
     assert counter.frame_count == 2
-
-
-@pytest.mark.skipif(
-    not (choice.interpreting() or torch.cuda.is_available()), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
-def test_layers_that_are_computed_together_are_disabled_together():
-    from test_fused_layers import Attention
-
-    model, x = Attention(), torch.randn(4, 16)
-    expected = model(x)
-    controller = l1ra.patch(model, 12)
-    with choice.using("fused"):
-        shake(model)(x)
-        adapted = model(x)  # q leads, and has computed k and v too
-        with controller.disabled():
-            assert same_bits(model(x), expected)
-        assert same_bits(model(x), adapted)
-        model.q_proj(x)
-        with controller.disabled():
-            assert same_bits(model.k_proj(x), model.k_proj.base_layer(x))

@@ -9,8 +9,9 @@ import l1ra
 from l1ra import L1RAConfig, L1RALinear, RankController
 from l1ra.layers.gradient_probe import Probe
 from l1ra.training.gate_bank import GateBank
-from l1ra.training.gate_rules import AdaptiveL1, Moment, PaperL1, make_rule
-from l1ra.training.probes import Probing
+from l1ra.training.gate_rules import AdaptiveL1, PaperL1, make_rule
+from l1ra.training.probes import ProbeSet
+from l1ra.training.schedule import Stage
 from l1ra_kernels.reference import adam_elastic_net_step
 
 INTERVAL = 20
@@ -26,7 +27,7 @@ def bank(ranks=(4, 4), gates=None):
 def run(rule, made, grads, progress=0.0, over=False):
     for grad in grads:
         grad = torch.as_tensor(grad)
-        made.update(rule.step(made, grad, Moment(INTERVAL, progress, over, INTERVAL)), grad, None)
+        made.update(rule.step(made, grad, Stage(INTERVAL, progress, over, INTERVAL)), grad, None)
     return made
 
 
@@ -49,14 +50,14 @@ def test_the_papers_rule_is_adam_e(settings):
     for age, grad in enumerate(grads):
         gate, m, v = adam_elastic_net_step(gate, grad, m, v, torch.full((8,), float(age)), lr=lr, l1=l1, l2=l2)
     torch.testing.assert_close(made.value, gate, rtol=0, atol=0)
-    assert PaperL1(L1RAConfig(rule="l1")).importance(made, Moment(INTERVAL, 0.0, False, INTERVAL)) is None
+    assert PaperL1(L1RAConfig(rule="l1")).importance(made, Stage(INTERVAL, 0.0, False, INTERVAL)) is None
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 20, 75])
 def test_gates_that_are_pressed_fade_to_exactly_zero_within_half_an_interval(interval):
     made = bank()
-    made.press([(0, 2), (3,)])
-    rule, at = AdaptiveL1(L1RAConfig()), Moment(interval, 0.3, False, interval)
+    made.penalise([(0, 2), (3,)])
+    rule, at = AdaptiveL1(L1RAConfig()), Stage(interval, 0.3, False, interval)
     for steps in range(max(1, interval // 2)):
         assert steps == 0 or (made.value[[0, 2, 7]] > 0).all()
         made.update(rule.step(made, grad := torch.randn(8), at), grad, None)
@@ -65,7 +66,7 @@ def test_gates_that_are_pressed_fade_to_exactly_zero_within_half_an_interval(int
 
 @pytest.mark.parametrize("trial", [INTERVAL, INTERVAL // 4])
 def test_ranks_are_not_judged_before_their_trial_is_over(trial):
-    rule, at = AdaptiveL1(L1RAConfig()), Moment(INTERVAL, 0.0, False, trial)
+    rule, at = AdaptiveL1(L1RAConfig()), Stage(INTERVAL, 0.0, False, trial)
     made = run(rule, bank(), weak_and_strong(trial - 1))
     assert rule.importance(made, at) == [[None] * 4, [None] * 4]
     weak, strong = rule.importance(run(rule, made, weak_and_strong(1)), at)
@@ -80,7 +81,7 @@ def test_adaptive_gates_that_are_zero_stay_so_until_they_are_cut():
 
 def test_adaptive_gates_recover_once_no_reallocation_will_come():
     made = bank(gates=[0.4, 0.6, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
-    made.press([(0, 1, 2), ()])
+    made.penalise([(0, 1, 2), ()])
     run(AdaptiveL1(L1RAConfig()), made, weak_and_strong(INTERVAL), progress=1.0, over=True)
     assert (made.value == 1).all()
 
@@ -148,8 +149,8 @@ def test_new_ranks_start_with_a_clean_record():
         setattr(bank, name, torch.arange(1.0, 17.0))
     play(controller, {})
     bank.value[1] = 0.0
-    bank.write()
-    controller._start(None, torch.optim.AdamW(trainable(model)))
+    bank.write_to_layers()
+    controller._start(None)
     controller._reallocate()
     assert list(controller.ranks.values()) == [3, 5, 4, 4]
     kept = [1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, *map(float, range(9, 17))]
@@ -160,15 +161,15 @@ def test_new_ranks_start_with_a_clean_record():
 
 @pytest.mark.parametrize("came_back, pressed, ranks", [(0, [0, 1, 2], [2, 4, 6, 4]), (8, [0], [2, 5, 5, 4])])
 def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(came_back, pressed, ranks):
-    _, controller, optimizer, *_ = patched(margin=1.0, turnover=0.2)
+    _, controller, *_ = patched(margin=1.0, turnover=0.2)
     names, start = list(controller.ranks), controller.ranks
     controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
     play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
-    controller._start(None, optimizer)
-    controller._interval.close(controller._importance(), controller._moment().progress, controller._given_back())
+    controller._start(None)
+    controller._interval.choose_ranks(controller._importance(), controller._stage().progress, controller._given_back())
     assert controller._bank.weight.nonzero().flatten().tolist() == pressed
     controller._bank.value[:2] = 0.0
-    controller._bank.write()
+    controller._bank.write_to_layers()
     controller._reallocate()
     assert list(controller.ranks.values()) == ranks
 
@@ -206,7 +207,7 @@ def test_no_rank_is_given_up_for_an_adapter_whose_gradients_are_noise(coherence,
 )
 def test_no_rank_is_given_up_for_an_adapter_that_does_not_stand_out(coherence, floor, pressed, monkeypatch):
     model, controller, optimizer, x, y = patched(interval=10, turnover=0.2, min_coherence=floor)
-    monkeypatch.setattr(Probing, "coherence", lambda probing: dict(zip(controller.adapters, coherence, strict=True)))
+    monkeypatch.setattr(ProbeSet, "coherence", lambda probes: dict(zip(controller.adapters, coherence, strict=True)))
     play(controller, {}, [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4])
     for _ in range(5):
         step(model, optimizer, x, y)
@@ -221,7 +222,7 @@ def test_probes_ride_along_in_the_first_half_of_an_interval():
         probes = [layer.probe for layer in controller.adapters.values()]
         riding += [number] if all(probes) else []
         assert any(probes) == all(probes)
-        seen = {probe.seen.item() for probe in controller._interval.probing._probes.values()}
+        seen = {probe.seen.item() for probe in controller._interval.probes._probes.values()}
         if number < 48:  # the step at which they stop is the last that they have seen
             assert seen == {number - 1 if number < 3 else 2 if number < 6 else min(number % 6, 3)}
     # The first interval begins with the first step: the controller does not know before how long the training is.
@@ -266,10 +267,10 @@ def test_an_overflow_does_not_hide_that_gradients_are_noise():
     for number in range(60):
         (model(torch.randn_like(x)) * torch.randn_like(y)).sum().backward()
         if number == 45:  # as GradScaler: the step is left out, and no hook of the optimizer runs
-            for probe in controller._interval.probing._probes.values():
+            for probe in controller._interval.probes._probes.values():
                 probe.gradient.fill_(torch.inf)
         else:
             optimizer.step()
         optimizer.zero_grad()
-    agreed = [probe.coherence.item() for probe in controller._interval.probing._probes.values()]
-    assert len(agreed) == 4 and all(abs(c) < 0.9 for c in agreed)
+    found = [probe.coherence.item() for probe in controller._interval.probes._probes.values()]
+    assert len(found) == 4 and all(abs(c) < 0.9 for c in found)

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 from helpers import OPTIMIZERS, bits, play, same_bits, step
+from optimizer_helpers import move_state
 from torch import nn
 from torch.nn import functional as F
 
 from l1ra import L1RALinear, RankController
 from l1ra.allocation.plan import LayerPlan
-from l1ra.training.optimizer_state import move_state
 
 # Three adapters of ranks 1, 4 and 2: the second loses two ranks, the others get one each.
 RANKS = (1, 4, 2)

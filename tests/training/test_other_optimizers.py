@@ -5,14 +5,15 @@ import warnings
 import pytest
 import torch
 from helpers import BRISK, Residual, play, same_bits, step, task, trainable
+from optimizer_helpers import move_state
 from torch import nn
 
 import l1ra
 from l1ra import L1RALinear, RankController
 from l1ra.allocation.plan import LayerPlan
-from l1ra.training.optimizer_state import move_state, scale_state
-from l1ra.training.principal_axes import turn_adapters
-from l1ra.training.quantised_state import read
+from l1ra.training.optimizer_state import scale_state
+from l1ra.training.principal_axes import rotate_to_principal_axes
+from l1ra.training.quantised_state import read_values
 
 LR = 1e-3
 
@@ -72,7 +73,7 @@ def eight_bits(bnb, width):
         param.grad = torch.randn(6, width) * torch.logspace(-3, 3, 6).unsqueeze(1)
         optimizer.step()
     state = optimizer.state[param]
-    return param, optimizer, {name: read(state, name).clone() for name in ("state1", "state2")}
+    return param, optimizer, {name: read_values(state, name).clone() for name in ("state1", "state2")}
 
 
 def assert_rounded(values, expected):
@@ -92,7 +93,7 @@ def test_8_bit_states_move_with_their_rows(plan, width, bnb):
         param.set_(torch.randn(plan.rank, width))
     move_state(optimizer, param, plan, torch.Size((6, width)))
     for name, old in before.items():
-        assert_rounded(read(state, name), torch.cat([old[kept], torch.zeros(plan.grow, width)]))
+        assert_rounded(read_values(state, name), torch.cat([old[kept], torch.zeros(plan.grow, width)]))
         assert state[name].dtype == torch.uint8
     param.grad = torch.randn(plan.rank, width)
     optimizer.step()
@@ -103,7 +104,7 @@ def test_8_bit_states_are_scaled(bnb):
     param, optimizer, before = eight_bits(bnb, 100)
     scale_state(optimizer, param, 0.3)
     for name, factor in (("state1", 0.3), ("state2", 0.3**2)):
-        assert_rounded(read(optimizer.state[param], name), factor * before[name])
+        assert_rounded(read_values(optimizer.state[param], name), factor * before[name])
 
 
 def before_a_reallocation(make, moves=True):
@@ -141,7 +142,7 @@ def test_tensors_of_a_type_of_their_own_are_not_turned(low_bit):
     model, optimizer, x, y = before_a_reallocation(lambda p: low_bit.AdamW8bit(p, lr=LR))
     step(model, optimizer, x, y)
     rows = [layer.lora_A.detach().clone() for layer in model]
-    assert turn_adapters([(layer, range(16)) for layer in model], [optimizer]) == [None, None]
+    assert rotate_to_principal_axes([(layer, range(16)) for layer in model], [optimizer]) == [None, None]
     assert all(same_bits(layer.lora_A, old) for layer, old in zip(model, rows, strict=True))
 
 

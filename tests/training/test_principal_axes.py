@@ -8,7 +8,7 @@ from helpers import OPTIMIZERS, step
 from torch import nn
 
 from l1ra import L1RALinear, RankController
-from l1ra.training.principal_axes import principal_rotation, turn_adapters
+from l1ra.training.principal_axes import principal_rotation, rotate_to_principal_axes
 
 
 def layer(rank=5, dtype=torch.float64, seed=0, **kwargs):
@@ -67,7 +67,7 @@ def test_the_output_changes_by_rounding_alone(dtype, bound):
     turned = layer(dtype=dtype)
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = turned.delta_weight()
-    (rotation,) = turn_adapters([(turned, range(5))], [])
+    (rotation,) = rotate_to_principal_axes([(turned, range(5))], [])
     assert rotation is not None
     assert (turned.delta_weight() - before).norm() <= bound * before.norm()
     assert turned(x).dtype == dtype
@@ -80,7 +80,7 @@ def test_only_the_named_rows_turn_and_memory_stays(reserve):
         turned.lora_A[6:], turned.lora_B[6:] = 7.0, 7.0
     before = [p.detach().clone() for p in (turned.lora_A, turned.lora_B)]
     addresses = [p.data_ptr() for p in (turned.lora_A, turned.lora_B)]
-    turn_adapters([(turned, [0, 2, 5])], [])
+    rotate_to_principal_axes([(turned, [0, 2, 5])], [])
     for param, old, address in zip((turned.lora_A, turned.lora_B), before, addresses, strict=True):
         assert param.data_ptr() == address
         others = [k for k in range(param.shape[0]) if k not in (0, 2, 5)]
@@ -101,7 +101,7 @@ def test_what_has_no_axes_stays_bit_for_bit(spoil):
     kept = layer()
     spoil(kept)
     before = [p.detach().clone() for p in kept.parameters()]
-    assert turn_adapters([(kept, range(5))], []) == [None]
+    assert rotate_to_principal_axes([(kept, range(5))], []) == [None]
     assert all(
         torch.equal(p.nan_to_num(9.0), old.nan_to_num(9.0)) for p, old in zip(kept.parameters(), before, strict=True)
     )
@@ -110,7 +110,7 @@ def test_what_has_no_axes_stays_bit_for_bit(spoil):
 def test_a_single_row_has_nothing_to_turn_with():
     kept = layer()
     before = kept.lora_A.detach().clone()
-    assert turn_adapters([(kept, [3])], []) == [None]
+    assert rotate_to_principal_axes([(kept, [3])], []) == [None]
     assert torch.equal(kept.lora_A, before)
 
 
@@ -127,7 +127,7 @@ def trained(make, steps, turn_after):
     for k in range(steps):
         losses.append(step(model, optimizer, x, y).item())
         if k == turn_after:
-            turn_adapters([(model[0], range(5))], [optimizer])
+            rotate_to_principal_axes([(model[0], range(5))], [optimizer])
     return torch.tensor(losses, dtype=torch.float64), model[0].delta_weight()
 
 
@@ -149,7 +149,7 @@ def test_what_is_never_negative_stays_so_and_keeps_its_sum_over_the_rows(name):
     before = {
         (p, k): v.clone() for p in optimizer.state for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)
     }
-    (rotation,) = turn_adapters([(model[0], range(5))], [optimizer])
+    (rotation,) = rotate_to_principal_axes([(model[0], range(5))], [optimizer])
     assert rotation is not None
     for (param, key), old in before.items():
         new = optimizer.state[param][key]
@@ -167,7 +167,7 @@ def test_adapters_with_quantised_moments_stay_as_they_are():
     optimizer = torch.optim.AdamW([kept.lora_A, kept.lora_B])
     optimizer.state[kept.lora_B] = {"state1": torch.zeros(kept.lora_B.shape, dtype=torch.uint8)}
     before = kept.lora_A.detach().clone()
-    assert turn_adapters([(kept, range(5))], [optimizer]) == [None]
+    assert rotate_to_principal_axes([(kept, range(5))], [optimizer]) == [None]
     assert torch.equal(kept.lora_A, before)
 
 
@@ -209,7 +209,7 @@ def test_importance_turns_with_the_ranks():
     bank = controller._bank
     before = bank.importance_sq.clone()
     rotation = orthonormal(3, 3)
-    bank.turn([[0, 1, 3], [1]], [rotation, None])
+    bank.rotate([[0, 1, 3], [1]], [rotation, None])
     torch.testing.assert_close(bank.importance_sq[[0, 1, 3]], rotation.square().float() @ before[[0, 1, 3]])
     assert torch.equal(bank.importance_sq[[2, 4, 5, 6, 7]], before[[2, 4, 5, 6, 7]])
 
@@ -218,4 +218,4 @@ def test_rows_that_were_just_dealt_and_pressed_ones_do_not_turn():
     controller = reallocated(9)
     bank = controller._bank
     bank.value[1], bank.age[6] = 0.5, 0
-    assert bank.settled() == [[0, 2, 3], [0, 1, 3]]
+    assert bank.rows_at_one() == [[0, 2, 3], [0, 1, 3]]

@@ -12,7 +12,7 @@ import torch
 from circumstances import CIRCUMSTANCES, DEVICE, MODELS, STEPS, gradients, train
 from torch import distributed, multiprocessing
 
-from l1ra.layers.low_rank import PARTS
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra_kernels import choice
 
 if not (choice.interpreting() or torch.cuda.is_available()):
@@ -35,11 +35,11 @@ class Audit:
     no more than plain torch does, and two roundings of each adapted layer on the way, forward and backward."""
 
     def __init__(self):
-        self.probing = self.steps = 0
+        self.probes = self.steps = 0
 
     def __call__(self, training):
         self.steps += 1
-        self.probing += any(layer.probe is not None for layer in training.controller.adapters.values())
+        self.probes += any(layer.probe is not None for layer in training.controller.adapters.values())
         copies = [copy.deepcopy(training.model), copy.deepcopy(training.model).double()]
         for model in copies:
             if model.is_gradient_checkpointing:
@@ -51,7 +51,9 @@ class Audit:
         found = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
         assert found.keys() == exact.keys()
         roundings = 2 * len(training.controller.adapters) * torch.finfo(training.autocast or training.model.dtype).eps
-        head = max((g.abs().max() for n, g in exact.items() if n.rpartition(".")[2] not in PARTS), default=0.0)
+        head = max(
+            (g.abs().max() for n, g in exact.items() if n.rpartition(".")[2] not in ADAPTER_PARAMETERS), default=0.0
+        )
         for name, expected in exact.items():
             mine, theirs = ((grads[name].double() - expected).abs().max() for grads in (found, plain))
             layer, _, part = name.rpartition(".")
@@ -60,7 +62,7 @@ class Audit:
             size = (
                 (copies[1].get_parameter(b) * exact[b]).abs().sum(1).max() if part == "gate" else expected.abs().max()
             )
-            size = size if part in PARTS else head
+            size = size if part in ADAPTER_PARAMETERS else head
             assert mine <= 1.2 * theirs + roundings * size, name
 
 
@@ -90,7 +92,7 @@ def test_the_fused_path_trains_as_plain_torch_does(circumstance, name):
         return
     audit = Audit()
     found = train(name, how, "fused", audit)
-    assert audit.steps == STEPS and 0 < audit.probing < audit.steps
+    assert audit.steps == STEPS and 0 < audit.probes < audit.steps
     assert_same(found, train(name, how, "torch", lambda training: None), how)
 
 
@@ -102,7 +104,7 @@ def checkpointing_changes_nothing(how, name):
     assert_same(found, expected, how)
     for mine, theirs in zip(*(record.gradients for record in records), strict=True):
         assert mine.keys() == theirs.keys()
-        for part in PARTS:
+        for part in ADAPTER_PARAMETERS:
             keys = [key for key in theirs if key.endswith(part)]
             size = max(theirs[key].abs().max() for key in keys)
             # Sums in another order; another mask changes them by a tenth and more.

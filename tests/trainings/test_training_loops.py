@@ -101,7 +101,7 @@ def paper():
     # From the middle, where a gate can move both ways, and with a B that gives it a gradient.
     shake(model)
     controller._bank.value.fill_(0.6)
-    controller._bank.write()
+    controller._bank.write_to_layers()
     return model, controller, x, y
 
 
