@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from attention_helpers import DEVICE, as_stepped, attention, calls, randn, wide
+from attention_helpers import DEVICE, Wide, as_stepped, attention, calls, randn, wide
 from helpers import BRISK, Residual, gpt2, llama, shake, step, task, tokens, trainable
 from torch import nn
 
