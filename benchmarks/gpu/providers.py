@@ -20,7 +20,7 @@ from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING, DecoderLinears
 from benchmarks.gpu.tables import FROZEN, OURS
 from benchmarks.gpu.unsloth_style import UnslothStyle, together
-from l1ra.layers.padded_weight import has_use_for_room
+from l1ra.layers.padded_weight import padding_pays_off
 
 __all__ = ["NOTES", "PROVIDERS", "TESTED_BY", "Adapted", "Adapter", "install_peft", "peft_or_left_out"]
 
@@ -168,7 +168,7 @@ def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
 
 def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> Adapted:
     """``l1ra.patch`` with its defaults, with or without room behind wide weights; ranks stay as they are."""
-    if augment and not any(has_use_for_room(m.in_features, m.out_features) for _, _, m in linears(module)):
+    if augment and not any(padding_pays_off(m.in_features, m.out_features) for _, _, m in linears(module)):
         raise LeftOut("no layer here is wide enough for it")
     budget = rank * len(linears(module))
     l1ra.patch(module, budget, alpha=SCALING * rank, total_steps=1000, augment=augment).close()
