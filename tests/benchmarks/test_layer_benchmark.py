@@ -25,7 +25,7 @@ def test_layer_and_model_rows_are_printed_and_written(tmp_path, capsys):
     printed = capsys.readouterr().out
     results = json.loads(file.read_text(encoding="utf-8"))
     linear, *models = results["rows"]
-    assert [row["probes"] for row in models] == [False, True]
+    assert [row["probing"] for row in models] == [False, True]
     assert (linear["M"], linear["K"], linear["N"], linear["r"]) == (16, 32, 48, 4)
     for row in (linear, *models):
         assert layer.name_of(row) in printed
