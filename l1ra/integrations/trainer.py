@@ -80,7 +80,7 @@ def make_callback(controller: Controller) -> Any:
 
 
 def join_trainer(controller: Controller) -> int | None:
-    """Add the callback of ``controller`` to the Trainer that is stepping an optimizer right now, if it has none.
+    """Put the callback of ``controller`` first in the Trainer that is stepping an optimizer right now.
 
     Returns:
         The Trainer's total number of steps; None without a Trainer.
@@ -90,9 +90,9 @@ def join_trainer(controller: Controller) -> int | None:
         return None
     trainer, _ = found
     callbacks = trainer.callback_handler.callbacks
-    if not any(getattr(callback, "controller", None) is controller for callback in callbacks):
-        # First, so that the integrations that report logs see the statistics.
-        callbacks.insert(0, make_callback(controller))
+    ours = [callback for callback in callbacks if getattr(callback, "controller", None) is controller]
+    # First, so that the integrations that report logs see the statistics.
+    callbacks[:] = [*(ours or [make_callback(controller)]), *(other for other in callbacks if other not in ours)]
     return trainer.state.max_steps
 
 

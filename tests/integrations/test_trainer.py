@@ -28,13 +28,14 @@ class Board(TrainerCallback):
             self.scalars.setdefault(name, []).append((state.global_step, value))
 
 
-def train(path, model=None, budget=28, patch=None, **kwargs):
+def train(path, model=None, budget=28, patch=None, explicit=False, **kwargs):
     model = livelier(model or llama())
     controller = l1ra.patch(model, budget, **{"interval": 3, "warmup": 0.0, **(patch or {})})
     board = Board()
     data = kwargs.pop("data", sentences())
     args = TrainingArguments(**arguments(path, **kwargs))
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[board])
+    callbacks = [board, controller.callback()] if explicit else [board]
+    trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(L1RA|rank).*")
         trainer.train()
@@ -57,6 +58,39 @@ def test_statistics_stand_in_the_history_and_on_every_board(tmp_path):
         assert [step for step, _ in board.scalars[name]][: STEPS // 5] == list(range(5, STEPS + 1, 5))
         assert board.scalars[name][-1] == (STEPS, value)
     assert board.scalars["l1ra/moved"][0][1] <= board.scalars["l1ra/moved"][-1][1] == controller.moved
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_callback_that_is_passed_does_what_happens_by_itself(tmp_path, auto):
+    saving = {"save_strategy": "steps", "save_steps": 10}
+    expected, _, expected_board = train(tmp_path / "itself", model=llama(), **saving)
+    controller, trainer, board = train(
+        tmp_path / "passed", model=llama(), patch={"auto": auto}, explicit=True, **saving
+    )
+    assert controller.auto == auto and controller.history == expected.history and controller.moved > 0
+    assert controller.gates() == expected.gates()
+    ranks = [name for name in board.scalars if name.startswith("l1ra/")]
+    assert len(ranks) == 6 and all(board.scalars[name] == expected_board.scalars[name] for name in ranks)
+    ours = [c for c in trainer.callback_handler.callbacks if getattr(c, "controller", None) is controller]
+    assert len(ours) == 1 and (tmp_path / "passed" / "checkpoint-10" / "l1ra" / "l1ra.json").exists()
+
+
+def test_a_callback_needs_no_trainer_on_the_call_stack(tmp_path, monkeypatch):
+    monkeypatch.setattr("l1ra.integrations.trainer.trainer_in", lambda method: None)
+    controller, trainer, _ = train(tmp_path, explicit=True, save_strategy="steps", save_steps=10)
+    assert controller.total_steps == STEPS and controller.history[-1]["step"] == 21
+    assert any("l1ra/ranks" in entry for entry in trainer.state.log_history)
+    assert (tmp_path / "checkpoint-10" / "l1ra" / "l1ra.json").exists()
+
+
+def test_a_step_that_accelerate_skipped_moves_no_gate():
+    controller = l1ra.patch(llama(), 28, auto=False, total_steps=STEPS)
+
+    class Skipped:
+        step_was_skipped = True
+
+    controller.callback().on_optimizer_step(None, None, None, optimizer=Skipped())
+    assert controller.steps == 0
 
 
 def test_a_number_of_epochs_is_counted_in_optimizer_steps(tmp_path):

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import patched, same_bits, step, trainable
+from helpers import BRISK, Residual, patched, same_bits, step, trainable
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +17,7 @@ if not distributed.is_available():
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+import l1ra
 from l1ra.training.data_parallel import ReplicaGroup, world_size
 
 STEPS = 60
@@ -26,6 +27,7 @@ MOVING = {  # name -> settings of patch; None: another value in each process
     "gradient rows": {"new_rows": "gradient"},
     "other seeds": {"seed": None},
     "nothing to learn at first": {},
+    "wrapped before the controller": {},
 }
 RESTING = {  # name -> what the warning says
     "no reserve": r"Pass reserve=<rows> to l1ra.patch",
@@ -34,6 +36,7 @@ RESTING = {  # name -> what the warning says
     "parts of an optimizer": "ZeroRedundancyOptimizer",
     "other totals": "its processes differ in total_steps: 60 and 61",
     "uneven batches": "under Join",
+    "wrapped too early": "was constructed before the adapters",
 }
 
 
@@ -45,7 +48,18 @@ def begin(number, name, seed=0):
     settings = {key: number if key == "seed" else value for key, value in settings.items()}
     model, controller, optimizer, x, y = patched(16, **settings)
     replica = model
-    if name == "sharded":
+    if name in ("wrapped too early", "wrapped before the controller"):
+        controller.close()
+        ranks = {"reserve": 12, "total_steps": STEPS}
+        if name == "wrapped too early":
+            model = Residual()
+            replica = DistributedDataParallel(model)
+            controller = l1ra.patch(model, 16, **{**BRISK, **ranks})
+        else:
+            replica = DistributedDataParallel(model)
+            controller = l1ra.RankController(model, 16, **{**BRISK, "total_steps": STEPS})
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    elif name == "sharded":
         from torch.distributed.fsdp import fully_shard
 
         replica = fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
