@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, on a machine without a GPU.
+"""Registers, spills and instructions of every compiled kernel, on a machine without a GPU.
 
     python -m benchmarks.compiled [--arch sm_80 ...] [--only shrink ...] [--csv FILE]
 
@@ -114,7 +114,7 @@ def compiling_for(name: str) -> Iterator[list[Launch]]:
 
 @dataclass
 class Resources:
-    """What a compiled kernel takes; on AMD, registers are vector registers and tensor cores matrix cores."""
+    """The resources of a compiled kernel; on AMD, registers are vector registers and tensor cores matrix cores."""
 
     registers: int
     spill_stores: int
@@ -202,7 +202,7 @@ def row(name: str, problem: Problem) -> dict[str, Any]:
     with compiling_for(name) as launches:
         try:
             call(problem)
-        except Exception as error:  # the compiler raises whatever it likes; the next kernel may still compile
+        except Exception as error:  # of any type; the next kernel may still compile
             return {**known, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
     (launch,) = launches
     meta = launch.meta
@@ -213,7 +213,7 @@ def row(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a line of the table, in words."""
+    """The faults of a line of the table, in words."""
     if row.get("error"):
         return [row["error"]]
     found = []

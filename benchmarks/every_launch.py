@@ -1,6 +1,6 @@
 """Every launch of the kernels, with tensors of real shapes whose memory is never touched.
 
-For whoever compiles or counts launches rather than running them: a launch that is really made computes nonsense.
+To compile or count launches. A launch that is really made computes nonsense.
 """
 
 from __future__ import annotations

@@ -26,8 +26,12 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
+from benchmarks.common.environment import processor_name
+from benchmarks.common.files import write_text
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import markdown_table, spread_text
 from benchmarks.gpu import environment
-from benchmarks.gpu.bench import Bench, LeftOut, Wrong
+from benchmarks.gpu.bench import Bench, LeftOut, WrongResult
 from benchmarks.gpu.check import check
 from benchmarks.gpu.linears import work
 from benchmarks.gpu.problem import SCALING, single
@@ -35,8 +39,8 @@ from benchmarks.gpu.providers import PROVIDERS, install_peft
 from benchmarks.gpu.providers import linears as linears_of
 from benchmarks.gpu.sizes import Shape
 from benchmarks.gpu.step import BottomBias
-from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
+from benchmarks.gpu.tables import FROZEN, OURS
+from benchmarks.gpu.timing import Budget, Work, interleave
 from l1ra.layers.adapted_model import find_adapters
 
 __all__ = ["TypedBench", "layer_works", "model_works"]
@@ -82,7 +86,7 @@ def layer_works(bench: Bench, shape: Shape) -> tuple[Works, str]:
 
     Raises:
         LeftOut: peft can't be imported.
-        Wrong: an output or a gradient is.
+        WrongResult: an output or a gradient is.
     """
     problem = single(bench, shape)
     works, path = {}, ""
@@ -107,7 +111,7 @@ def model_works(bench: Bench, rank: int, batch: int, length: int, probing: bool)
 
     Raises:
         LeftOut: peft can't be imported.
-        Wrong: the adapted models disagree.
+        WrongResult: the adapted models disagree.
     """
     from transformers import BertConfig, BertModel
 
@@ -131,13 +135,13 @@ def model_works(bench: Bench, rank: int, batch: int, length: int, probing: bool)
     _same_results(models, tokens, gradient)
     path = "; ".join(dict.fromkeys(row.path for row in l1ra.report(models[OURS]).rows))
 
-    def told_truly() -> None:
+    def check_probing() -> None:
         riding = {layer.probe is not None for layer in controller.adapters.values()}
         if controller.steps and riding != {probing}:
             raise RuntimeError(f"probes ride along: {riding}, not {probing} as the table says.")
 
     works = {name: _step(models[name], trained[name], tokens, gradient) for name in COMPETITORS}
-    works[OURS].before = told_truly
+    works[OURS].before = check_probing
     return works, path
 
 
@@ -155,7 +159,7 @@ def _same_results(models: dict[str, nn.Module], tokens: Tensor, gradient: Tensor
     """Outputs and gradients of A and B agree.
 
     Raises:
-        Wrong: they don't.
+        WrongResult: they don't.
     """
     found = {}
     for name in (PEFT, OURS):
@@ -170,7 +174,7 @@ def _same_results(models: dict[str, nn.Module], tokens: Tensor, gradient: Tensor
         error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
         # Written so that NaN does not pass.
         if not error <= MODEL_BOUNDS[gradient.dtype]:
-            raise Wrong(f"the model with L1RA differs from the one with PEFT by {error:.1e}.")
+            raise WrongResult(f"the model with L1RA differs from the one with PEFT by {error:.1e}.")
 
 
 def _step(model: nn.Module, trained: list[nn.Parameter], tokens: Tensor, gradient: Tensor) -> Work:
@@ -206,7 +210,7 @@ def measure(bench: Bench, title: dict[str, Any], works: Works, path: str, rounds
         "ours_over_peft_percent": ratios(total[OURS], total[PEFT]),
     }
     over = row["ours_over_peft_percent"]
-    bench.say(f"  {name_of(row)}: ours {over['median']:+.1f} % over PEFT ({over['p20']:+.1f} to {over['p80']:+.1f})")
+    bench.say(f"  {name_of(row)}: ours {spread_text(over, '+.1f')} % over PEFT")
     return row
 
 
@@ -221,7 +225,7 @@ def surroundings(bench: Bench) -> dict[str, Any]:
     """Hardware, versions, threads, seed, and how busy the machine is."""
     found = environment.run(bench)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {**found, "processor": environment.processor(), "cores": cores, "load_before": load()}
+    return {**found, "processor": processor_name(), "cores": cores, "load_before": load()}
 
 
 def load() -> float | None:
@@ -240,20 +244,17 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "Milliseconds of forward + backward, median; percentages round by round, median (20th to 80th percentile).",
         "",
-        "| | frozen | PEFT | L1RA | PEFT over frozen | L1RA over frozen | **L1RA over PEFT** | rounds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    head = ["", "frozen", "PEFT", "L1RA", "PEFT over frozen", "L1RA over frozen", "**L1RA over PEFT**", "rounds"]
+    rows = []
     for row in results["rows"]:
         over = row["over_frozen_percent"]
         cells = [f"{row['ms'][name]['median']:.2f}" for name in COMPETITORS]
-        cells += [percent(over[PEFT]), percent(over[OURS]), percent(row["ours_over_peft_percent"])]
-        lines.append(f"| {' | '.join([name_of(row), *cells, str(row['ms'][OURS]['n'])])} |")
+        percents = (over[PEFT], over[OURS], row["ours_over_peft_percent"])
+        cells += [f"{spread_text(percent, '+.1f')} %" for percent in percents]
+        rows.append([name_of(row), *cells, str(row["ms"][OURS]["n"])])
     paths = dict.fromkeys(row["path"] for row in results["rows"])
-    return "\n".join([*lines, "", f"L1RA ran as: {'; '.join(paths)}."]) + "\n"
-
-
-def percent(values: dict[str, float]) -> str:
-    return f"{values['median']:+.1f} ({values['p20']:+.1f} to {values['p80']:+.1f}) %"
+    return "\n".join([*lines, markdown_table(head, rows), "", f"L1RA ran as: {'; '.join(paths)}."]) + "\n"
 
 
 def run(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def run(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         LeftOut: peft can't be imported.
-        Wrong: a result is, and nothing after it was timed.
+        WrongResult: a result is, and nothing after it was timed.
     """
     torch.manual_seed(bench.seed)
     results: dict[str, Any] = {"environment": surroundings(bench), "rows": []}
@@ -316,12 +317,11 @@ def main(argv: list[str] | None = None) -> int:
     bench = TypedBench(device, False, seed=arguments.seed, products=dtype)
     try:
         results = run(bench, arguments)
-    except (LeftOut, Wrong) as reason:
+    except (LeftOut, WrongResult) as reason:
         print(f"nothing is reported: {reason}", file=sys.stderr)
         return 1
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(results, ensure_ascii=False) + "\n")
     print(markdown(results), end="")
     return 0
 

@@ -9,18 +9,18 @@ Bytes move at copy bandwidth; hidden ones are counted, but not in the floor; the
 gaps between launches and host time cost nothing.
 
     python -m benchmarks.roofline > docs/roofline.md
-    python -m benchmarks.roofline --card h200 --csv roofline.csv
+    python -m benchmarks.roofline --card h200
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from benchmarks.designs import DESIGNS, PASSES, UNSHARED, Design, Passes, Shape, Term, Terms
+from benchmarks.common.tables import markdown_table
+from benchmarks.designs import DESIGNS, PASSES, UNSHARED, Design, Passes, Shape, Terms
 
 __all__ = ["CARDS", "MODELS", "Card", "report"]
 
@@ -144,14 +144,9 @@ ours 16 %, with shared reads 11 %; Llama-3.2-1B: 165, 104, 84, 71, –, 32, 22 %
 """
 
 
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def card_table(card: Card) -> str:
     rows = [[c.name, f"{c.bandwidth:g}", f"{c.tflops:g}", c.source] for c in dict.fromkeys([*CARDS.values(), card])]
-    return table(["card", "copy, TB/s", "bf16 product, TFLOP/s", "source"], rows)
+    return markdown_table(["card", "copy, TB/s", "bf16 product, TFLOP/s", "source"], rows)
 
 
 def bytes_table() -> str:
@@ -164,13 +159,13 @@ def bytes_table() -> str:
             both = f"{moved(forward) / 1e6:.0f} / {moved(backward) / 1e6:.0f}"
             cells.append(f"{both} ({hidden:.0f})" if hidden else both)
         rows.append([name, *cells])
-    return table(["MB", *(f"{inputs} → {outputs}" for inputs, outputs in SHOWN_LINEARS)], rows)
+    return markdown_table(["MB", *(f"{inputs} → {outputs}" for inputs, outputs in SHOWN_LINEARS)], rows)
 
 
 def overhead_table(layer: Layer, card: Card) -> str:
     settings = list(itertools.product(TOKENS, RANKS))
     rows = ([name, *(f"{overhead(name, layer, *setting, card):.1%}" for setting in settings)] for name in DESIGNS)
-    return table(["tokens, rank", *(f"{tokens}, {rank}" for tokens, rank in settings)], rows)
+    return markdown_table(["tokens, rank", *(f"{tokens}, {rank}" for tokens, rank in settings)], rows)
 
 
 def layer_table(layer: Layer, card: Card) -> str:
@@ -184,7 +179,7 @@ def layer_table(layer: Layer, card: Card) -> str:
         numbers = [f"{value:.2f}" for value in gigabytes] + [f"{flops:.0f}", *launches, f"{floor_ms(both, card):.2f}"]
         rows.append([name, *numbers])
     header = ["design", "GB forward", "GB backward", "GB hidden", "GFLOP", "launches forward", "backward", "floor, ms"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def term_table(inputs: int, outputs: int) -> str:
@@ -195,7 +190,7 @@ def term_table(inputs: int, outputs: int) -> str:
             note = "hidden" if t.hidden else "in the product" if t.in_product else ""
             numbers = [f"{t.read / 1e6:.2f}", f"{t.write / 1e6:.2f}", f"{t.flops / 1e9:.2f}", str(t.launches)]
             rows.append([f"{name}: {which}", t.name.replace("|", "\\|"), *numbers, note])
-    return table(["design", "term", "MB read", "MB written", "GFLOP", "launches", ""], rows)
+    return markdown_table(["design", "term", "MB read", "MB written", "GFLOP", "launches", ""], rows)
 
 
 def model_section(model: str, layer: Layer, card: Card) -> str:
@@ -205,6 +200,7 @@ def model_section(model: str, layer: Layer, card: Card) -> str:
 Modelled overhead over the frozen products, the seven linears of a decoder layer, forward and backward:
 
 {overhead_table(layer, card)}
+
 LoRAFusion's Triton products are taken at cuBLAS's speed. At {SETTING} they may fall to {chain_alone:.1%}
 of it before chain is faster, to {chain_shared:.1%} before chain with shared reads is.
 
@@ -219,20 +215,8 @@ def report(card: Card) -> str:
     one_linear = f"## Bytes of one linear\n\nModelled MB forward / backward, {SETTING}; {brackets}.\n\n{bytes_table()}"
     terms = f"## Every term\n\nModelled, {inputs} → {outputs}, {SETTING}.\n\n{term_table(inputs, outputs)}"
     models = [model_section(model, layer, card) for model, layer in MODELS.items()]
-    return "\n".join([INTRODUCTION, card_table(card), one_linear, *models, DIFFERENCES, terms])
-
-
-def write_csv(path: str) -> None:
-    """One row a term, for all models, tokens, ranks, designs and linears."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        names = [f.name for f in fields(Term)]
-        writer.writerow(["model", "tokens", "rank", "design", "linears", "pass", *names])
-        for setting in itertools.product(MODELS, TOKENS, RANKS, DESIGNS):
-            model, tokens, rank, design = setting
-            for linears, shape in shapes(DESIGNS[design], MODELS[model], tokens, rank):
-                for name, terms in zip(PASSES, DESIGNS[design].count(shape), strict=True):
-                    writer.writerows([*setting, linears, name, *(getattr(t, n) for n in names)] for t in terms)
+    parts = [INTRODUCTION.rstrip(), card_table(card), one_linear, *models, DIFFERENCES.rstrip(), terms]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -240,14 +224,11 @@ def main() -> None:
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--bandwidth", type=float, help="copy bandwidth in TB/s, instead of the card's")
     parser.add_argument("--tflops", type=float, help="speed of a large bf16 product in TFLOP/s, instead of the card's")
-    parser.add_argument("--csv", metavar="FILE", help="also write every term of every setting")
     arguments = parser.parse_args()
     card = CARDS[arguments.card]
     if arguments.bandwidth or arguments.tflops:
         bandwidth, tflops = arguments.bandwidth or card.bandwidth, arguments.tflops or card.tflops
         card = Card(f"{card.name} (set by hand)", bandwidth, tflops, "given on the command line")
-    if arguments.csv:
-        write_csv(arguments.csv)
     print(report(card), end="")
 
 

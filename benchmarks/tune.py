@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, Wrong
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import spread_text
+from benchmarks.gpu.bench import Bench, WrongResult
 from benchmarks.gpu.kernels import Operands, fused, operands
 from benchmarks.gpu.sizes import Shape
-from benchmarks.gpu.timing import Budget, Work, interleave, ratios, spread
+from benchmarks.gpu.timing import Budget, Work, interleave
 from benchmarks.layer import TypedBench
 from l1ra_kernels import choice, configs
 from l1ra_kernels.configs import Tile
@@ -117,7 +119,7 @@ class Candidate:
             return KERNELS[self.kernel](self.bench, self.operands, precision)
 
     def result(self, tile: Tile) -> list[Tensor]:
-        """In float64, partial sums added up. Memory that nobody wrote is NaN."""
+        """The result in float64, partial sums added up. Memory that was not written is NaN."""
         if self.kernel == "shrink":
             self.operands.h.fill_(torch.nan)
         with _poisoned():
@@ -125,14 +127,14 @@ class Candidate:
         return [t.double().sum(0) if t.dim() == 3 else t.double() for t in found]
 
     def right(self, among: Iterable[Tile]) -> tuple[list[Tile], dict[Tile, str]]:
-        """The tiles that can be launched and give the present one's result; the others, with what is wrong.
+        """The tiles that can be launched and give the present one's result; the others, with their faults.
 
         Raises:
-            Wrong: the present tile's own result is not finite.
+            WrongResult: the present tile's own result is not finite.
         """
         expected = self.result(self.present)
         if not all(t.isfinite().all() for t in expected):
-            raise Wrong(
+            raise WrongResult(
                 f"{self.kernel}, rank tile {self.width}: {show(self.present)}, now in use, has no finite result."
             )
         right, wrong = [], {}
@@ -172,7 +174,7 @@ def best(times: dict[Tile, list[float]], present: Tile) -> Tile:
 
 
 def tune(bench: Bench, kernel: str, shape: Shape, dtype: str, rounds: int) -> Tile:
-    """The tile to take for ``kernel`` at the rank tile ``shape.rank``, and says why; a tiny run times nothing."""
+    """Find the tile for ``kernel`` at the rank tile ``shape.rank``, and print why; a tiny run times nothing."""
     candidate = Candidate(bench, kernel, shape, dtype)
     present = candidate.present
     tiles, wrong = candidate.right(grid(kernel, present, bench.tiny))
@@ -187,12 +189,9 @@ def tune(bench: Bench, kernel: str, shape: Shape, dtype: str, rounds: int) -> Ti
     chosen = best(times, present)
     ordered = sorted(times, key=lambda tile: spread(times[tile])["median"])
     for tile in dict.fromkeys([*ordered[:SHOWN], present]):
-        ms, over = spread(times[tile]), ratios(times[tile], times[present])
+        ms, over = spread([1e3 * time for time in times[tile]]), ratios(times[tile], times[present])
         marks = [mark for mark, is_it in (("present", tile == present), ("taken", tile == chosen)) if is_it]
-        bench.say(
-            f"  {show(tile):26s} {1e3 * ms['median']:8.1f} us ({1e3 * ms['p20']:.1f} to {1e3 * ms['p80']:.1f})  "
-            f"{over['median']:+6.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})  {', '.join(marks)}"
-        )
+        bench.say(f"  {show(tile):26s} {spread_text(ms, '.1f')} us  {spread_text(over, '+.1f')} %  {', '.join(marks)}")
     bench.clock.release()
     return chosen
 
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for kernel, width in itertools.product(arguments.kernel, arguments.rank_tile):
             tuned[kernel, width] = tune(bench, kernel, Shape(*sizes, width), dtype, arguments.rounds)
-    except Wrong as wrong:
+    except WrongResult as wrong:
         print(wrong, file=sys.stderr)
         return 1
     if arguments.dry_run:

@@ -23,13 +23,3 @@ def _same_start():
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):  # where transformers' Trainer tells accelerate of bf16 and the compiler
         yield
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Of the tiny pretrained models on which fine-tuning methods are compared, by name."""
-    from quality_helpers import save_models
-
-    found = {name: tmp_path_factory.mktemp(name) for name in ("bert", "llama")}
-    save_models(found)
-    return found

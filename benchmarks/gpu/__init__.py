@@ -4,7 +4,3 @@ Correctness first, then whole trainings, a training step, linear layers, kernels
 reallocation, each next to what it competes with; results go to ``benchmarks/results/<gpu>/``. Nothing needs to be
 installed but torch, triton, transformers and pytest; peft and matplotlib are used where they are.
 """
-
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""What every section is given, and the two ways in which a competitor can end early."""
+"""The state of a run, which every section is given, and the errors by which a competitor is left out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import green
+from benchmarks.common.files import write_text
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.processes import poisoned
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
-from benchmarks.gpu.table import OURS
+from benchmarks.gpu.tables import OURS
 from benchmarks.gpu.timing import Budget, Clock, Failed
 
-__all__ = ["SEED", "Bench", "LeftOut", "Wrong", "in_a_line"]
+__all__ = ["SEED", "Bench", "LeftOut", "WrongResult", "error_line"]
 
 SEED = 0
 LONGEST = 300  # characters of a reason
 
 
-class Wrong(Exception):
-    """A result is wrong: nothing of whoever computed it is timed."""
+class WrongResult(Exception):
+    """A result is wrong: the competitor that computed it is not timed."""
 
 
 class LeftOut(Exception):
@@ -38,7 +39,7 @@ def one_line(text: str) -> str:
     return words if len(words) <= LONGEST else words[:LONGEST] + " ..."
 
 
-def in_a_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
@@ -47,11 +48,12 @@ class Bench:
     """The run at hand.
 
     Attributes:
-        results: section -> what it found; sections read what earlier ones left here.
-        failed: what broke, or was wrong of ours; the program goes on, and its exit code tells.
+        results: section -> its results; a section reads those of earlier ones.
+        failed: errors, and wrong results of ours; the program goes on, and its exit code is 1.
         late: whether something was left out for lack of time.
-        at: who has the process now: should it die, another one goes on without them.
-        part, section: the file that :meth:`save` writes, None: nothing, and whose results.
+        at: the competitor or kernel that runs now: should the process die, a new one goes on without it.
+        part: the file that :meth:`save` writes; None: no file.
+        section: whose results are saved.
     """
 
     device: torch.device
@@ -89,13 +91,11 @@ class Bench:
         print(text, flush=True)
 
     def save(self, done: bool = False) -> None:
-        """Leave what the section has found so far where the parent process finds it."""
+        """Write the section's results so far to ``part``, which the parent process reads."""
         if self.part is None:
             return
         content = {"result": self.results.get(self.section), "failed": self.failed, "at": self.at, "done": done}
-        aside = self.part.with_suffix(".new")
-        aside.write_text(json.dumps(content, default=str))
-        aside.replace(self.part)
+        write_text(self.part, json.dumps(content, default=str))
 
     def no_time(self, what: str) -> str:
         """Note that ``what`` is left out; the words for the table."""
@@ -105,28 +105,28 @@ class Bench:
         return "no time left"
 
     def admit(self, name: str, files: Sequence[str] = ()) -> None:
-        """Let ``name`` have the process.
+        """Note that ``name`` runs next in this process.
 
         Raises:
             LeftOut: the kernels' tests in ``files`` did not all pass, or an earlier process died of it.
         """
-        if why := self.results.get("avoid", {}).get(name) or green.untested(self.results, files):
+        if why := self.results.get("avoid", {}).get(name) or required_tests.untested(self.results, files):
             raise LeftOut(why)
         self.at = name
         self.save()
 
     def leave_out(self, left_out: dict[str, str], where: str, name: str, error: Exception) -> None:
-        """Note why ``name`` takes no part; what is wrong of ours, and what broke, is a failure of the run.
+        """Note why ``name`` takes no part. Wrong results of ours and errors are failures of the run.
 
         Raises:
             RuntimeError: nothing else can be measured in this process either.
         """
         if isinstance(error, Failed):
             error = error.__cause__
-        reason = in_a_line(error)
+        reason = error_line(error)
         if isinstance(error, LeftOut):
             left_out[name] = one_line(str(error))
-        elif isinstance(error, Wrong):
+        elif isinstance(error, WrongResult):
             left_out[name] = f"wrong: {error}"
             if name.startswith(OURS):
                 self.failed.append(str(error))

@@ -1,4 +1,4 @@
-"""What the card can do at best: memory traffic, large products, products onto an output, skinny products."""
+"""The rates that the card reaches: memory traffic, large products, products onto an output, skinny products."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.statistics import spread
+from benchmarks.common.tables import spread_text
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.timing import Work, interleave, spread
+from benchmarks.gpu.timing import Work, interleave
 
 __all__ = ["copy_rate", "run"]
 
@@ -26,7 +28,7 @@ def copy_rate(bench: Bench) -> float:
 
 def run(bench: Bench) -> dict[str, Any]:
     copy = measure_copy(bench)
-    bench.say(f"  copy  {copy['tb_per_s']:.3f} TB/s  (p20-p80 of the time: {around(copy['ms'])})")
+    bench.say(f"  copy  {copy['tb_per_s']:.3f} TB/s  ({spread_text(copy['ms'], '.3f')} ms)")
     found = bench.results["ceilings"] = {"copy": copy, "products": []}
     bench.save()
     side = bench.sizes.square
@@ -81,11 +83,7 @@ def measure_products(bench: Bench, m: int, k: int, n: int) -> list[dict[str, Any
         }
         rows.append(row)
         bench.say(
-            f"  {m} x {k} x {n}  {name:22s} {ms['median']:8.3f} ms ({around(ms)})  "
+            f"  {m} x {k} x {n}  {name:22s} {spread_text(ms, '.3f')} ms  "
             f"{row['tflops_per_s']:7.1f} TFLOP/s  {row['gb_per_s']:7.0f} GB/s"
         )
     return rows
-
-
-def around(ms: dict[str, float]) -> str:
-    return f"{ms['p20']:.3f}-{ms['p80']:.3f} ms"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Wrong
+from benchmarks.gpu.bench import WrongResult
 from benchmarks.gpu.problem import SCALING, Problem
 from benchmarks.gpu.providers import Adapted
 
@@ -23,10 +23,10 @@ BOUNDS = {
 def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
     """The relative error of each kind of result: y, dX, dA, dB and dg, the largest over the linears.
 
-    Of the second step, as what is timed afterwards: see :func:`settle`.
+    It checks the second step, since later steps are timed: see :func:`settle`.
 
     Raises:
-        Wrong: one is beyond its bound, or not a number, or missing.
+        WrongResult: one is beyond its bound, or not a number, or missing.
     """
     settle(adapted, problem)
     outputs = adapted.module(*problem.inputs)
@@ -50,7 +50,7 @@ def check(name: str, adapted: Adapted, problem: Problem) -> dict[str, float]:
 
 
 def settle(adapted: Adapted, problem: Problem) -> None:
-    """One step of a training that changes no number: what is checked then runs as what is timed.
+    """One training step that changes no number, so that the checked step runs as the timed ones do.
 
     Ours learns in a forward which layers read one input, and computes them together once the parameters have been
     written in place; compilers trace.
@@ -87,15 +87,15 @@ def compare(
 ) -> None:
     whole, worst_row = BOUNDS[dtype]
     if found is None:
-        raise Wrong(f"{what}: there is none.")
+        raise WrongResult(f"{what}: there is none.")
     if found.shape != expected.shape:
-        raise Wrong(f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}.")
+        raise WrongResult(f"{what}: shape {tuple(found.shape)} instead of {tuple(expected.shape)}.")
     difference = found.detach().double() - expected
     error = (difference.norm() / expected.norm()).item()
     row = error if expected.dim() < 2 else (difference.norm(dim=1) / expected.norm(dim=1)).max().item()
     # Written so that NaN does not pass.
     if not (error <= whole and row <= worst_row):
-        raise Wrong(
+        raise WrongResult(
             f"{what}: relative error {error:.2e} (bound {whole:.0e}), in its worst row {row:.2e} ({worst_row:.0e})."
         )
     errors[kind] = max(errors.get(kind, 0.0), error)

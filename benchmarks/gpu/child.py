@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ceilings, environment, kernel_times, linears, reallocation, step
-from benchmarks.gpu.bench import SEED, Bench, in_a_line
+from benchmarks.gpu.bench import SEED, Bench, error_line
+from benchmarks.gpu.processes import NO_GPU
 from benchmarks.gpu.timing import Budget
 
-__all__ = ["NOTHING", "SECTIONS", "main"]
+__all__ = ["SECTIONS", "main"]
 
-NOTHING = 2  # exit code where there is no GPU to measure on
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "environment": environment.run,
     "step": step.run,
@@ -37,7 +37,7 @@ def main(name: str, folder: Path, seconds: float, deadline: float) -> int:
     given = json.loads((folder / "given.json").read_text())
     options = given["options"]
     if options["device"] == "cuda" and not torch.cuda.is_available():
-        return NOTHING
+        return NO_GPU
     # Where it hung, should it hang.
     faulthandler.dump_traceback_later(max(1.0, deadline - 2), file=sys.stdout)
     torch.manual_seed(SEED)
@@ -53,7 +53,7 @@ def main(name: str, folder: Path, seconds: float, deadline: float) -> int:
         bench.results[name] = SECTIONS[name](bench)
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        bench.failed.append(f"{name}: {in_a_line(error)}")
+        bench.failed.append(f"{name}: {error_line(error)}")
         bench.save()
         return 1
     if bench.cuda:

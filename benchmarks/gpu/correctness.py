@@ -1,4 +1,4 @@
-"""The kernels' own tests, and whole trainings, both by pytest. No figure of ours is taken without a green test."""
+"""The kernels' own tests, and whole trainings, both by pytest. No kernel is timed whose tests have not passed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, green, pytest_runs
+from benchmarks.common.files import ROOT
+from benchmarks.gpu import pytest_runs, required_tests
 
 __all__ = ["TRAININGS", "correctness", "trainings"]
 
@@ -21,7 +22,7 @@ Save = Callable[[dict[str, Any]], None]
 
 def correctness(options: dict[str, Any], seconds: float, folder: Path, say: Say, save: Save) -> dict[str, Any]:
     """The tests that figures depend on, or those in ``options["tests"]``; see :func:`pytest_runs.run`."""
-    return tests(options, options["tests"] or list(green.ORDER), [], seconds, folder, say, save)
+    return tests(options, options["tests"] or list(required_tests.ORDER), [], seconds, folder, say, save)
 
 
 def trainings(options: dict[str, Any], seconds: float, folder: Path, say: Say, save: Save) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def trainings(options: dict[str, Any], seconds: float, folder: Path, say: Say, s
 
 
 def workers() -> int:
-    """What the tests wait for on a GPU is the compiler, on the CPU; each process takes half a GB of the GPU."""
+    """On a GPU the tests wait for the compiler, which runs on the CPU; each process takes half a GB of the GPU."""
     return max(LEAST_WORKERS, min(MOST_WORKERS, (os.cpu_count() or 1) - 2))
 
 

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu import green, kernels
+from benchmarks.common.statistics import spread
+from benchmarks.gpu import kernels, required_tests
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.ceilings import copy_rate
-from benchmarks.gpu.timing import Work, interleave, spread
+from benchmarks.gpu.timing import Work, interleave
 
 __all__ = ["run"]
 
@@ -32,7 +33,7 @@ def run(bench: Bench) -> dict[str, Any]:
             left_out[f"{name}, {shape}"] = bench.no_time(f"kernel {name}, {shape}")
             continue
         try:
-            bench.admit(name, green.KERNELS[name])
+            bench.admit(name, required_tests.KERNELS[name])
             rows.append(measure(bench, make(), shape, ceiling))
         except LeftOut as reason:
             left_out[name] = str(reason)

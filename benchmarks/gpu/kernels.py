@@ -90,7 +90,7 @@ def operands(bench: Bench, shape: Shape) -> Operands:
 
 
 def reference_forward(bench: Bench, shape: Shape) -> KernelCase:
-    """What the fused forward replaces: the adapter in plain PyTorch, added onto the base layer's output."""
+    """The unfused forward: the adapter in plain PyTorch, added onto the base layer's output."""
     m, k, n, r = shape.tokens, shape.inputs, shape.outputs, shape.rank
     wide = torch.float32
     x, y = bench.randn(m, k), bench.randn(m, n)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import spread_text
 from benchmarks.gpu import providers
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import check
 from benchmarks.gpu.problem import Problem, decoder_layer, single
 from benchmarks.gpu.providers import Adapted
-from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.timing import Budget, Failed, Sample, Work, interleave, ratios, spread
+from benchmarks.gpu.tables import FROZEN, OURS
+from benchmarks.gpu.timing import Budget, Failed, Sample, Work, interleave
 
 __all__ = ["run"]
 
@@ -30,7 +32,7 @@ def run(bench: Bench) -> dict[str, Any]:
         lambda: decoder_layer(bench, sizes.layer, sizes.layer_tokens, sizes.layer_rank),
         *(lambda shape=shape: single(bench, shape) for shape in sizes.shapes),
     ]
-    # Not those that an earlier process came to before it died.
+    # Without the problems that an earlier process finished before it died.
     for i, make in list(enumerate(makers))[len(found["tables"]) :]:
         if bench.budget.left <= 0:
             what = f"{len(makers) - i} of {len(makers)} tables of linear layers"
@@ -132,12 +134,12 @@ def times(samples: list[Sample]) -> dict[str, dict[str, float]]:
 def show(bench: Bench, table: dict[str, Any]) -> None:
     bench.say(f"  {table['title']}")
     for row in table["rows"]:
-        ms, over = row["total_ms"], row["overhead_percent"]
-        overhead = "" if over is None else f"{over['median']:+7.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})"
+        over = row["overhead_percent"]
+        overhead = "" if over is None else f"{spread_text(over, '+.1f')} %"
         peak = "" if row["peak_mib"] is None else f"  {row['peak_mib']:7.0f} MiB"
         path = f"  [{row['path']}]" if row["provider"].startswith(OURS) else ""
         bench.say(
-            f"    {row['provider']:24s} {ms['median']:8.3f} ms ({ms['p20']:.3f}-{ms['p80']:.3f})  forward "
+            f"    {row['provider']:24s} {spread_text(row['total_ms'], '.3f')} ms  forward "
             f"{row['forward_ms']['median']:7.3f}  backward {row['backward_ms']['median']:7.3f}  host "
             f"{row['host_ms']['median']:6.3f}  {overhead}{peak}{path}"
         )

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from benchmarks.gpu import ROOT
+from benchmarks.common.files import ROOT
 
-__all__ = ["environment", "kill", "kill_all", "poisoned", "start"]
+__all__ = ["NO_GPU", "environment", "kill", "kill_all", "poisoned", "start"]
 
+NO_GPU = 2  # the exit code of a process that finds no GPU
 _started: list[subprocess.Popen] = []
 
 
@@ -33,7 +34,7 @@ def python_path() -> list[str]:
 
 
 def start(command: Sequence[str], output: IO | int, device: str) -> subprocess.Popen[Any]:
-    """Run ``command`` in the repository; what it prints goes to ``output``."""
+    """Run ``command`` in the repository; its stdout and stderr go to ``output``."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

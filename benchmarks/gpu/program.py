@@ -15,12 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.run import Refused, Run
+from benchmarks.gpu.run import USUAL_SECONDS, CannotRun, Run
 from benchmarks.gpu.sizes import SECTIONS
 
 __all__ = ["main"]
-
-SECONDS = 560.0
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,11 +28,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument(
-        "--skip-correctness", action="store_true", help="time what nobody has tested; the results say so"
+        "--skip-correctness", action="store_true", help="time kernels without testing them; the results say so"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to find bugs of this program, also on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which it ends, whatever happens")
+    parser.add_argument("--seconds", type=float, default=USUAL_SECONDS, help="after which it ends in any case")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that ended early, by its options")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="what the correctness section runs")
@@ -52,6 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Run(options) as run:
             return run.all()
-    except Refused as reason:
+    except CannotRun as reason:
         print(reason, file=sys.stderr)
         return 2

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
-from benchmarks.gpu import green
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.lorafusion_style import LoRAFusionStyle
 from benchmarks.gpu.problem import SCALING, DecoderLinears
-from benchmarks.gpu.table import FROZEN, OURS
+from benchmarks.gpu.tables import FROZEN, OURS
 from benchmarks.gpu.unsloth_style import UnslothStyle, together
 from l1ra.layers.padded_weight import padding_pays_off
 
@@ -104,7 +104,7 @@ def peft_or_left_out():
 
 
 def install_peft(module: nn.Module, names: list[str], rank: int, fp32: bool, **more) -> nn.Module:
-    """PEFT's LoRA on the linears with these names; ``fp32``: its default, adapters in float32 whatever the base is."""
+    """PEFT's LoRA on the linears with these names; ``fp32``: its default, adapters in float32 for any base."""
     peft = peft_or_left_out()
     config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, lora_dropout=0.0, target_modules=names, **more)
     return peft.get_peft_model(module, config, autocast_adapter_dtype=fp32)
@@ -167,7 +167,7 @@ def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
 
 
 def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> Adapted:
-    """``l1ra.patch`` with its defaults, maybe with room behind wide weights; nobody drives the ranks here."""
+    """``l1ra.patch`` with its defaults, with or without room behind wide weights; ranks stay as they are."""
     if augment and not any(padding_pays_off(m.in_features, m.out_features) for _, _, m in linears(module)):
         raise LeftOut("no layer here is wide enough for it")
     budget = rank * len(linears(module))
@@ -193,7 +193,7 @@ PROVIDERS: dict[str, Callable[[Bench, nn.Module, int], Adapted]] = {
     OURS: ours,
     f"{OURS}, aug": partial(ours, augment=True),
 }
-# What stands in for a package, and how far.
+# In which way a provider stands in for a package.
 NOTES = {
     "torch.compile": "plain LoRA, all linears in one graph, the default mode with static shapes.",
     "Unsloth-style": "its published structure, in our code: products onto the output by cuBLAS, a backward written by "
@@ -203,4 +203,4 @@ NOTES = {
     "kernel makes P and dB from one read of dY; X A^T and dA are cuBLAS's. Each linear by itself, without its batches "
     "of several adapters and without dropout.",
 }
-TESTED_BY = {OURS: green.LAYER, f"{OURS}, aug": green.AUGMENT}
+TESTED_BY = {OURS: required_tests.LAYER, f"{OURS}, aug": required_tests.AUGMENT}

@@ -1,7 +1,7 @@
-"""Test files run by pytest in several processes at once, and what became of each test, also of a run cut short.
+"""Runs test files with pytest in several processes, and collects the outcome of each test, also of a run cut short.
 
-Not by pytest-xdist, which may be missing: and here a process that a broken kernel has taken its GPU from is replaced by
-a new one, which goes on with the next test.
+pytest-xdist may be missing. Besides, a process whose GPU context a kernel has broken is replaced here by a new one,
+which goes on with the next test.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, processes
+from benchmarks.common.files import ROOT
+from benchmarks.gpu import processes
 from benchmarks.gpu.recorder import POISONED, read
 
 __all__ = ["Request", "run"]
@@ -28,10 +29,10 @@ PAUSE = 0.2
 
 @dataclass
 class Request:
-    """What is to be run.
+    """The tests to run.
 
     Attributes:
-        seconds: after which whatever still runs is killed.
+        seconds: after which all processes are killed.
         few: how many tests of each file, 0 for all.
     """
 
@@ -115,7 +116,7 @@ class Shard:
 
 
 def run(request: Request, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """What became of the tests, by file; told and saved as it goes.
+    """Run the tests; print and save outcomes meanwhile.
 
     Returns:
         ``files``: file -> how many passed, failed, were skipped, or did not come to an end; ``failures``: of each

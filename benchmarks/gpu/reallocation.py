@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu import green
+from benchmarks.common.statistics import spread
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.bench import Bench, LeftOut
 from benchmarks.gpu.sizes import ModelShape
 from benchmarks.gpu.step import timed
-from benchmarks.gpu.timing import spread
 from l1ra import L1RALinear, RankController
 from l1ra.layers.adapted_model import find_adapters
 
@@ -31,7 +31,7 @@ TOKENS = 16
 def run(bench: Bench) -> dict[str, Any]:
     """Milliseconds of optimizer steps with and without a reallocation, and how many ranks moved."""
     try:
-        bench.admit("reallocation", green.REALLOCATION)
+        bench.admit("reallocation", required_tests.REALLOCATION)
     except LeftOut as reason:
         bench.say(f"  left out: {reason}")
         return {"left_out": [f"reallocation: {reason}"]}

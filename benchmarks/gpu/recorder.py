@@ -1,8 +1,8 @@
-"""A pytest plugin: what becomes of each test, a line of JSON each, written at once, so that a killed run tells too.
+"""A pytest plugin that writes each test's outcome as a line of JSON at once: a killed run leaves its outcomes, too.
 
 ``--record FILE``: tests that the file names already are not run again. ``--shard I/N``: every N-th test from the I-th
 on. ``--few N``: the first N of each file. A process whose CUDA context is broken ends itself, with exit code
-`POISONED`: whatever it ran after that would fail through no fault of its own.
+`POISONED`: later tests in it would fail for that reason alone.
 """
 
 from __future__ import annotations

@@ -16,25 +16,26 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-from benchmarks.gpu import ROOT, correctness, processes, table, writeup
+from benchmarks.common.files import RESULTS, ROOT, write_text
+from benchmarks.gpu import correctness, processes, report, tables
 from benchmarks.gpu.log import Log
+from benchmarks.gpu.processes import NO_GPU
 from benchmarks.gpu.sizes import ALWAYS, SECTIONS, seconds_for
 
-__all__ = ["Refused", "Run", "child_command"]
+__all__ = ["USUAL_SECONDS", "CannotRun", "Run", "child_command"]
 
 TESTS = {"correctness": correctness.correctness, "trainings": correctness.trainings}
 WRITE_UP = 15.0  # seconds kept for tables and pictures, of the usual total
 GRACE = 20.0  # a child's start, and what its last round may take beyond its time
-CULPRITS = 3  # competitors or kernels that a section may lose in this way
+MOST_RETRIES = 3  # competitors or kernels that a section may lose in this way
 LEAST = 2.0  # seconds with which a section is begun
 LAST = 2.0  # before the end: the watchdog writes and leaves
-USUAL = 560.0
-NOTHING = 2  # the exit code of a child that finds no GPU
-# What must not differ between a run and its continuation.
+USUAL_SECONDS = 560.0
+# The environment's fields that must not differ between a run and its continuation.
 SAME = ("device", "dtype", "tiny", "packages", "commit")
 
 
-class Refused(Exception):
+class CannotRun(Exception):
     """There is nothing to run; the message says why."""
 
 
@@ -43,7 +44,7 @@ def child_command(name: str, folder: Path, seconds: float, deadline: float) -> l
 
 
 class Run:
-    """Raises Refused at once if it is to continue something that can't be continued."""
+    """Raises CannotRun at once if it is to continue something that can't be continued."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.start = time.monotonic()
@@ -75,10 +76,10 @@ class Run:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def watch(self) -> None:
-        """The last resort: whatever hangs, in this process too, there is an end."""
+        """End the run when its time is over, even if this process hangs."""
         if self.over.wait(max(0.0, self.seconds - LAST)):
             return
-        # Should what follows hang as well, on a pipe that nobody reads or a disk that doesn't answer.
+        # The lines below may hang, too, on a pipe that is not read or a disk that does not respond.
         threading.Timer(0.8 * LAST, os._exit, [1]).start()
         try:
             processes.kill_all()
@@ -91,7 +92,11 @@ class Run:
     @property
     def left(self) -> float:
         """Seconds for sections."""
-        return self.seconds - (time.monotonic() - self.start) - max(LAST, WRITE_UP * min(1.0, self.seconds / USUAL))
+        return (
+            self.seconds
+            - (time.monotonic() - self.start)
+            - max(LAST, WRITE_UP * min(1.0, self.seconds / USUAL_SECONDS))
+        )
 
     @property
     def failed(self) -> list[str]:
@@ -105,7 +110,7 @@ class Run:
         if self.folder is not None:
             results = {**self.results, "failed": self.failed} | ({"unfinished": why} if why else {})
             try:
-                writeup.replace(self.folder / "results.json", writeup.as_json(results))
+                write_text(self.folder / "results.json", report.as_json(results))
             except OSError as error:
                 self.say(f"results.json could not be written: {error}")
 
@@ -135,24 +140,24 @@ class Run:
         """The first section: says whether there is anything to measure on, and names the folder.
 
         Raises:
-            Refused: there is no GPU, or this is not the machine or the code of the run that is to be continued.
+            CannotRun: there is no GPU, or this is not the machine or the code of the run that is to be continued.
         """
         before = self.results.get("environment")
         self.now = "section environment"
-        if self.section("environment") == NOTHING:
-            raise Refused("There is no GPU here. On a CPU, `--tiny --device cpu` tries this program out.")
+        if self.section("environment") == NO_GPU:
+            raise CannotRun("There is no GPU here. On a CPU, `--tiny --device cpu` tries this program out.")
         found = self.results.get("environment") or {}
         if self.resumed and before and found:
             for key in SAME:
                 if before.get(key) != found.get(key):
-                    raise Refused(
+                    raise CannotRun(
                         f"{self.wanted} can't be continued here: its {key} is {before.get(key)}, not {found.get(key)}."
                     )
         self.folder = self.wanted or default_folder(found.get("device", "unknown device"), self.options, chosen)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log.open(self.folder / "log.txt", self.resumed)
         if not self.resumed:
-            writeup.clean(self.folder)
+            report.clean(self.folder)
         if self.options["device"] == "cpu":
             self.say("CPU and tiny sizes: this tries the program out, its timings mean nothing.")
 
@@ -173,7 +178,7 @@ class Run:
             self.tests(name, budget)
         else:
             code = self.child(name, budget)
-            self.without_the_culprits(name, code, start + budget)
+            self.retry_without_failed(name, code, start + budget)
         state["seconds"] = round(time.monotonic() - start, 1)
         self.say(f"  ({name}: {state['seconds']:.0f} s of {budget:.0f})")
         self.save("running, or killed between sections")
@@ -204,11 +209,11 @@ class Run:
             self.sections[name]["state"] = "unfinished"
             self.fail(name, f"{found['unfinished']} tests did not run to an end, {found['passed']} passed")
 
-    def without_the_culprits(self, name: str, code: int | None, end: float) -> None:
+    def retry_without_failed(self, name: str, code: int | None, end: float) -> None:
         """As long as a section's process dies of one competitor or kernel, go on in a new one that leaves it out."""
         avoid: dict[str, str] = {}
-        while code not in (0, NOTHING, None) and self.at not in (None, *avoid) and end - time.monotonic() > LEAST:
-            if len(avoid) == CULPRITS:
+        while code not in (0, NO_GPU, None) and self.at not in (None, *avoid) and end - time.monotonic() > LEAST:
+            if len(avoid) == MOST_RETRIES:
                 break
             why = self.sections[name]["failed"][-1]
             avoid[self.at] = f"its process died: {why}"
@@ -224,8 +229,8 @@ class Run:
         """A section in a process of its own, until it ends or has to."""
         (self.work / f"{name}.json").unlink(missing_ok=True)
         self.at = None
-        (self.work / "given.json").write_text(writeup.as_json(self.results))
-        deadline = min(budget + GRACE * min(1.0, self.seconds / USUAL), max(LEAST, self.left))
+        (self.work / "given.json").write_text(report.as_json(self.results))
+        deadline = min(budget + GRACE * min(1.0, self.seconds / USUAL_SECONDS), max(LEAST, self.left))
         end = time.monotonic() + deadline
         seconds = min(budget, max(1.0, deadline - GRACE / 2))
         process = processes.start(child_command(name, self.work, seconds, deadline), PIPE, self.options["device"])
@@ -243,7 +248,7 @@ class Run:
         if code is None:
             self.sections[name]["state"] = "unfinished"
             self.fail(name, f"killed after {deadline:.0f} s; what it had written by then is kept")
-        elif code and not self.sections[name]["failed"] and code != NOTHING:
+        elif code and not self.sections[name]["failed"] and code != NO_GPU:
             self.sections[name]["state"] = "failed"
             self.fail(name, f"ended with exit code {code}; what it had written by then is kept")
         return code
@@ -274,7 +279,7 @@ class Run:
         runs.append({"started": self.results["started"], "seconds": round(time.monotonic() - self.start, 1)})
         self.save("")
         self.say("\nwrite-up")
-        written, broken = writeup.finished({**self.results, "failed": self.failed}, self.folder, self.say)
+        written, broken = report.finished({**self.results, "failed": self.failed}, self.folder, self.say)
         for path in written:
             self.say(f"  {shown(path)}")
         self.sections.pop("write-up", None)
@@ -282,27 +287,27 @@ class Run:
             self.sections["write-up"] = {"state": "failed", "failed": [f"write-up: {line}" for line in broken]}
             self.save("")
         else:
-            self.say("\n" + table.summary(self.results))
+            self.say("\n" + tables.summary(self.results))
 
 
 def earlier(folder: Path) -> dict[str, Any]:
     """The results of a run that ended early.
 
     Raises:
-        Refused: there are none.
+        CannotRun: there are none.
     """
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text())
         results["options"], results["sections"]
     except (OSError, ValueError, KeyError) as error:
-        raise Refused(f"{folder} holds no run to continue: {type(error).__name__}: {error}") from error
+        raise CannotRun(f"{folder} holds no run to continue: {type(error).__name__}: {error}") from error
     results.pop("unfinished", None)
     return results
 
 
 def chosen_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What a continuation repeats."""
+    """The options that a continuation repeats."""
     found = {key: getattr(options, key) for key in ("only", "skip_correctness", "tiny", "device", "tests", "commit")}
     return {**found, "trainings": options.trainings or correctness.TRAININGS}
 
@@ -323,7 +328,7 @@ def default_folder(device: str, options: dict[str, Any], chosen: list[str]) -> P
     parts = [slug, *(["tiny"] if options["tiny"] else [])]
     if len(chosen) < len(SECTIONS):
         parts += ["only", *(name for name in chosen if name not in ALWAYS)]
-    return ROOT / "benchmarks" / "results" / "-".join(parts)
+    return RESULTS / "-".join(parts)
 
 
 def shown(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What is measured at which size: the real ones, and tiny ones with which a CPU finds the program's bugs."""
+"""Sizes of all measurements: the real ones, and tiny ones to test the program on a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALWAYS = ("environment", "correctness")
 
 
 def seconds_for(section: str, seconds: float) -> float:
-    """What a section may take of a run of ``seconds``."""
+    """The time limit of a section in a run of ``seconds``."""
     share, most = SECTIONS[section]
     return min(share * seconds, most)
 

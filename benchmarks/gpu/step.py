@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import l1ra
-from benchmarks.gpu import green
+from benchmarks.common.statistics import ratios, spread
+from benchmarks.common.tables import spread_text
+from benchmarks.gpu import required_tests
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.llama import build
 from benchmarks.gpu.providers import install_peft
 from benchmarks.gpu.sizes import ModelShape
-from benchmarks.gpu.table import FROZEN, OURS
-from benchmarks.gpu.timing import Budget, ratios, spread
+from benchmarks.gpu.tables import FROZEN, OURS
+from benchmarks.gpu.timing import Budget
 
 __all__ = ["PROVIDERS", "run"]
 
@@ -135,7 +137,7 @@ def one_model(bench: Bench, shape: ModelShape, budget: Budget) -> Iterator[dict[
             if name in left_out:
                 continue
             try:
-                bench.admit(name, green.STEP if name.startswith(OURS) else ())
+                bench.admit(name, required_tests.STEP if name.startswith(OURS) else ())
                 result = one_turn(bench, model, tokens, PROVIDERS[name], shape)
             except Exception as error:
                 bench.leave_out(left_out, shape.name, name, error)
@@ -235,7 +237,7 @@ def show(bench: Bench, found: dict[str, Any]) -> None:
         bench.say(
             f"    {row['provider']:16s} {row['step_ms']['median']:9.1f} ms  "
             f"{row['tokens_per_s']['median']:9.0f} tokens/s"
-            + ("" if over is None else f"  {over['median']:+6.1f} % ({over['p20']:+.1f} to {over['p80']:+.1f})")
+            + ("" if over is None else f"  {spread_text(over, '+.1f')} %")
             + ("" if peak is None else f"  {peak:6.2f} GiB")
             + (f"  [{row['path']}]" if row["path"] else "")
         )

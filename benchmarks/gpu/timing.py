@@ -11,14 +11,13 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-__all__ = ["Budget", "Clock", "Failed", "Sample", "Work", "interleave", "ratios", "spread"]
+__all__ = ["Budget", "Clock", "Failed", "Sample", "Work", "interleave"]
 
 MIN_ROUNDS = 3
 WARM_UPS = 3
@@ -104,7 +103,7 @@ class Clock:
         torch.sum(self._flush, 1, out=self._sums)
 
     def release(self) -> None:
-        """Give the flush buffer and whatever else is unused back to the device."""
+        """Give the flush buffer and other unused memory back to the device."""
         self._flush = self._sums = None
         gc.collect()
         if self.cuda:
@@ -183,14 +182,3 @@ def measured(clock: Clock, works: Mapping[str, Work], name: str, host_ms: float 
         return clock.measure(works[name], host_ms)
     except Exception as error:
         raise Failed(name) from error
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, and how many there were."""
-    p20, median, p80 = (float(v) for v in np.percentile(np.asarray(values, dtype=float), [20, 50, 80]))
-    return {"median": median, "p20": p20, "p80": p80, "n": len(values)}
-
-
-def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Spread of the percentages by which ``values`` are above ``base``, round by round."""
-    return spread([100 * (v / b - 1) for v, b in zip(values, base, strict=True)])

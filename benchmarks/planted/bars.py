@@ -1,4 +1,4 @@
-"""What the method has to reach on these cases, computed from the records: met or missed, and never rounded to met.
+"""The bars: what the method has to reach on these cases, computed from the records and met or missed.
 
 - Error over uniform LoRA's: geometric mean of the structured cases at most 1/8. A case counts as no better than 1/1000:
   one that is solved to rounding must not make up for others that are not.
@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.statistics import Interval, geometric_interval
+from benchmarks.common.tables import interval_text
 from benchmarks.planted.cases import CASES
-from benchmarks.planted.statistics import Spread, geometric, paired
 
-__all__ = ["Bar", "Records", "bars", "by_case", "errors", "floored", "mean", "over", "spread_text"]
+__all__ = ["Bar", "Records", "bars", "by_case", "errors", "floored", "mean", "over"]
 
 UNIFORM, ORACLE, FACTOR_OF_FLOOR, BEST_RATIO = "uniform", "oracle", 10.0, 1e-3
 MOST_OVER_UNIFORM, MOST_OVER_ORACLE, LEAST_PLACED, MOST_WITHOUT_STRUCTURE = 1 / 8, 3.0, 0.85, 1.03
@@ -65,9 +66,11 @@ def errors(records: Records, case: str, label: str) -> dict[int, float]:
     return {seed: record["error"] for seed, record in records.get(case, {}).get(label, {}).items()}
 
 
-def over(records: Records, case: str, label: str, other: str) -> Spread | None:
-    """Error of ``label`` over that of ``other``, seed by seed."""
-    return paired(errors(records, case, label), errors(records, case, other))
+def over(records: Records, case: str, label: str, other: str) -> Interval | None:
+    """Error of ``label`` over that of ``other``, seed by seed; None if they have no seed in common."""
+    own, others = errors(records, case, label), errors(records, case, other)
+    ratios = [own[seed] / others[seed] for seed in sorted(set(own) & set(others))]
+    return geometric_interval(ratios) if ratios else None
 
 
 def mean(records: Records, case: str, label: str, key: str) -> float | None:
@@ -81,7 +84,7 @@ def floored(records: Records, case: str) -> bool:
     oracle, floor = errors(records, case, ORACLE), errors(records, case, "floor")
     if not oracle or not floor:
         return False
-    return geometric(oracle.values()).mean <= FACTOR_OF_FLOOR * geometric(floor.values()).mean
+    return geometric_interval(oracle.values()).mean <= FACTOR_OF_FLOOR * geometric_interval(floor.values()).mean
 
 
 def _scarce(records: Records, case: str, label: str) -> bool:
@@ -119,7 +122,7 @@ def _uniform(records: Records, structured: list[str], label: str) -> Bar:
     if not found:
         return Bar(demand, "–", None)
     worst = max(found, key=found.__getitem__)
-    average = geometric(max(ratio, BEST_RATIO) for ratio in found.values()).mean
+    average = geometric_interval(max(ratio, BEST_RATIO) for ratio in found.values()).mean
     text = f"{average:.4g} of {len(found)} cases; worst: {worst}, {found[worst]:.3g}"
     return Bar(demand, text, average <= MOST_OVER_UNIFORM, tuple(c for c in structured if c not in found))
 
@@ -164,11 +167,5 @@ def _without_structure(records: Records, case: str, label: str) -> Bar:
     ratio, luck = over(records, case, label, UNIFORM), over(records, case, ORACLE, UNIFORM)
     if ratio is None:
         return Bar(demand, "–", None)
-    text = spread_text(ratio) + (f"; uniform LoRA from other first rows: {spread_text(luck)}" if luck else "")
+    text = interval_text(ratio) + (f"; uniform LoRA from other first rows: {interval_text(luck)}" if luck else "")
     return Bar(demand, text, ratio.mean <= MOST_WITHOUT_STRUCTURE)
-
-
-def spread_text(value: Spread) -> str:
-    """``1.02 (0.98 to 1.06)``."""
-    between = "" if value.low is None else f" ({value.low:.3g} to {value.high:.3g})"
-    return f"{value.mean:.4g}{between}"

@@ -39,7 +39,7 @@ class Case:
         planted: layer name -> rank of the term by which the teacher's weight differs.
         inputs: shape of one input.
         per_layer: the budget is this many ranks for each linear layer.
-        noise: standard deviation of what is added to the targets in training, fresh at every step.
+        noise: standard deviation of the noise on the targets in training, fresh at every step.
         strength: every singular value of a term.
         test_inputs: how many fresh inputs the error is measured on.
         structured: whether layers differ in what they need; if not, uniform is right.
@@ -80,7 +80,7 @@ class Case:
         if total <= budget:
             return dict(self.planted)
         ranks = {name: rank * budget // total for name, rank in self.planted.items()}
-        # What rounding down has left goes to the largest remainders, the first ones of equals.
+        # Ranks left over by rounding down go to the largest remainders, the first of equal ones.
         order = sorted(self.planted, key=lambda name: -(self.planted[name] * budget % total))
         for name in order[: budget - sum(ranks.values())]:
             ranks[name] += 1

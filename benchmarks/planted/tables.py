@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, mean, over, spread_text
-from benchmarks.planted.run import METHODS
-from benchmarks.planted.statistics import Spread, geometric
+from benchmarks.common.statistics import geometric_interval
+from benchmarks.common.tables import interval_text, markdown_table
+from benchmarks.planted.bars import ORACLE, UNIFORM, Records, bars, by_case, errors, floored, mean, over
+from benchmarks.planted.training import METHODS
 
 __all__ = ["markdown"]
 
@@ -32,22 +33,17 @@ def markdown(records: Iterable[Mapping[str, Any]], judged: str = "default") -> s
     """The whole page; the bars are for the runs called ``judged``."""
     records = by_case(records)
     lines = ["# Planted ranks", "", *_about(records), ""]
-    lines += [f"## Bars, for `{judged}`", "", *_table(("", "found", ""), _bars(records, judged)), ""]
+    lines += [f"## Bars, for `{judged}`", "", markdown_table(("", "found", ""), _bars(records, judged)), ""]
     if cases := _cases(records, judged):
-        lines += [*_table(("case", "over uniform", "over the oracle", "planted ranks met", "oracle"), cases), ""]
+        lines += [markdown_table(("case", "over uniform", "over the oracle", "planted ranks met", "oracle"), cases), ""]
     for case, labels in records.items():
         rows = [_row(records, case, label) for label in sorted(labels, key=_place)]
-        lines += [f"## {case}", "", _settings(labels), "", *_table(COLUMNS, rows), ""]
+        lines += [f"## {case}", "", _settings(labels), "", markdown_table(COLUMNS, rows), ""]
     return "\n".join(lines)
 
 
 def _place(label: str) -> tuple[int, str]:
     return (METHODS.index(label) if label in METHODS else len(METHODS), label)
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def _about(records: Records) -> list[str]:
@@ -94,11 +90,11 @@ def _row(records: Records, case: str, label: str) -> list[str]:
     moves = any(dealt)
     return [
         label,
-        spread_text(geometric(own.values())),
+        interval_text(geometric_interval(own.values())),
         str(len(own)),
-        _ratio(over(records, case, label, UNIFORM)) if label != UNIFORM else "",
+        interval_text(over(records, case, label, UNIFORM)) if label != UNIFORM else "",
         f"{sum(own[seed] > uniform[seed] for seed in both)} of {len(both)}" if both else "",
-        _ratio(over(records, case, label, ORACLE)) if label != ORACLE else "",
+        interval_text(over(records, case, label, ORACLE)) if label != ORACLE else "",
         _percent(mean(records, case, label, "planted_share")),
         _percent(mean(records, case, label, "placed")),
         _percent(mean(records, case, label, "coverage")),
@@ -107,10 +103,6 @@ def _row(records: Records, case: str, label: str) -> list[str]:
         f"{sum(wasted) / sum(dealt):.0%}" if moves else "",
         f"{mean(records, case, label, 'seconds'):.3g}",
     ]
-
-
-def _ratio(value: Spread | None) -> str:
-    return "" if value is None else spread_text(value)
 
 
 def _percent(value: float | None) -> str:
@@ -125,8 +117,8 @@ def _cases(records: Records, judged: str) -> list[list[str]]:
     return [
         [
             case,
-            _ratio(over(records, case, judged, UNIFORM)),
-            _ratio(over(records, case, judged, ORACLE)),
+            interval_text(over(records, case, judged, UNIFORM)),
+            interval_text(over(records, case, judged, ORACLE)),
             _percent(mean(records, case, judged, "coverage")),
             "at the floor" if floored(records, case) else "",
         ]

@@ -1,4 +1,4 @@
-"""What is done to a model that adapters shall recover."""
+"""Ways to damage a model, so that adapters can be trained to recover it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Adapted:
         initial_ranks: name -> rank.
         ranks: name -> rank now.
         sizes: name -> ``(in_features, out_features)``.
-        forward: takes a batch with labels as the model does; its ``loss`` is what is trained on. None: the model.
+        forward: takes a batch with labels, returns an output with the ``loss`` to minimise. None: the model's forward.
         after_step: to be called after each optimizer step, counted from 1, with the gradients still there.
         controller: of L1RA.
     """
@@ -184,7 +184,7 @@ def _adalora(
 
     start = math.ceil(ADALORA_START * rank)
     with warnings.catch_warnings():
-        # It warns of r, which nobody has set.
+        # It warns of r, which is not set here.
         warnings.simplefilter("ignore", UserWarning)
         config = peft.AdaLoraConfig(
             init_r=start,

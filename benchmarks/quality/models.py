@@ -49,7 +49,7 @@ def _convert(source: Path, target: Path) -> None:
         words = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
     except ImportError:
         raise DataError("SmolLM2 comes as a GGUF file: pip install 'l1ra[quality]', or gguf.") from None
-    # What comes back is marked as quantised and refuses to be cast; a fresh model of the same config is not.
+    # The loaded model is marked as quantised and can't be cast; a fresh model of the same config can.
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")}
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.quality.figures import METRICS, Results, interval
+from benchmarks.common.statistics import t_interval
 from benchmarks.quality.methods import FROZEN, METHODS
+from benchmarks.quality.results import METRICS, Results
 
 __all__ = ["draw"]
 
@@ -50,7 +51,7 @@ def _draw_task(results: Results, task: str, file: Path) -> Path:
         for multiplier in results.multipliers(task):
             values = results.values(task, method, multiplier, "test_metric")
             if values:
-                points.append((multiplier * shift, interval(values.values())))
+                points.append((multiplier * shift, t_interval(values.values())))
         if points:
             colour, mark = styles[method]
             axes.errorbar(
@@ -65,7 +66,7 @@ def _draw_task(results: Results, task: str, file: Path) -> Path:
             )
     frozen = results.values(task, FROZEN, 0, "test_metric")
     if frozen:
-        axes.axhline(interval(frozen.values()).mean * factor, color="#666666", linestyle=":", label=FROZEN)
+        axes.axhline(t_interval(frozen.values()).mean * factor, color="#666666", linestyle=":", label=FROZEN)
     budgets = results.multipliers(task)
     if budgets:
         axes.set_xscale("log", base=2)

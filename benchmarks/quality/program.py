@@ -24,19 +24,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.climb import RATES, START
-from benchmarks.quality.figures import Results
+from benchmarks.common.files import RESULTS, write_text
+from benchmarks.common.settings import setting
+from benchmarks.quality.learning_rates import RATES, START
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import draw
-from benchmarks.quality.schedule import Plan, PlannedTask, Queue, read, start
+from benchmarks.quality.results import Results
+from benchmarks.quality.runs import store
+from benchmarks.quality.schedule import Plan, PlannedTask, Queue, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
-from benchmarks.settings import setting
 from examples.data import DataError
 
 __all__ = ["main"]
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "quality"
+OUT = RESULTS / "quality"
 
 
 def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) -> int:
@@ -51,7 +53,9 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
     failed: list[str] = []
     made_by = commands(out, argv, trains=not arguments.table_only)  # noted at once: a call may be broken off
     if not arguments.table_only:
-        queue = Queue(arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), guesses())
+        queue = Queue(
+            arguments.jobs or (2 if arguments.device == "cpu" else 1), deadline(arguments.minutes), expected_seconds()
+        )
         queue.launch = launch
         plan = make_plan(arguments, out)
         try:
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
         except DataError as error:
             print(f"quality: {error}", file=sys.stderr)
             return 1
-        queue.look_back(read(out), arguments.device)
+        queue.use_recorded_times(store(out).read_all(), arguments.device)
         queue.work(plan.ready)
         if plan.unsettled():
             print(f"not begun, as learning rates are still to be tried: {', '.join(plan.unsettled())}")
@@ -74,15 +78,13 @@ def main(argv: list[str] | None = None, launch: Callable[[Any], Any] = start) ->
 
 
 def report(out: Path, made_by: list[str]) -> None:
-    """Tables and pictures of what is recorded in ``out``."""
-    results = Results(read(out), METHODS)
+    """Tables and pictures of the records in ``out``."""
+    results = Results(store(out).read_all(), METHODS)
     if not results.records:
         return
-    report = out / "quality.md"
-    aside = out / "quality.md.partial"
-    aside.write_text(markdown(results, made_by), encoding="utf-8")
-    aside.replace(report)
-    print(f"written: {report}")
+    page = out / "quality.md"
+    write_text(page, markdown(results, made_by))
+    print(f"written: {page}")
     try:
         draw(results, out)
     except ImportError:
@@ -93,7 +95,7 @@ def deadline(minutes: float | None) -> float | None:
     return None if minutes is None else time.monotonic() + 60 * minutes
 
 
-def guesses() -> dict[str, float]:
+def expected_seconds() -> dict[str, float]:
     return {task.name: task.guess for task in TASKS.values()}
 
 
@@ -136,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=TASKS,
         metavar="TASK",
-        help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those that take an hour or two)",
+        help=f"{', '.join(TASKS)} (default: on a GPU all, on a CPU those of an hour or two)",
     )
     add(
         "--methods",
@@ -176,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="runs side by side (default: 2 on a CPU, 1 on a GPU)")
     add("--minutes", type=float, help="begin no run that would probably end later")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--table-only", action="store_true", help="make tables and pictures of what is recorded")
+    add("--table-only", action="store_true", help="train nothing; make tables and pictures of the records")
     return p
 
 
@@ -201,6 +203,5 @@ def commands(out: Path, argv: list[str] | None, trains: bool) -> list[str]:
     line = shlex.join(["python", "-m", "benchmarks.quality", *words])
     if trains and line not in found:
         found.append(line)
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(found) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(found) + "\n")
     return found

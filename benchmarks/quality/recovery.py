@@ -23,7 +23,7 @@ __all__ = ["Recovered", "Recovery", "judge", "load"]
 
 @dataclass
 class Recovered:
-    """What :class:`Recovery` returns: ``loss``, both models' last hidden states ``(batch, length, hidden)``, and a
+    """The output of :class:`Recovery`: ``loss``, both models' last hidden states ``(batch, length, hidden)``, and a
     language model's head, which makes logits of them."""
 
     loss: Tensor
@@ -33,7 +33,7 @@ class Recovered:
 
 
 class Recovery(nn.Module):
-    """The damaged copy, with the original beside it, which is no submodule: nobody adapts, trains or saves it."""
+    """The damaged copy. The original is beside it, but not a submodule: it is neither adapted nor trained nor saved."""
 
     def __init__(self, original: nn.Module, damage: Callable[[nn.Module], None], head: nn.Module | None = None) -> None:
         """

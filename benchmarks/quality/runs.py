@@ -1,4 +1,4 @@
-"""One run: a method on a task at a budget with a seed and a learning rate, in a process of its own; one JSON file.
+"""One run: a method on a task at a budget with a seed and a learning rate, in a process of its own; one record.
 
 python -m benchmarks.quality.runs '{"task": "polarity", "method": "l1ra", ...}'    # a Spec; the program calls this
 """
@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import resource
 import sys
 import time
@@ -17,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TUNING_SEED", "Spec", "run", "write"]
+from benchmarks.common.environment import git_commit, processor_name, versions
+from benchmarks.common.records import Record, RecordStore
+
+__all__ = ["TUNING_SEED", "Spec", "run", "store"]
 
 TUNING_SEED = 1000
 PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "triton")
@@ -25,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "triton")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a run is, and where its record goes.
+    """The settings of a run, and the folder of its record.
 
     Attributes:
         task, method: names.
@@ -59,11 +61,15 @@ class Spec:
         return self.label or self.method
 
     @property
-    def file(self) -> Path:
-        stem = f"{self.multiplier:g}x-seed{self.seed}-lr{self.rate:g}"
-        if self.head_rate is not None:
-            stem += f"-head{self.head_rate:g}"
-        return Path(self.out) / self.task / self.name / f"{stem}.json"
+    def title(self) -> str:
+        """For messages."""
+        text = f"{self.task}/{self.name}/{self.multiplier:g}x-seed{self.seed}-lr{self.rate:g}"
+        return text if self.head_rate is None else f"{text}-head{self.head_rate:g}"
+
+    def record(self) -> Record | None:
+        """The record of this run; None if there is none."""
+        key = (self.task, self.name, self.multiplier, self.seed, self.rate, self.head_rate)
+        return store(self.out).get(*key)
 
     @classmethod
     def parse(cls, text: str) -> Spec:
@@ -74,11 +80,16 @@ class Spec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def run(spec: Spec) -> dict[str, Any]:
-    """Train, judge, and write the record.
+def store(out: str | Path) -> RecordStore:
+    """The records in ``out``: a file for each task."""
+    return RecordStore(Path(out), ("task", "method", "multiplier", "seed", "rate", "head_rate"))
+
+
+def run(spec: Spec) -> Record:
+    """Train, evaluate, and store the record.
 
     Raises:
-        whatever goes wrong; nothing is recorded then.
+        Any error of the training; nothing is recorded then.
     """
     import torch
 
@@ -137,9 +148,9 @@ def run(spec: Spec) -> dict[str, Any]:
         "total_seconds": round(time.perf_counter() - begin, 1),
         "hardware": hardware(torch, spec.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {**versions(*PACKAGES), "commit": git_commit()},
     }
-    write(spec.file, record)
+    store(spec.out).add(record)
     return record
 
 
@@ -185,24 +196,7 @@ def peak_bytes() -> int:
 def hardware(torch: Any, device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    from benchmarks.gpu.environment import processor
-
-    return f"{processor()}, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str | None]:
-    from benchmarks.gpu.environment import commit, version
-
-    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {**found, "commit": commit()}
-
-
-def write(file: Path, record: dict[str, Any]) -> None:
-    """Aside, then renamed: a record is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

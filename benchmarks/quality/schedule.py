@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.quality import climb
+from benchmarks.common.files import ROOT
+from benchmarks.quality import learning_rates
 from benchmarks.quality.methods import FROZEN
 from benchmarks.quality.runs import TUNING_SEED, Spec
 
-__all__ = ["Plan", "PlannedTask", "Queue", "read", "start"]
+__all__ = ["Plan", "PlannedTask", "Queue", "start"]
 
 # At which share of LoRA's budget L1RA is tried besides, and of which budgets.
 SHARE, SHARED = 0.7, (4, 8)
@@ -38,9 +36,9 @@ class PlannedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """The runs that a command line asks for.
 
-    A task's head has one learning rate, whatever adapters are trained beside it: with one rate for both, the adapters
+    A task's head has the same learning rate for all methods: with one rate for both, the adapters
     that bear the head's would be ahead. It is climbed to first, beside LoRA at the rate at which all climbs begin.
 
     Attributes:
@@ -60,7 +58,7 @@ class Plan:
     label: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     rate: float | None = None
-    rates: tuple[float, ...] = climb.RATES
+    rates: tuple[float, ...] = learning_rates.RATES
     share: bool = True
 
     def spec(self, task: str, method: str, multiplier: float, seed: int, rate: float, head_rate: float | None) -> Spec:
@@ -73,7 +71,7 @@ class Plan:
         """The runs without a record that can begin now; with each new record there may be others.
 
         Tries of learning rates first, then the runs that are reported of all methods whose rate is known. Seeds are the
-        outermost loop of these, so that whatever is cut off is cut off for all methods alike.
+        outermost loop of these, so that a call that is broken off has the same seeds of all methods.
         """
         pairs = [(task, method) for task in self.tasks for method in self.methods]
         found = [spec for task in self.tasks for spec in self.head_tries(task)]
@@ -84,14 +82,14 @@ class Plan:
         for seed in range(self.seeds):
             for (task, method, m), rate in rates.items():
                 found.append(self.spec(task, method, m, seed, rate, None if method == FROZEN else heads[task]))
-        return [spec for spec in dict.fromkeys(found) if not spec.file.exists()]
+        return [spec for spec in dict.fromkeys(found) if spec.record() is None]
 
     def head_tries(self, task: str) -> list[Spec]:
         """The tries that come next in the climb to the head's rate."""
         if not self.tasks[task].has_head or set(self.methods) <= {FROZEN}:
             return []
         losses = self._losses({rate: self._head_try(task, rate) for rate in self.rates})
-        return [self._head_try(task, rate) for rate in climb.to_try(losses, self.rates)]
+        return [self._head_try(task, rate) for rate in learning_rates.next_rates(losses, self.rates)]
 
     def head_rate(self, task: str) -> float | None:
         """The learning rate of the head; None while it is being looked for, and where there is no fresh head."""
@@ -113,7 +111,7 @@ class Plan:
             return None
         if self.rate is not None:
             return self.rate
-        tries = self._tries(task, method, climb.nearest(multiplier, self._climbs(task)))
+        tries = self._tries(task, method, learning_rates.nearest(multiplier, self._climbs(task)))
         return None if self._next(tries) else self._best(tries)
 
     def unsettled(self) -> list[str]:
@@ -130,13 +128,13 @@ class Plan:
         return planned.multipliers if planned.climbs_each else (planned.middle,)
 
     def _next(self, tries: dict[float, Spec]) -> list[Spec]:
-        return [tries[rate] for rate in climb.to_try(self._losses(tries), self.rates)]
+        return [tries[rate] for rate in learning_rates.next_rates(self._losses(tries), self.rates)]
 
     def _waits(self, task: str) -> bool:
         return bool(self.head_tries(task))
 
     def _head_try(self, task: str, rate: float) -> Spec:
-        planned, begin = self.tasks[task], climb.start(self.rates)
+        planned, begin = self.tasks[task], learning_rates.start(self.rates)
         terms = (planned.middle, TUNING_SEED, begin, planned.steps, self.out, self.device)
         return Spec(task, "lora", *terms, head_rate=rate)
 
@@ -145,11 +143,15 @@ class Plan:
         return {rate: self.spec(task, method, multiplier, TUNING_SEED, rate, head_rate) for rate in self.rates}
 
     def _losses(self, tries: dict[float, Spec]) -> dict[float, float]:
-        return {rate: loss for rate, spec in tries.items() if (loss := _loss(spec.file)) is not None}
+        return {
+            rate: learning_rates.validation_loss_of(record)
+            for rate, spec in tries.items()
+            if (record := spec.record()) is not None
+        }
 
     def _best(self, tries: dict[float, Spec]) -> float:
         # If every rate diverges, the lowest one shows it.
-        return climb.best(self._losses(tries)) or min(self.rates)
+        return learning_rates.best(self._losses(tries)) or min(self.rates)
 
     def _multipliers(self, task: str, method: str) -> list[float]:
         if method == FROZEN:
@@ -159,34 +161,14 @@ class Plan:
         return [*multipliers, *more]
 
 
-def _loss(file: Path) -> float | None:
-    """The loss in a record; None as long as there is none."""
-    try:
-        return _loss_written_at(file, file.stat().st_mtime_ns)
-    except FileNotFoundError:
-        return None
-
-
-@functools.cache
-def _loss_written_at(file: Path, time_ns: int) -> float:
-    # Every decision asks for the losses of all tries: a record is read when it is new.
-    return climb.loss_of(json.loads(file.read_text(encoding="utf-8")))
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All records in an output folder, by task, method and name. Those of another number of steps lie deeper."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*/*.json"))]
-
-
 def start(spec: Spec) -> subprocess.Popen:
     """A run in a process of its own. On a CPU with one thread: more would wait for one another."""
     environment = dict(os.environ, GOMP_SPINCOUNT="0", TOKENIZERS_PARALLELISM="false")
     if spec.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.quality.runs", spec.text()]
-    root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(
-        command, env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -197,7 +179,7 @@ class Queue:
     Attributes:
         deadline: of ``time.monotonic()``; no run begins that would probably end later. None: no limit.
         guess: seconds of a run of a task on a CPU core, until one has been timed.
-        launch: starts a run; what it returns has ``poll`` and ``communicate`` as a ``subprocess.Popen``.
+        launch: starts a run; returns an object with ``poll`` and ``communicate``, as a ``subprocess.Popen`` has.
         failed: names of the runs that did.
         left: runs that could have begun, had there been time.
     """
@@ -227,7 +209,7 @@ class Queue:
                 process, began = running.pop(spec)
                 self._finish(spec, process, time.monotonic() - began, f"[{len(launched) - len(running)}]")
             if ended:
-                # What failed is not tried again.
+                # A failed run is not repeated.
                 todo = [spec for spec in ready() if spec not in launched]
             elif running:
                 time.sleep(POLL)
@@ -244,8 +226,8 @@ class Queue:
             return self._timed[spec.task]
         return self.guess.get(spec.task, 0.0) / (1.0 if spec.device == "cpu" else SPEED_OF_GPU)
 
-    def look_back(self, records: Iterable[dict[str, Any]], device: str) -> None:
-        """Take the times of earlier runs instead of guesses."""
+    def use_recorded_times(self, records: Iterable[dict[str, Any]], device: str) -> None:
+        """Take the times of earlier runs instead of expected_seconds."""
         for record in records:
             if record["base_method"] != FROZEN and record["device"] == device:
                 self._took(record["task"], record["total_seconds"])
@@ -255,15 +237,14 @@ class Queue:
 
     def _finish(self, spec: Spec, process: Any, seconds: float, count: str) -> None:
         output, _ = process.communicate()
-        name = f"{spec.task}/{spec.name}/{spec.file.stem}"
-        if process.returncode or not spec.file.exists():
-            self.failed.append(name)
-            print(f"{count} {name} FAILED\n{output}", flush=True)
+        record = spec.record()
+        if process.returncode or record is None:
+            self.failed.append(spec.title)
+            print(f"{count} {spec.title} FAILED\n{output}", flush=True)
             return
         if spec.method != FROZEN:
             self._took(spec.task, seconds)
-        record = json.loads(spec.file.read_text(encoding="utf-8"))
         value = record["test_metric"] if record["test_metric"] is not None else record["validation_metric"]
         shown = "none" if value is None else f"{value:.4f}"
         part = "validation" if spec.seed == TUNING_SEED else "test"
-        print(f"{count} {name}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)
+        print(f"{count} {spec.title}: {part} {record['metric']} {shown}, {seconds:.0f} s", flush=True)

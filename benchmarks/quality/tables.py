@@ -6,9 +6,11 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks.common.statistics import t_interval
+from benchmarks.common.tables import markdown_table
 from benchmarks.quality import rank_map
-from benchmarks.quality.figures import METRICS, Difference, Interval, Metric, Results, budget_for, interval, paired
 from benchmarks.quality.methods import FROZEN, METHODS
+from benchmarks.quality.results import METRICS, Difference, Metric, Results, budget_for, paired
 from benchmarks.quality.runs import TUNING_SEED
 from benchmarks.quality.schedule import SHARE
 from benchmarks.quality.tasks import TASKS
@@ -157,7 +159,7 @@ def _levels(results: Results, task: str, metric: Metric) -> list[str]:
     remark = "Times are medians over runs; runs side by side on few cores disturb one another."
     if results.left_out(task):
         remark += f" {results.left_out(task)} runs with seeds that not all methods have at their budget are left out."
-    return [*table(head, rows, left=2), "", remark]
+    return [markdown_table(head, rows, left=2), "", remark]
 
 
 def _level(results: Results, task: str, method: str, multiplier: float, metric: Metric, runs: list[Any]) -> list[str]:
@@ -197,7 +199,7 @@ def _differences(results: Results, task: str, metric: Metric) -> list[str]:
                 rows.append([f"{multiplier:g} ×", f"{first} − {second}", *row])
     if not rows:
         return []
-    return ["Paired differences:", "", *table(["budget", "", *_heads(metric)], rows, left=2), ""]
+    return ["Paired differences:", "", markdown_table(["budget", "", *_heads(metric)], rows, left=2), ""]
 
 
 def _heads(metric: Metric) -> list[str]:
@@ -240,7 +242,7 @@ def _shares(results: Results, task: str, metric: Metric) -> list[str]:
     if not rows:
         return []
     title = f"L1RA with {SHARE:.0%} of LoRA's budget:"
-    return [title, "", *table(["", *_heads(metric)], rows, left=1), "", *_same_loss(results, task)]
+    return [title, "", markdown_table(["", *_heads(metric)], rows), "", *_same_loss(results, task)]
 
 
 def _same_loss(results: Results, task: str) -> list[str]:
@@ -286,7 +288,7 @@ def _rates(results: Results, task: str) -> list[str]:
         rows.append([method, f"{tuned.rate:g}", *losses, tuned.remark])
     head = ["method", "learning rate", *(f"loss at {rate:g}" for rate in grid), ""]
     title = "Learning rates, climbed to by validation loss:"
-    return [title, "", *table(head, rows, left=1), ""]
+    return [title, "", markdown_table(head, rows), ""]
 
 
 def _rank_maps(results: Results, task: str) -> list[str]:
@@ -299,7 +301,7 @@ def _rank_maps(results: Results, task: str) -> list[str]:
         columns = {multiplier: means(found) for multiplier, found in runs.items()}
         places = list(next(iter(columns.values())))
         rows = [[_place(p), *(f"{column.get(p, math.nan):.2f}" for column in columns.values())] for p in places]
-        lines += [*table([title, *(f"{m:g} ×" for m in columns)], rows, left=1), ""]
+        lines += [markdown_table([title, *(f"{m:g} ×" for m in columns)], rows), ""]
     shares = [(m, *rank_map.share_behind(found)) for m, found in runs.items()]
     told = ", ".join(f"{share:.0%} at {m:g} ×" for m, share, _ in shares)
     lines.append(
@@ -324,12 +326,6 @@ def plus_minus(values: dict[int, float], factor: float, digits: int) -> str:
     """``mean ± half``; empty without values."""
     if not values:
         return ""
-    found: Interval = interval(values.values())
+    found = t_interval(values.values())
     text = f"{found.mean * factor:.{digits}f}"
     return text if found.half is None else f"{text} ± {found.half * factor:.{digits}f}"
-
-
-def table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
-    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]

@@ -1,4 +1,4 @@
-"""What is trained on what, for how long, and how it is judged."""
+"""The tasks: model, texts, length of training, metric."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class Task:
         model: makes sure that the model is there; its folder.
         split: the texts.
         steps, batch: optimizer steps, and examples a step.
-        max_tokens: of an example; what is longer is cut.
+        max_tokens: at which an example is cut.
         metric: ``"accuracy"`` of a classifier, ``"perplexity"`` of a language model, or ``"agreement"`` of a damaged
             model with the original, see :mod:`benchmarks.quality.recovery`.
         guess: seconds of a run on one CPU core, until one has been timed.
         budgets: multiples of the number of adapted layers. At 1 a method that keeps one rank everywhere can't move any.
         note: what to know before reading its results, in a sentence.
         default: whether a call on a CPU that names no tasks does it.
-        damage: what is done to the model that shall be recovered.
+        damage: is applied to the model that is to be recovered; None for a task without recovery.
         climbs_each: whether learning rates are tried at each budget: where the middle one's is not good for the others.
     """
 
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def middle(self) -> float:
-        """Alpha, whatever the budget; at the budget of as many ranks the scaling is 1, and learning rates are tried."""
+        """Alpha at every budget. At the budget of as many ranks the scaling is 1, and learning rates are tried."""
         return self.budgets[len(self.budgets) // 2]
 
     @property

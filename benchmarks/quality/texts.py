@@ -49,7 +49,7 @@ class Split:
 
 
 def key(example: Example) -> str:
-    """What makes two examples the same: the text that is classified, or that is to be written."""
+    """The text by which examples are compared: the classified one, or the completion."""
     return " ".join(str(example.get("text", example.get("completion"))).lower().split())
 
 
@@ -194,7 +194,7 @@ def instructions() -> Split:
 
 
 def _from_package(name: str, what: str, requirement: str, extract: Callable[[tarfile.TarFile], object]) -> object:
-    """What ``extract`` finds in a Python package's source archive, kept as JSON in the cache."""
+    """The result of ``extract`` on a Python package's source archive, kept as JSON in the cache."""
     file = CACHE / name
     if not file.exists():
         print(f"fetching {what} ...", flush=True)

@@ -1,4 +1,4 @@
-"""A small training loop, the same for every method, and what is measured in it."""
+"""The training loop, the same for every method, and evaluation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ REGULARIZATION = (0.1, 1.0, 10.0, 100.0)
 def batch_numbers(lengths: np.ndarray, batch: int, steps: int, seed: int) -> list[np.ndarray]:
     """The examples of each step, of similar length, so that little is padded; the same for every method.
 
-    An epoch is shuffled, sorted by length within chunks of 16 batches, cut into batches, and these are shuffled. What
-    does not fill a batch is left out of the epoch.
+    An epoch is shuffled, sorted by length within chunks of 16 batches, cut into batches, and these are shuffled.
+    Examples that do not fill a batch are left out of the epoch.
 
     Raises:
         ValueError: fewer examples than a batch takes.
@@ -74,7 +74,7 @@ def collate(part: Part, numbers: np.ndarray, classes: int, pad: int, device: tor
 
 @dataclass
 class Trained:
-    """What a training took.
+    """Time and memory of a training.
 
     Attributes:
         seconds: of all of it.
@@ -90,7 +90,7 @@ class Trained:
 
 
 def groups(adapted: Adapted, rate: float, head_rate: float | None) -> list[dict[str, Any]]:
-    """For the optimizer: what is trained at ``rate``, and after it the head at ``head_rate``, if that is not None.
+    """The optimizer's parameter groups: adapters at ``rate``, then the head at ``head_rate`` if that is not None.
 
     Raises:
         ValueError: no ``head_rate`` for a head, or one without a head.
@@ -147,7 +147,7 @@ def share_of_rate(step: int, steps: int) -> float:
 
 
 class Stopwatch:
-    """Seconds of steps. On a GPU by its own events, which nobody waits for while it trains."""
+    """Seconds of steps; on a GPU from CUDA events, so that the host does not wait for each step."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"

@@ -1,0 +1,1 @@
+"""Code that several benchmarks share. Needs torch and numpy only; ``statistics`` needs scipy too."""
