@@ -102,6 +102,8 @@ def break_even(name: str, layer: Layer, card: Card) -> float:
 
 INTRODUCTION = """# Roofline: what an adapter must cost
 
+This page estimates the cost of adapters on GPUs, term by term, for this library and for others. It is made by:
+
     python -m benchmarks.roofline > docs/roofline.md
 
 Everything here is **modelled, never measured**: bytes to and from GPU memory, FLOPs and launches beyond the frozen
