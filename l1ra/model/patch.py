@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
-from l1ra.allocation.plan import spread
+from l1ra.allocation.plan import spread_evenly
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
 from l1ra.layers.adapted_model import controller_of, find_adapters
@@ -90,7 +90,7 @@ def patch(
     if low is not None:
         raise ValueError(f"min_rank {config.min_rank} is above the largest rank of {list(targets)[low]}, {caps[low]}.")
     costs = [rank_cost(*size, config) for size in sizes]
-    ranks = spread(budget, costs, caps)
+    ranks = spread_evenly(budget, costs, caps)
     if min(ranks) < config.min_rank:
         need = config.min_rank * sum(costs)
         raise ValueError(
