@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
-from l1ra.layers.precision import widest
+from l1ra.layers.precision import widest_float
 
 __all__ = ["OriginalWeight", "Rounding", "add_to_weight", "check_mergeable", "restore_weight"]
 
@@ -103,7 +103,7 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[OriginalWeight, Round
     wanted = wanted + delta.to(wanted.dtype)
     new = _quantised_like(old, wanted)
     error, change, weight = (
-        part.to(widest(part.device)).square().sum().item() for part in (_dequantised(new, base) - wanted, delta, wanted)
+        part.to(widest_float(part.device)).square().sum().item() for part in (_dequantised(new, base) - wanted, delta, wanted)
     )
     base.weight = new
     if kind == "4-bit":
