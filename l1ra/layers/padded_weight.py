@@ -1,4 +1,4 @@
-"""Padded storage of a frozen weight: the kernels write the adapter behind the weight's columns, for a single product."""
+"""Padded storage of a frozen weight: with the adapter in the padding, a single product computes the layer."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def patch(
         controller = RankController(model, budget, config=config, auto=auto)
     except BaseException:
         for layer in adapters.values():
-            layer.release()
+            layer.restore_base()
         _restore(swaps, required)
         raise
     hook = _let_gradients_through(model)
@@ -180,7 +180,7 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if merge and not all(layer.merged for layer in adapters):
         merge_adapters(model)
     for layer in adapters:
-        layer.release(merged=merge)
+        layer.restore_base(keep_merged=merge)
     controller = controller_of(model)
     if controller is not None:
         controller.close()
