@@ -35,6 +35,8 @@ __all__ = ["L1RALinear"]
 class L1RALinear(GatedLowRank):
     """A frozen linear layer with a gated low-rank adapter: ``y = base(x) + s * ((x @ A.T) * gate) @ B``.
 
+    Source: L1RA, arXiv:2509.04884.
+
     Example::
 
         layer = l1ra.L1RALinear(768, 3072, rank=8)

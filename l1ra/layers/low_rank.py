@@ -20,7 +20,9 @@ ADAPTER_PARAMETERS = ("lora_A", "gate", "lora_B")  # names of an adapter's param
 
 
 class GatedLowRank(nn.Module):
-    """The parameters of the adapter ``s * ((x @ A.T) * gate) @ B`` (L1RA), and changes of its rank.
+    """The parameters of the adapter ``s * ((x @ A.T) * gate) @ B``, and changes of its rank.
+
+    Source: L1RA, arXiv:2509.04884.
 
     The scaling s is ``alpha / rank`` (or ``alpha / sqrt(rank)``) for the rank at construction, and does not change with
     the rank. With ``scale_with_rank`` the gates are multiplied by :attr:`rank_scaling` instead. The effect is a scaling
