@@ -108,7 +108,7 @@ def prevent_packing(base: nn.Module) -> bool:
     if getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
             f"bitsandbytes has packed the weight of the {type(base).__name__} for inference on this CPU when the model "
-            "was evaluated, and no gradient passes it: load the model anew, and evaluate it when it is patched."
+            "was evaluated, and no gradient passes through it: load the model anew, and patch it before evaluating it."
         )
     would_pack = bool(getattr(base, PACKS_ON_CPU, False))
     if would_pack:
@@ -132,8 +132,8 @@ def check_gradient(base: nn.Module, x: Tensor, output: Tensor) -> None:
     wanted = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     if wanted and not output.requires_grad:
         raise RuntimeError(
-            f"no gradient passes the {type(base).__name__}, so that the layers before it would learn nothing: load the "
-            "model with kernels that have a backward."
+            f"no gradient passes through the {type(base).__name__}, so the layers before it would not be trained: load "
+            "the model with kernels that have a backward."
         )
 
 

@@ -129,8 +129,8 @@ class L1RALinear(GatedLowRank):
         """
         if base_features(base) is None:
             raise TypeError(
-                f"{type(base).__name__} can't be adapted: pass an nn.Linear, transformers' Conv1D or a quantised "
-                "linear layer, the layer itself."
+                f"{type(base).__name__} can't be adapted: pass an nn.Linear, a transformers Conv1D or a quantised "
+                "linear layer, not a module that contains one."
             )
         layer = cls.__new__(cls)
         layer._adapt(

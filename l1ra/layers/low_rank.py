@@ -151,7 +151,7 @@ class GatedLowRank(nn.Module):
         """
         keep, grow = plan.keep, plan.grow
         if list(keep) != sorted(set(keep)) or any(not 0 <= k < self.rank for k in keep):
-            raise ValueError(f"keep must be rising row numbers below the rank {self.rank}, not {keep}.")
+            raise ValueError(f"keep must be row numbers below the rank {self.rank} in ascending order, not {keep}.")
         if grow < 0 or plan.rank < 1:
             raise ValueError(f"the plan leaves rank {plan.rank}: at least 1 must stay.")
         if self.reserve is not None and plan.rank > self.reserve:

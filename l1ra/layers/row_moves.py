@@ -1,4 +1,4 @@
-"""Moves of rows between positions of tensors with one row per rank, collected first and performed by one op."""
+"""Row moves of tensors with one row per rank: collected first, then performed by one op."""
 
 from __future__ import annotations
 

@@ -205,9 +205,9 @@ def test_resize_keeps_the_parameters_their_hooks_and_their_gradients():
     "plan, rows, message",
     [
         (LayerPlan((0, 3)), None, "below the rank 3"),
-        (LayerPlan((1, 0)), None, "rising row numbers"),
-        (LayerPlan((1, 1)), None, "rising row numbers"),
-        (LayerPlan((-1, 0)), None, "rising row numbers"),
+        (LayerPlan((1, 0)), None, "in ascending order"),
+        (LayerPlan((1, 1)), None, "in ascending order"),
+        (LayerPlan((-1, 0)), None, "in ascending order"),
         (LayerPlan(()), None, "at least 1 must stay"),
         (LayerPlan((0,), -1), None, "at least 1 must stay"),
         (LayerPlan((0,), 2), torch.zeros(1, 6), "new_rows must be"),
