@@ -1,4 +1,11 @@
-"""L1RA: low-rank adapters whose ranks find their layers while the model trains."""
+"""L1RA: LoRA fine-tuning in which ranks move between the adapted layers during training, under a fixed rank budget.
+
+Example::
+
+    controller = l1ra.patch(model, budget=8 * 24, total_steps=1000)  # 24 adapted layers, mean rank 8
+    # ... train the model with any torch optimizer ...
+    l1ra.export_peft(model, "adapter")
+"""
 
 from l1ra.config import L1RAConfig
 from l1ra.files.peft_export import export_peft

@@ -1,1 +1,1 @@
-"""How ranks are distributed: pure functions of numbers and tensors, without modules."""
+"""Allocation of the rank budget to the adapters: pure functions of numbers and tensors, without modules."""

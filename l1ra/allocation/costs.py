@@ -1,4 +1,4 @@
-"""What the budget is counted in: the price of a rank, and how many an adapter may have."""
+"""The unit of the rank budget: the cost of one rank, and the largest rank of an adapter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ __all__ = ["check_budget", "rank_cap", "rank_cost"]
 
 
 def check_budget(budget: object) -> int:
-    """``budget`` if it is a positive int.
+    """Return ``budget`` if it is a positive int.
 
     Raises:
-        TypeError, ValueError: it is not.
+        TypeError: ``budget`` is not an int.
+        ValueError: ``budget`` is below 1.
     """
     if not isinstance(budget, int) or isinstance(budget, bool):
         raise TypeError(
@@ -24,10 +25,13 @@ def check_budget(budget: object) -> int:
 
 
 def rank_cost(in_features: int, out_features: int, config: L1RAConfig) -> int:
-    """What one rank of a layer costs, in the unit of the budget."""
+    """The cost of one rank of a layer, in ``config.budget_unit``: 1, or the number of parameters in A and B."""
     return 1 if config.budget_unit == "ranks" else in_features + out_features
 
 
 def rank_cap(in_features: int, out_features: int, config: L1RAConfig) -> int:
-    """The largest rank that an adapter of a layer may have."""
+    """The largest rank that the adapter of a layer may have.
+
+    It is the largest possible rank of the weight, further limited by ``max_rank`` and ``reserve`` of ``config``.
+    """
     return min(in_features, out_features, config.max_rank or in_features, config.reserve or in_features)

@@ -1,7 +1,6 @@
-"""From a snapshot of the gates to the next ranks: pure functions of plain numbers.
+"""Planning of the next ranks from gates and importance: pure, deterministic functions of plain numbers.
 
-Nothing here knows of modules or tensors, and nothing is changed: a :class:`Plan` comes out. Deterministic; ties go
-to the adapter that comes first.
+If two adapters are equally entitled to a rank, the first one in order receives it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerPlan", "Plan", "allocate", "ranks_given_back", "spread", "surplus"]
+__all__ = ["LayerPlan", "Plan", "allocate", "ranks_given_back", "ranks_to_prune", "spread_evenly"]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one adapter: rows ``keep`` stay, in order, and ``grow`` new ones are appended."""
+    """The change of one adapter's rank.
+
+    Attributes:
+        keep: the rows that are kept, in ascending order; all other rows are pruned.
+        grow: the number of new rows, appended after the kept ones.
+    """
 
     keep: tuple[int, ...]
     grow: int = 0
@@ -30,30 +34,42 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One :class:`LayerPlan` an adapter, and what it leaves of the budget (in the budget's unit)."""
+    """The changes of all adapters' ranks.
+
+    Attributes:
+        layers: one :class:`LayerPlan` for each adapter, in order.
+        spare: the part of the budget that the plan leaves unspent, in the unit of the budget.
+    """
 
     layers: tuple[LayerPlan, ...]
     spare: int
 
     @property
     def keep(self) -> tuple[tuple[int, ...], ...]:
+        """``keep`` of each adapter."""
         return tuple(layer.keep for layer in self.layers)
 
     @property
     def grow(self) -> tuple[int, ...]:
+        """``grow`` of each adapter."""
         return tuple(layer.grow for layer in self.layers)
 
 
-def spread(budget: int, costs: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """Initial ranks: the same for every adapter as far as the budget and the caps go, a remainder spread evenly.
+def spread_evenly(budget: int, costs: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """The initial ranks: equal for all adapters as far as the budget and the caps allow.
+
+    A remainder that does not suffice for one more rank for each adapter goes to adapters at even distances.
 
     Args:
-        budget: what all ranks together may cost.
+        budget: the largest total cost of all ranks.
         costs: the cost of one rank of each adapter, in the unit of ``budget``.
         caps: the largest rank of each adapter, at least 1.
 
+    Returns:
+        The rank of each adapter, at least 1.
+
     Raises:
-        ValueError: the budget does not buy one rank an adapter.
+        ValueError: the budget is below the cost of one rank for each adapter.
     """
     if budget < sum(costs):
         raise ValueError(
@@ -62,26 +78,26 @@ def spread(budget: int, costs: Sequence[int], caps: Sequence[int]) -> list[int]:
         )
     ranks = [0] * len(costs)
     while True:
-        open_ = [i for i, cap in enumerate(caps) if ranks[i] < cap]
-        price = sum(costs[i] for i in open_)
-        if not open_ or price > budget:
+        growable = [i for i, cap in enumerate(caps) if ranks[i] < cap]
+        round_cost = sum(costs[i] for i in growable)
+        if not growable or round_cost > budget:
             break
-        rounds = min(budget // price, min(caps[i] - ranks[i] for i in open_))
-        for i in open_:
+        rounds = min(budget // round_cost, min(caps[i] - ranks[i] for i in growable))
+        for i in growable:
             ranks[i] += rounds
-        budget -= rounds * price
-    # The remainder buys a share of one more round: every n-th adapter, not the first ones ...
-    remainder, credit, passed = budget, 0, []
-    for i in open_:
+        budget -= rounds * round_cost
+    # The remainder pays for a part of one more round. Every n-th adapter receives a rank, not the first ones ...
+    remainder, credit, passed_over = budget, 0, []
+    for i in growable:
         credit += remainder
-        if credit >= price and costs[i] <= budget:
-            credit -= price
+        if credit >= round_cost and costs[i] <= budget:
+            credit -= round_cost
             ranks[i] += 1
             budget -= costs[i]
         else:
-            passed.append(i)
-    # ... and where ranks differ in cost, whatever still fits.
-    for i in passed:
+            passed_over.append(i)
+    # ... and if ranks differ in cost, so do the other adapters for which the rest of the budget suffices.
+    for i in passed_over:
         if costs[i] <= budget:
             ranks[i] += 1
             budget -= costs[i]
@@ -101,51 +117,56 @@ def allocate(
     given_back: Sequence[int] | None = None,
     learning: Sequence[bool] | None = None,
 ) -> Plan:
-    """Cut the ranks whose gate is strictly below ``prune_threshold`` and hand out what the budget then leaves.
+    """Prune the ranks whose gate is below ``prune_threshold``, and distribute the budget that becomes free.
 
-    Without ``importance``, the paper's way: if fewer than ``min_rank`` ranks survive, the ones with the highest index
-    stay; receivers are ordered by their smallest gate before pruning, largest first, and dealt one rank at a time,
-    round-robin. With ``importance``, a rank goes each time to the adapter that needs it most: whose least important
-    surviving rank is the most important per cost, divided by the root of one more than what that adapter already got,
-    and by that of one more than what it has given back of what was dealt to it before; an adapter with fewer than
-    ``min_rank`` survivors gets new ranks in their place, so that none is left with a dead one. What no adapter that is
-    ``learning`` can take goes to the others, and then to those that have just had a rank cut: so the budget is spent.
+    Without ``importance`` the plan follows the L1RA paper. If fewer than ``min_rank`` ranks of an adapter survive, the
+    pruned ranks with the highest indices are kept. The receivers are sorted by their smallest gate before pruning, in
+    descending order, and receive one rank at a time, round-robin.
+
+    With ``importance`` each rank goes to the adapter with the greatest need for it. The need of an adapter is
+    ``importance of its least important surviving rank / cost / sqrt((1 + received) * (1 + given_back))``, where
+    ``received`` is the number of ranks that it has received in this plan. An adapter with fewer than ``min_rank``
+    survivors first receives new ranks in place of the pruned ones, so that no adapter keeps a rank whose gate is 0.
+    The adapters that are ``learning`` are served first. What they cannot take goes to the other adapters, and what
+    these cannot take to the adapters that have lost a rank in this plan, so that the budget is spent.
 
     Args:
-        gates: for each adapter the gate of each rank, in row order.
-        importance: for each adapter the importance of each rank, None where a rank is too young to be judged.
+        gates: for each adapter the gate of each rank, in the order of the rows.
+        importance: for each adapter the importance of each rank; None for a rank that is too young to be judged.
         costs: the cost of one rank of each adapter, in the unit of ``budget``.
-        budget: what all ranks together may cost.
-        min_rank: ranks that every adapter keeps.
-        caps: the largest rank of each adapter; one that is above its cap keeps what it has and gets nothing.
-        exclude_pruned: an adapter that has just had a rank cut gets none (with ``importance``: none that another can
-            take).
-        given_back: for each adapter what :func:`ranks_given_back` counts; None: nothing. Only with ``importance``.
-        learning: for each adapter whether a new rank would have something to learn; None: all of them. Only with
+        budget: the largest total cost of all ranks.
+        min_rank: the smallest rank of each adapter.
+        caps: the largest rank of each adapter. An adapter above its cap keeps its ranks and receives none.
+        prune_threshold: ranks whose gate is strictly below it are pruned.
+        exclude_pruned: give no rank to an adapter that loses one in this plan (with ``importance``: only ranks that no
+            other adapter can take).
+        given_back: for each adapter the result of :func:`ranks_given_back`; None stands for zeros. Only used with
             ``importance``.
+        learning: for each adapter whether a new rank would have something to learn; None stands for True. Only used
+            with ``importance``.
 
     Returns:
-        The plan; ``plan.spare`` is what nobody could take.
+        The plan. ``plan.spare`` is the part of the budget that no adapter could take.
     """
     keep: list[tuple[int, ...]] = []
     grow = [0] * len(gates)
-    had_ranks_pruned = []
+    loses_rank = []
     for i, row in enumerate(gates):
-        low = [k for k, gate in enumerate(row) if gate < prune_threshold]
-        alive = sorted(set(range(len(row))) - set(low))
-        had_ranks_pruned.append(bool(low))
-        missing = max(0, min(min_rank, len(row)) - len(alive))
+        pruned = [k for k, gate in enumerate(row) if gate < prune_threshold]
+        kept = sorted(set(range(len(row))) - set(pruned))
+        loses_rank.append(bool(pruned))
+        missing = max(0, min(min_rank, len(row)) - len(kept))
         if missing and importance is None:
-            alive = sorted(alive + low[-missing:])
+            kept = sorted(kept + pruned[-missing:])
         elif missing:
             grow[i] = missing
-        keep.append(tuple(alive))
+        keep.append(tuple(kept))
     spare = budget - sum(c * (len(k) + g) for c, k, g in zip(costs, keep, grow, strict=True))
 
     def fits(i: int) -> bool:
         return costs[i] <= spare and len(keep[i]) + grow[i] < caps[i]
 
-    receivers = [i for i in range(len(gates)) if not (exclude_pruned and had_ranks_pruned[i])]
+    receivers = [i for i in range(len(gates)) if not (exclude_pruned and loses_rank[i])]
     if importance is None:
         receivers.sort(key=lambda i: -min(gates[i]))
         while any(fits(i) for i in receivers):
@@ -154,96 +175,101 @@ def allocate(
                     grow[i] += 1
                     spare -= costs[i]
     else:
-        kept = [[row[k] for k in alive] for row, alive in zip(importance, keep, strict=True)]
+        survivors = [[row[k] for k in kept] for row, kept in zip(importance, keep, strict=True)]
         back = given_back or [0] * len(gates)
         learners = [i for i in receivers if learning is None or learning[i]]
         groups = (learners, receivers, range(len(gates)))
-        while open_ := next(filter(None, ([i for i in group if fits(i)] for group in groups)), []):
-            best = max(open_, key=lambda i: (_need(kept[i], costs[i], back[i], grow[i]), -i))
-            grow[best] += 1
-            spare -= costs[best]
+        while growable := next(filter(None, ([i for i in group if fits(i)] for group in groups)), []):
+            neediest = max(growable, key=lambda i: (_need(survivors[i], costs[i], back[i], grow[i]), -i))
+            grow[neediest] += 1
+            spare -= costs[neediest]
     return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)
 
 
-def _need(importance: Sequence[float | None], cost: int, back: int, got: float = 0) -> float:
-    """What one more rank is worth per cost to an adapter with these ranks that has ``got`` so many already, and gave so
-    many ``back`` before."""
+def _need(importance: Sequence[float | None], cost: int, given_back: int, received: float = 0) -> float:
+    """The need of an adapter for one more rank, see :func:`allocate`. ``importance`` is that of its ranks."""
     weakest = min((value for value in importance if value is not None), default=0.0)
-    return weakest / cost / math.sqrt((1 + got) * (1 + back))
+    return weakest / cost / math.sqrt((1 + received) * (1 + given_back))
 
 
 def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
-    """How many of the ranks that it was dealt each adapter has had cut again.
+    """For each adapter the number of ranks that it received at a reallocation and lost again at a later one.
 
     Args:
-        history: the ranks of all adapters, in order, at the start and after each reallocation.
+        history: the ranks of all adapters, in order: at the start and after each reallocation.
 
     Returns:
         One number for each adapter.
 
     Raises:
-        ValueError: not always the same number of adapters.
+        ValueError: the entries of ``history`` have different lengths.
     """
     found = []
     for ranks in zip(*history, strict=True):
-        dealt = back = 0
+        received = given_back = 0
         for before, after in itertools.pairwise(ranks):
-            dealt += max(0, after - before)
-            back += min(max(0, before - after), dealt - back)
-        found.append(back)
+            received += max(0, after - before)
+            given_back += min(max(0, before - after), received - given_back)
+        found.append(given_back)
     return found
 
 
-def surplus(
+def ranks_to_prune(
     importance: Sequence[Sequence[float | None]],
     costs: Sequence[int],
     *,
     margin: float,
-    most: int,
+    max_count: int,
     min_rank: int,
     caps: Sequence[int],
     given_back: Sequence[int] | None = None,
     learning: Sequence[bool] | None = None,
 ) -> list[tuple[int, ...]]:
-    """The ranks that are worth more elsewhere.
+    """Choose the ranks to be pruned because another adapter needs them more.
 
-    The least important rank per cost comes first. It is given up if its importance is below ``margin`` times the need
-    of the neediest adapter, and counts as given to that one; need is what :func:`allocate` takes for it. The first
-    rank that is not given up ends the search. Who receives gives nothing, and who gives receives nothing. Who is not
-    ``learning`` needs nothing.
+    The candidates are visited in the order of their importance per cost, the least important first. A candidate is
+    chosen if its importance per cost is below ``margin`` times the need of the neediest adapter (see :func:`allocate`),
+    which then counts as having received it. The search ends at the first candidate that is not below this bound. An
+    adapter that receives ranks gives none, and an adapter that gives ranks receives none. An adapter that is not
+    ``learning`` receives none.
 
     Args:
-        importance: for each adapter the importance of each rank, None where a rank is too young to be judged: it stays.
+        importance: for each adapter the importance of each rank; None for a rank that is too young to be judged, which
+            is never chosen.
         costs: the cost of one rank of each adapter.
-        margin: from 0, nothing is given up, to 1, whatever is less important than a need elsewhere.
-        most: no more ranks than this.
-        min_rank: ranks that every adapter keeps.
+        margin: from 0 (no rank is chosen) to 1 (any rank that is less important than a need elsewhere).
+        max_count: the largest number of ranks to choose.
+        min_rank: the smallest rank of each adapter.
         caps: the largest rank of each adapter.
-        given_back, learning: as for :func:`allocate`.
+        given_back, learning: as in :func:`allocate`.
 
     Returns:
-        For each adapter the rows to be given up, in order.
+        For each adapter the rows to be pruned, in ascending order.
     """
     back = given_back or [0] * len(costs)
     learners = [i for i in range(len(costs)) if learning is None or learning[i]]
-    needy = [(-_need(importance[i], costs[i], back[i]), i) for i in learners]
-    heapq.heapify(needy)
-    got = [0.0] * len(costs)
+    needs = [(-_need(importance[i], costs[i], back[i]), i) for i in learners]  # a heap, the neediest adapter first
+    heapq.heapify(needs)
+    received = [0.0] * len(costs)  # in ranks of the receiving adapter
     chosen: list[list[int]] = [[] for _ in costs]
-    offers = sorted(
+
+    def receives_none(i: int) -> bool:
+        return bool(chosen[i]) or len(importance[i]) + received[i] >= caps[i]
+
+    candidates = sorted(
         (value / costs[i], i, k) for i, row in enumerate(importance) for k, value in enumerate(row) if value is not None
     )
-    left = most
-    for value, i, k in offers:
-        while needy and (chosen[needy[0][1]] or len(importance[needy[0][1]]) + got[needy[0][1]] >= caps[needy[0][1]]):
-            heapq.heappop(needy)
-        if not needy or left <= 0 or not value < margin * -needy[0][0]:
+    for value, i, k in candidates:
+        while needs and receives_none(needs[0][1]):
+            heapq.heappop(needs)
+        if not needs or max_count <= 0 or not value < margin * -needs[0][0]:
             break
-        if got[i] or len(importance[i]) - len(chosen[i]) <= min_rank:
+        if received[i] or len(importance[i]) - len(chosen[i]) <= min_rank:
             continue
-        taker = needy[0][1]
+        receiver = needs[0][1]
         chosen[i].append(k)
-        left -= 1
-        got[taker] += costs[i] / costs[taker]
-        heapq.heapreplace(needy, (-_need(importance[taker], costs[taker], back[taker], got[taker]), taker))
+        max_count -= 1
+        received[receiver] += costs[i] / costs[receiver]
+        need = _need(importance[receiver], costs[receiver], back[receiver], received[receiver])
+        heapq.heapreplace(needs, (-need, receiver))
     return [tuple(sorted(rows)) for rows in chosen]

@@ -1,1 +1,1 @@
-"""The adapted linear layer: its forward, its parameters, and how rows are added and removed."""
+"""The adapted linear layer: its parameters, its forward, its changes of rank and its merging into the base weight."""

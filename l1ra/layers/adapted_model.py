@@ -1,4 +1,4 @@
-"""What a model with adapters contains: the adapters, their controller, and the other tensors that training changes."""
+"""Queries of a model with adapters: its adapters, its controller, and the other tensors that training changes."""
 
 from __future__ import annotations
 
@@ -24,33 +24,39 @@ __all__ = [
     "trained_tensors",
 ]
 
-CONTROLLER = "_l1ra_controller"  # attribute of a model
-# Heads of transformers' task models, newly initialised when a pretrained model is loaded, and the classes with one.
+CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its controller
+# Task heads of transformers, which are newly initialised when a pretrained model is loaded, and the models with one.
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 TASKS += ("ForImageClassification", "ForVideoClassification", "ForAudioClassification", "ForAudioFrameClassification")
 
 
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
-    """Every :class:`L1RALinear` of ``model`` with its name as in ``named_modules()``."""
+    """Yield the name, as in ``named_modules()``, and the module of every :class:`L1RALinear` in ``model``."""
     for name, module in model.named_modules():
         if isinstance(module, L1RALinear):
             yield name, module
 
 
 def controller_of(model: nn.Module) -> Any:
-    """The ``RankController`` of ``model``, or None."""
+    """The ``RankController`` of ``model``, or None if it has none."""
     return getattr(model, CONTROLLER, None)
 
 
 def task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """The head of a transformers model for classification or question answering, by name; empty for other models."""
+    """Name -> module of the head of a transformers model for classification or question answering.
+
+    Empty for other models.
+    """
     has_head = type(model).__name__.endswith(TASKS)
     return {name: module for name, module in model.named_children() if has_head and name in HEADS}
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules other than adapters that own trainable parameters, under each of their names."""
+    """Name -> module, for the modules other than adapters that own trainable parameters.
+
+    A shared module is listed under each of its names.
+    """
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -60,15 +66,15 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors outside of the adapters that training changes, by name in the state dict.
+    """Name in the state dict -> tensor, for the tensors outside of the adapters that training changes.
 
-    These are the trainable parameters, those inside an adapted layer too, and buffers such as the running statistics of
-    a normalisation. A tensor with several names is listed under the first.
+    These are the trainable parameters, including those of base layers, and the persistent buffers, such as the running
+    statistics of a normalisation. A shared tensor is listed under the first of its names.
     """
     adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in ADAPTER_PARAMETERS}
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
     for name, module in model.named_modules():
-        # Buffers of a linear layer are its quantised weight, which no training changes.
+        # The buffers of a linear layer hold its quantised weight, which training does not change.
         if base_features(module) is None:
             for key, value in module._buffers.items():
                 if value is not None and key not in module._non_persistent_buffers_set:
@@ -77,8 +83,10 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors that training changes, by name in the state dict: those of the adapters with all their rows, and
-    :func:`trained_tensors`."""
+    """Name in the state dict -> tensor, for all tensors that training changes.
+
+    These are the parameters of the adapters, including reserved rows, and :func:`trained_tensors`.
+    """
     adapters = {
         f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in ADAPTER_PARAMETERS
     }
@@ -86,7 +94,7 @@ def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def abbreviated(names: Collection[str]) -> str:
-    """Names for a message; of more than eight the first eight and the number of the others."""
+    """``names`` as text for a message: of more than eight, the first eight and the number of the others."""
     first = ", ".join(list(names)[:8])
     return first if len(names) <= 8 else f"{first} and {len(names) - 8} more"
 

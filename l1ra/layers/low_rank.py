@@ -1,4 +1,4 @@
-"""A gated low-rank adapter: its parameters, its scaling, and how its rank changes."""
+"""The gated low-rank adapter: its parameters, its scaling, and changes of its rank."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ from l1ra.layers.row_moves import RowMoves, row_sources
 
 __all__ = ["ADAPTER_PARAMETERS", "GatedLowRank"]
 
-ADAPTER_PARAMETERS = ("lora_A", "gate", "lora_B")  # an adapter's parameters
+ADAPTER_PARAMETERS = ("lora_A", "gate", "lora_B")  # names of an adapter's parameters
 
 
 class GatedLowRank(nn.Module):
-    """The parameters of ``s * ((x @ A.T) * g) @ B``, which stay the same objects whatever the rank becomes.
+    """The parameters of the adapter ``s * ((x @ A.T) * gate) @ B``, and changes of its rank.
 
-    Source: L1RA. ``s`` is ``alpha / rank`` (or ``alpha / sqrt(rank)``) of the rank at construction for good. With
-    ``scale_with_rank`` the gates take :attr:`rank_scaling` as a factor when the rank changes, so that in effect the
-    scaling follows it: no graph that was compiled or captured with ``s`` in it has to learn of that.
+    Source: L1RA, arXiv:2509.04884.
+
+    The scaling s is ``alpha / rank`` (or ``alpha / sqrt(rank)``) for the rank at construction, and does not change with
+    the rank. With ``scale_with_rank`` the gates are multiplied by :attr:`rank_scaling` instead. The effect is a scaling
+    that depends on the current rank, but compiled and captured graphs, in which s is a constant, stay valid.
+
+    The parameters remain the same objects when the rank changes.
 
     Attributes:
-        lora_A: Parameter ``(rows, in_features)``; ``rows`` is the rank, or ``reserve``, then 0 beyond the rank.
-        gate: Parameter ``(rows,)``, :attr:`rank_scaling` unless penalised, 1 at first; float32, or float64 where A is.
-        lora_B: Parameter ``(rows, out_features)``, 0 at first.
+        lora_A: Parameter ``(rows, in_features)``. ``rows`` is the rank, or ``reserve``; rows beyond the rank are 0.
+        gate: Parameter ``(rows,)``, :attr:`rank_scaling` (1 at construction) unless penalised. Its dtype is float64 if
+            that of A is, otherwise float32.
+        lora_B: Parameter ``(rows, out_features)``, 0 at construction.
         scaling: s.
         scale_with_rank: as in ``L1RAConfig``.
-        gate_loaded: set when a state dict with the gate was loaded, for whoever holds a copy of the gate.
+        gate_loaded: set to True when a state dict with a gate is loaded. The controller, which has a copy of the gate,
+            resets it.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        *,
+        device: torch.device | str | None,
         rank: int,
         alpha: float | None,
         rank_stabilized: bool,
@@ -48,12 +54,11 @@ class GatedLowRank(nn.Module):
         adapter_dtype: torch.dtype,
         reserve: int | None,
         generator: torch.Generator | None,
-        device: torch.device | str | None,
     ) -> None:
-        """An adapter that adds nothing yet. Arguments as of ``L1RALinear``.
+        """Arguments as in ``L1RALinear``.
 
         Raises:
-            ValueError: a rank, reserve or alpha out of its range, or no such init.
+            ValueError: rank, alpha, init or reserve is out of its range.
         """
         super().__init__()
         largest = min(in_features, out_features)
@@ -73,20 +78,19 @@ class GatedLowRank(nn.Module):
         self.set_initial_rank(rank, alpha, rank_stabilized)
         self.scale_with_rank = scale_with_rank
         self.init = init
+        rows = rank if reserve is None else reserve
         gate_dtype = torch.promote_types(adapter_dtype, torch.float32)
-        rows = self.initial_rows(rank, generator)
-        total = rank if reserve is None else reserve
-        self.lora_A = nn.Parameter(torch.zeros(total, in_features, device=device, dtype=adapter_dtype))
-        self.gate = nn.Parameter(torch.zeros(total, device=device, dtype=gate_dtype))
-        self.lora_B = nn.Parameter(torch.zeros(total, out_features, device=device, dtype=adapter_dtype))
+        self.lora_A = nn.Parameter(torch.zeros(rows, in_features, device=device, dtype=adapter_dtype))
+        self.gate = nn.Parameter(torch.zeros(rows, device=device, dtype=gate_dtype))
+        self.lora_B = nn.Parameter(torch.zeros(rows, out_features, device=device, dtype=adapter_dtype))
         with torch.no_grad():
-            self.lora_A[:rank] = rows.to(device, adapter_dtype)
+            self.lora_A[:rank] = self.initial_rows(rank, generator).to(device, adapter_dtype)
             self.gate[:rank] = 1.0
-        self._rank = None if reserve is None else rank
+        self._reserved_rank = None if reserve is None else rank  # the rank, where the shapes don't tell it
         self.gate_loaded = False
 
     def set_initial_rank(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
-        """Let ``rank`` be the one that the adapter has started with, and by which its scaling is settled."""
+        """Set the initial rank and the scaling, which depends on it."""
         self.initial_rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
@@ -100,46 +104,54 @@ class GatedLowRank(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The current rank, pruned gates that wait to be cut included."""
-        return self.lora_A.shape[0] if self._rank is None else self._rank
-
-    @property
-    def rank_scaling(self) -> float:
-        """What a gate of 1 is in :attr:`gate`: ``sqrt(initial_rank / rank)``, 1 without ``scale_with_rank``."""
-        return self._rank_scaling(self.rank)
-
-    def _rank_scaling(self, rank: int) -> float:
-        if not self.scale_with_rank:
-            return 1.0
-        # A float32, as the gates are: what B is divided by is then what the gates are multiplied by.
-        return torch.tensor(math.sqrt(self.initial_rank / rank), dtype=torch.float32).item()
+        """The current rank, including ranks whose gate is 0 that have not been pruned yet."""
+        return self.lora_A.shape[0] if self._reserved_rank is None else self._reserved_rank
 
     @property
     def reserve(self) -> int | None:
-        """The rows that the parameters have for good; None: as many as ranks."""
-        return None if self._rank is None else self.lora_A.shape[0]
+        """The constant number of rows of the parameters, or None if they have as many rows as ranks."""
+        return None if self._reserved_rank is None else self.lora_A.shape[0]
+
+    @property
+    def rank_scaling(self) -> float:
+        """The factor that :attr:`gate` contains: ``sqrt(initial_rank / rank)``, or 1 without ``scale_with_rank``."""
+        return self._rank_scaling_at(self.rank)
+
+    def _rank_scaling_at(self, rank: int) -> float:
+        if not self.scale_with_rank:
+            return 1.0
+        # Rounded to float32, the dtype of the gates: B is divided by exactly the factor by which they are multiplied.
+        return torch.tensor(math.sqrt(self.initial_rank / rank), dtype=torch.float32).item()
+
+    def gate_factor(self, rank: int) -> float:
+        """The factor by which the gates and B's gradient are multiplied, and B is divided, if the rank becomes
+        ``rank``."""
+        return self._rank_scaling_at(rank) / self.rank_scaling
 
     def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
-        """Keep the rows ``plan.keep`` in order and append ``plan.grow`` new ones: :meth:`plan_resize`, done at once."""
+        """Change the rank: prune and append rows at once. Arguments as in :meth:`plan_resize`."""
         moves = RowMoves()
         self.plan_resize(moves, plan, new_rows)
         moves.run()
 
     def plan_resize(self, moves: RowMoves, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
-        """Add to ``moves``: the rows ``plan.keep`` stay in order, then come ``plan.grow`` new ones of gate 1, B = 0.
+        """Add a change of the rank to ``moves``. Nothing changes before ``moves.run()``.
 
-        The Parameters stay the same objects, hooks included, and a gradient they hold moves along. With
-        ``scale_with_rank``, what the gates are multiplied by is taken out of B.
+        The rows ``plan.keep`` are kept, in order. ``plan.grow`` new rows follow, with gate 1 and B = 0. The parameters
+        remain the same objects with the same hooks, and their gradients are moved along. With ``scale_with_rank`` the
+        gates are multiplied by :meth:`gate_factor` and B is divided by it, so the output does not change.
 
         Args:
-            new_rows: A of the new ranks, ``(plan.grow, in_features)``; None draws them as at construction.
+            moves: collects the moves of all adapters.
+            plan: the rows to keep and the number of new rows.
+            new_rows: A of the new rows, ``(plan.grow, in_features)``. None draws them as at construction.
 
         Raises:
-            ValueError: a plan that does not fit this layer.
+            ValueError: the plan or ``new_rows`` does not fit this layer.
         """
         keep, grow = plan.keep, plan.grow
         if list(keep) != sorted(set(keep)) or any(not 0 <= k < self.rank for k in keep):
-            raise ValueError(f"keep must be rising row numbers below the rank {self.rank}, not {keep}.")
+            raise ValueError(f"keep must be row numbers below the rank {self.rank} in ascending order, not {keep}.")
         if grow < 0 or plan.rank < 1:
             raise ValueError(f"the plan leaves rank {plan.rank}: at least 1 must stay.")
         if self.reserve is not None and plan.rank > self.reserve:
@@ -157,12 +169,8 @@ class GatedLowRank(nn.Module):
         factor = self.gate_factor(plan.rank)
         if factor != 1:
             moves.afterwards(partial(self._rescale, factor))
-        if self._rank is not None:
-            moves.afterwards(partial(setattr, self, "_rank", plan.rank))
-
-    def gate_factor(self, rank: int) -> float:
-        """The factor that the gates, and B's gradient, take when the rank becomes ``rank``; B is divided by it."""
-        return self._rank_scaling(rank) / self.rank_scaling
+        if self.reserve is not None:
+            moves.afterwards(partial(setattr, self, "_reserved_rank", plan.rank))
 
     @torch.no_grad()
     def _rescale(self, factor: float) -> None:
@@ -173,18 +181,19 @@ class GatedLowRank(nn.Module):
                 param.grad.mul_(change)
 
     def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
-        """For each row of the parameters after ``plan`` the row it was before, -1 if it is new or beyond the rank."""
+        """For each row of the parameters after ``plan`` its index before, -1 for new rows and rows beyond the rank."""
         sources = row_sources(plan)
         return (*sources, *[-1] * ((self.reserve or 0) - len(sources)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint of another moment of training has other ranks: take them, as long as the layer is the same.
+        # The ranks of a checkpoint depend on the step at which it was saved. If the features agree, adopt its rank;
+        # otherwise leave the error to torch.
         params = {name: getattr(self, name) for name in ADAPTER_PARAMETERS}
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
-        ranks = {rows.shape[:1] for rows in found.values()}
-        same_layer = all(rows.shape[1:] == params[name].shape[1:] for name, rows in found.items())
-        if len(found) == len(params) and len(ranks) == 1 and same_layer:
-            rank = _live_rows(found["lora_A"], found["gate"])
+        row_counts = {saved.shape[:1] for saved in found.values()}
+        same_features = all(saved.shape[1:] == params[name].shape[1:] for name, saved in found.items())
+        if len(found) == len(params) and len(row_counts) == 1 and same_features:
+            rank = _saved_rank(found["lora_A"], found["gate"])
             rows = rank if self.reserve is None else self.reserve
             if rank <= rows:
                 if rank != self.rank:
@@ -195,7 +204,7 @@ class GatedLowRank(nn.Module):
         self.gate_loaded |= "gate" in found
 
 
-def _live_rows(a: Tensor, gate: Tensor) -> int:
-    """Rows of a saved adapter without those reserved beyond its rank, which hold nothing but 0."""
-    live = ((gate != 0) | (a != 0).any(1)).nonzero()
-    return int(live[-1]) + 1 if len(live) else gate.shape[0]
+def _saved_rank(a: Tensor, gate: Tensor) -> int:
+    """The rank of a saved adapter: the number of its rows without the reserved rows at its end, which are 0."""
+    used = ((gate != 0) | (a != 0).any(1)).nonzero()
+    return int(used[-1]) + 1 if len(used) else gate.shape[0]

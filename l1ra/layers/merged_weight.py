@@ -1,4 +1,4 @@
-"""Adding to the weight of a frozen layer, and giving it back bit for bit. Quantised weights are rounded anew."""
+"""Merging an adapter into the weight of a frozen layer, quantised or not, and restoring the weight exactly."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
-from l1ra.layers.precision import widest
+from l1ra.layers.precision import widest_float
 
 __all__ = ["OriginalWeight", "Rounding", "add_to_weight", "check_mergeable", "restore_weight"]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding to a quantised weight did, as sums of squares, which add up over layers.
+    """The rounding error of merging into quantised weights, as sums of squares over their elements.
+
+    The roundings of several layers can be added. ``str()`` gives the text of a warning.
 
     Attributes:
-        kind: ``"4-bit"``, ``"8-bit"`` or both.
-        error: of the rounded weight less the one that was to be stored.
-        change: of the change that was to be made.
-        weight: of the weight that was to be stored.
+        kind: ``"4-bit"``, ``"8-bit"`` or ``"4-bit and 8-bit"``.
+        error: sum of squares of the difference between the quantised and the exact merged weight.
+        change: sum of squares of the change by the adapter.
+        weight: sum of squares of the exact merged weight.
     """
 
     kind: str
@@ -36,31 +38,43 @@ class Rounding:
     def __str__(self) -> str:
         error, change = ((part / self.weight) ** 0.5 if self.weight else 0.0 for part in (self.error, self.change))
         return (
-            f"merged into {self.kind} weights: rounding them anew changes them by {error:.2%} of their norm, the "
-            f"adapters by {change:.2%}. So much do the outputs differ now; unmerge() gives the old bits back, and "
-            "l1ra.export_peft keeps the adapters apart."
+            f"merged into {self.kind} weights: quantising them again changes them by {error:.2%} of their norm, the "
+            f"adapters by {change:.2%}. The outputs differ by about as much now. unmerge() restores the original bits, "
+            "and l1ra.export_peft keeps the adapters apart."
         )
 
 
 @dataclass(frozen=True)
 class OriginalWeight:
-    """A weight as it was before something was added: a copy of it, or of quantised ones the very objects."""
+    """A weight before the merge.
+
+    Attributes:
+        weight: a copy, or for a quantised weight the original Parameter.
+        state: for an 8-bit weight ``CB`` and ``SCB`` of the state of its layer.
+    """
 
     weight: Tensor
     state: tuple[Tensor | None, ...] = ()
 
 
 def check_mergeable(base: nn.Module, name: str = "the adapter") -> None:
-    """Raise a TypeError if nothing can be added to the weight of ``base``, whose adapter is called ``name``."""
-    why = _obstacle(base)
-    if why:
+    """Check that an adapter can be merged into the weight of ``base``.
+
+    Args:
+        name: name of the adapter, for the message.
+
+    Raises:
+        TypeError: it can't; the message says why.
+    """
+    reason = _why_not_mergeable(base)
+    if reason:
         raise TypeError(
-            f"{name} can't be merged: {why}. Load the model in a floating-point dtype to merge, or keep the adapters "
-            "apart: l1ra.export_peft(model, directory)."
+            f"{name} can't be merged: {reason}. Load the model in a floating-point dtype to merge, or keep the "
+            "adapters apart: l1ra.export_peft(model, directory)."
         )
 
 
-def _obstacle(base: nn.Module) -> str:
+def _why_not_mergeable(base: nn.Module) -> str:
     kind, weight = bnb_kind(base), base._parameters.get("weight")
     if kind == "4-bit" and weight.quant_state is None:
         return "its weight is not quantised yet"
@@ -81,65 +95,72 @@ def _obstacle(base: nn.Module) -> str:
 
 @torch.no_grad()
 def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[OriginalWeight, Rounding | None]:
-    """Add ``delta``, in the layout of the weight, in the wider dtype of the two, and round once.
+    """Add ``delta`` to the weight of ``base``, in place.
 
-    A 4-bit or 8-bit weight of bitsandbytes is dequantised for that and quantised anew with the settings it had.
+    The sum is computed in the wider of the two dtypes and rounded once. A 4-bit or 8-bit weight of bitsandbytes is
+    dequantised, and the sum is quantised with the same settings.
+
+    Args:
+        delta: in the shape of the weight, or ``(out_features, in_features)`` for a quantised weight.
 
     Returns:
-        What :func:`give_back` needs; what rounding did to a quantised weight, None for any other.
+        The original weight for :func:`restore_weight`, and the rounding error of a quantised weight, None for any other
+        weight.
 
     Raises:
-        TypeError: as :func:`check_mergeable`.
+        TypeError: nothing can be added to the weight, see :func:`check_mergeable`.
     """
     check_mergeable(base)
     kind, old = bnb_kind(base), base.weight
     if not kind:
-        kept = OriginalWeight(old.detach().clone())
+        original = OriginalWeight(old.detach().clone())
         wide = torch.promote_types(delta.dtype, old.dtype)
         old.copy_(old.to(wide) + delta.to(wide))
-        return kept, None
-    kept = OriginalWeight(old) if kind == "4-bit" else OriginalWeight(old, (base.state.CB, base.state.SCB))
-    wanted = _dequantised(old, base)
-    wanted = wanted + delta.to(wanted.dtype)
-    new = _quantised_like(old, wanted)
+        return original, None
+    original = OriginalWeight(old) if kind == "4-bit" else OriginalWeight(old, (base.state.CB, base.state.SCB))
+    exact = _dequantised(old, base)
+    exact = exact + delta.to(exact.dtype)
+    new = _quantised_like(old, exact)
     error, change, weight = (
-        part.to(widest(part.device)).square().sum().item() for part in (_dequantised(new, base) - wanted, delta, wanted)
+        part.to(widest_float(part.device)).square().sum().item()
+        for part in (_dequantised(new, base) - exact, delta, exact)
     )
     base.weight = new
     if kind == "4-bit":
         new.module, base.quant_state = base, new.quant_state
-    return kept, Rounding(kind, error, change, weight)
+    return original, Rounding(kind, error, change, weight)
 
 
 @torch.no_grad()
-def restore_weight(base: nn.Module, kept: OriginalWeight) -> None:
-    """Undo :func:`add_to_weight`, bit for bit."""
+def restore_weight(base: nn.Module, original: OriginalWeight) -> None:
+    """Undo :func:`add_to_weight`: the weight has its original bits again."""
     kind, device = bnb_kind(base), base.weight.device
     if not kind:
-        base.weight.copy_(kept.weight)
+        base.weight.copy_(original.weight)
         return
-    base.weight = kept.weight if kept.weight.device == device else kept.weight.to(device)
+    base.weight = original.weight if original.weight.device == device else original.weight.to(device)
     if kind == "4-bit":
         base.quant_state = base.weight.quant_state
     else:
-        base.state.CB, base.state.SCB = (None if part is None else part.to(device) for part in kept.state)
+        base.state.CB, base.state.SCB = (None if part is None else part.to(device) for part in original.state)
 
 
 def _dequantised(weight: nn.Parameter, base: nn.Module) -> Tensor:
-    """``weight`` of ``base`` as ``(out_features, in_features)``, float32."""
+    """``weight``, in the format of ``base``, as ``(out_features, in_features)`` float32."""
     from bitsandbytes import functional
 
     if bnb_kind(base) == "4-bit":
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    # The scales move from the weight to the state of the layer at its first call.
+    # bitsandbytes moves the scales from the weight to the state of the layer at the first call of the layer.
     return functional.int8_vectorwise_dequant(weight.data, base.state.SCB if weight.SCB is None else weight.SCB)
 
 
-def _quantised_like(old: nn.Parameter, wanted: Tensor) -> nn.Parameter:
+def _quantised_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """``values``, ``(out_features, in_features)``, quantised with the settings of ``old`` and on its device."""
     if hasattr(old, "quant_state"):
         settings = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        new = type(old)(wanted.to(old.quant_state.dtype), **{name: getattr(old, name) for name in settings})
+        new = type(old)(values.to(old.quant_state.dtype), **{name: getattr(old, name) for name in settings})
     else:
-        # Only what comes from the CPU is quantised.
-        new = type(old)(wanted.cpu(), requires_grad=False, has_fp16_weights=False)
+        # Int8Params.to quantises a floating-point weight only if it is on the CPU.
+        new = type(old)(values.cpu(), requires_grad=False, has_fp16_weights=False)
     return new.to(old.device)

@@ -1,4 +1,4 @@
-"""A frozen weight with padding behind its columns, into which the kernels write the adapter: one product does both."""
+"""Padded storage of a frozen weight: with the adapter in the padding, a single product computes the layer."""
 
 from __future__ import annotations
 
@@ -9,55 +9,58 @@ from torch import Tensor, nn
 
 __all__ = ["PaddedWeight", "padding_pays_off"]
 
-COLUMNS = 128  # as many as the widest bundle of adapters has ranks
+PADDING = 128  # columns; the largest sum of ranks that the kernels compute together
 
 
 def padding_pays_off(in_features: int, out_features: int) -> bool:
-    """Whether copying the input, which one product needs, moves clearly fewer bytes than writing the output twice."""
+    """Whether a padded weight saves memory traffic, that is, whether the output is clearly larger than the input.
+
+    With padding a single product suffices, but it needs a copy of the input. Without it the output is written twice.
+    """
     return out_features >= 1.5 * in_features
 
 
 class PaddedWeight:
-    """Keeps the weight of a ``nn.Linear`` as the first columns of a wider memory; the Parameter is the same object.
+    """Keeps the weight of an ``nn.Linear`` as the first columns of a wider tensor. The Parameter is the same object.
 
-    The memory is made when it is first asked for, and anew when the weight has been moved or cast since.
+    The tensor is allocated at the first call of :meth:`storage`, and again after the weight was moved or cast.
     """
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._storage: Tensor | None = None
         self._hook: Any = None
 
     def __reduce__(self) -> tuple:
-        # A copied weight is no longer a part of its memory.
+        # A copied or unpickled weight is no longer a view of the padded tensor.
         return (PaddedWeight, ())
 
     @torch.no_grad()
     def storage(self, base: nn.Linear) -> Tensor:
-        """``(out_features, in_features + COLUMNS)``, whose first columns are ``base.weight``."""
-        weight, memory = base.weight, self._memory
-        if memory is None or (memory.data_ptr(), memory.dtype) != (weight.data_ptr(), weight.dtype):
+        """The padded tensor ``(out_features, in_features + PADDING)``, whose first columns are ``base.weight``."""
+        weight, storage = base.weight, self._storage
+        if storage is None or (storage.data_ptr(), storage.dtype) != (weight.data_ptr(), weight.dtype):
             rows, columns = weight.shape
-            memory = weight.new_empty(rows, columns + COLUMNS)
-            memory[:, :columns] = weight
-            # Its values are the same: a graph that holds the weight may go on.
+            storage = weight.new_empty(rows, columns + PADDING)
+            storage[:, :columns] = weight
+            # The values don't change, so a graph that has saved the weight remains valid.
             with torch.autograd._unsafe_preserve_version_counter(weight):
-                weight.set_(memory[:, :columns])
-            self._memory = memory
+                weight.set_(storage[:, :columns])
+            self._storage = storage
         if self._hook is None:
-            self._hook = base.register_state_dict_post_hook(_save_plainly)
-        return self._memory
+            self._hook = base.register_state_dict_post_hook(_make_weight_contiguous)
+        return self._storage
 
     @torch.no_grad()
     def remove(self, base: nn.Linear) -> None:
-        """Store the weight as it was, without room."""
-        if self._memory is not None:
+        """Store the weight of ``base`` without padding again."""
+        if self._storage is not None:
             base.weight.set_(base.weight.contiguous())
-            self._memory = None
+            self._storage = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
 
-def _save_plainly(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    # Savers write the whole memory of a view, or refuse it.
+def _make_weight_contiguous(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    # torch.save writes the whole storage of a view, and safetensors refuses a view.
     state_dict[prefix + "weight"] = state_dict[prefix + "weight"].contiguous()

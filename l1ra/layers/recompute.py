@@ -1,4 +1,4 @@
-"""A recompute under activation checkpointing is its forward once more: what was decided in the forward is repeated."""
+"""Activation checkpointing: a recompute repeats the decisions of its forward, instead of deciding anew."""
 
 from __future__ import annotations
 
@@ -13,50 +13,57 @@ __all__ = ["active_saved_tensor_hooks", "in_backward", "repeat_decision"]
 
 T = TypeVar("T")
 
-# Since torch 2.8. Without it nothing is repeated, and regions that are checkpointed apart can't be told apart.
+# Available since torch 2.8. In older versions no checkpointed region is recognised, and no decision is repeated.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
-# Of each region that is checkpointed: torch's record of it, and what was decided in it.
-_decided: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+# torch's record of a checkpointed region -> the decisions of its forward.
+_decisions: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def in_backward() -> bool:
-    """Whether this thread carries out a backward: what is a forward there is a recompute."""
+    """Whether this thread is running a backward. A forward within a backward is a recompute."""
     return torch._C._current_graph_task_id() != -1
 
 
 def active_saved_tensor_hooks() -> Any:
-    """Who takes what is saved for the backward now, such as a checkpointed region: an object of its own for each, or
-    None where autograd keeps it."""
+    """The pack hook that currently receives the tensors saved for the backward, or None if there is none.
+
+    Each checkpointed region has its own hook object.
+    """
     hooks = _top_hooks(False)
     return None if hooks is None else hooks[0]
 
 
-def repeat_decision(what: Hashable, decide: Callable[[], T], otherwise: Callable[[], T] | None = None) -> T:
-    """``decide()``; in the recompute of a checkpointed region what it was in the forward of the region.
+def repeat_decision(key: Hashable, decide: Callable[[], T], default: Callable[[], T] | None = None) -> T:
+    """Return ``decide()``, or in the recompute of a checkpointed region the result that it had in the forward.
 
-    Whatever else has been decided since for ``what``, in other regions or outside of any, does not matter.
+    The result does not depend on decisions made for ``key`` in other regions or outside of any region.
 
     Args:
-        otherwise: what a recompute takes where the forward has decided nothing; None: ``decide()``.
+        key: identifies the decision within the region.
+        decide: makes the decision.
+        default: called instead of ``decide`` in a recompute whose forward has made no decision for ``key``. None:
+            ``decide`` itself.
     """
     if torch.compiler.is_compiling():
         return decide()
-    region, again = _region()
+    region, is_recompute = _region()
     if region is None:
         return decide()
-    decided = _decided.setdefault(region, {})
-    if not again:
-        decided[what] = decide()
-    elif what not in decided:
-        return (otherwise or decide)()
-    return decided[what]
+    decisions = _decisions.setdefault(region, {})
+    if not is_recompute:
+        decisions[key] = decide()
+    elif key not in decisions:
+        return (default or decide)()
+    return decisions[key]
 
 
 def _region() -> tuple[Any, bool]:
-    """The checkpointed region that is computed here, the same object in forward and recompute, and whether this is the
-    recompute; None where there is none, or a reentrant one, whose recompute need not save the same tensors.
+    """The innermost checkpointed region that is running, and whether it is being recomputed.
 
-    torch tells nobody; its hooks know it as a variable of theirs.
+    The region is represented by the same object in the forward and in the recompute. It is None outside of checkpointed
+    regions, and in regions with ``use_reentrant=True``, whose recompute may save other tensors than their forward.
+
+    torch has no public API for this: the object is found among the variables of the region's hooks.
     """
     hooks = active_saved_tensor_hooks()
     if getattr(hooks, "__module__", "") == "torch.utils.checkpoint":

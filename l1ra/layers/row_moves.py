@@ -1,4 +1,4 @@
-"""Moves of rows, collected from whoever holds tensors with a row a rank, and done all together."""
+"""Row moves of tensors with one row per rank: collected first, then performed by one op."""
 
 from __future__ import annotations
 
@@ -14,33 +14,43 @@ __all__ = ["RowMoves", "row_sources"]
 
 
 def row_sources(plan: LayerPlan) -> tuple[int, ...]:
-    """For each row after the plan the row it was before, -1 for a new one."""
+    """For each row after the plan its index before the plan, -1 for a new row."""
     return (*plan.keep, *[-1] * plan.grow)
 
 
 class RowMoves:
-    """What shall move. Nothing is touched before :meth:`run`, which moves the rows of all tensors by one op."""
+    """Row moves of any number of tensors. No tensor changes before :meth:`run` performs all moves in one op."""
 
     def __init__(self) -> None:
         self._moves: list[tuple[Tensor, Sequence[int], float]] = []
-        self._takers: list[Callable[[Tensor], object]] = []
-        self._after: list[Callable[[], object]] = []
+        self._stores: list[Callable[[Tensor], object]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
-    def add(self, rows: Tensor, sources: Sequence[int], fill: float, take: Callable[[Tensor], object]) -> None:
-        """``rows`` will move to ``sources`` (-1: a new row of ``fill``), and ``take`` get the moved tensor."""
-        self._moves.append((rows.detach(), sources, fill))
-        self._takers.append(take)
+    def add(self, tensor: Tensor, sources: Sequence[int], fill: float, store: Callable[[Tensor], object]) -> None:
+        """Add a move of the rows of ``tensor``.
+
+        Args:
+            tensor: ``(rows, ...)``.
+            sources: for each row of the result its index in ``tensor``, or -1 for a new row.
+            fill: the value of new rows.
+            store: called with the result, ``(len(sources), ...)``.
+        """
+        self._moves.append((tensor.detach(), sources, fill))
+        self._stores.append(store)
 
     def add_parameter(
         self, param: nn.Parameter, sources: Sequence[int], new: slice = slice(0), new_rows: Tensor | None = None
     ) -> None:
-        """``param`` will move, its gradient too, and stay the same object, in the same memory if it keeps its shape.
+        """Add a move of the rows of ``param`` and of its gradient.
+
+        The Parameter remains the same object. If its shape does not change, its memory remains the same, too.
 
         Args:
-            new: the rows that will be ``new_rows`` then; all others that are new will be 0.
+            sources: as in :meth:`add`.
+            new: the rows of the result that are set to ``new_rows``. All other new rows are 0.
         """
 
-        def take(moved: Tensor) -> None:
+        def store(moved: Tensor) -> None:
             if new_rows is not None:
                 moved[new] = new_rows.to(moved)
             if moved.shape == param.shape:
@@ -49,25 +59,26 @@ class RowMoves:
                 param.grad = None
                 param.set_(moved)
 
-        def take_grad(moved: Tensor) -> None:
+        def store_grad(moved: Tensor) -> None:
             if param.grad is None:
                 param.grad = moved
             else:
                 param.grad.copy_(moved)
 
-        self.add(param, sources, 0.0, take)
+        self.add(param, sources, 0.0, store)
         if param.grad is not None:
-            self.add(param.grad, sources, 0.0, take_grad)
+            self.add(param.grad, sources, 0.0, store_grad)
 
-    def afterwards(self, action: Callable[[], object]) -> None:
-        """``action`` will be called when all rows have moved."""
-        self._after.append(action)
+    def afterwards(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` once all rows have been moved."""
+        self._callbacks.append(callback)
 
     @torch.no_grad()
     def run(self) -> None:
-        """Move everything, in the order in which it was added."""
+        """Perform all moves, then the callbacks, in the order in which they were added."""
         if self._moves:
-            for take, moved in zip(self._takers, dispatch.move_rows_many(*zip(*self._moves, strict=True)), strict=True):
-                take(moved)
-        for action in self._after:
-            action()
+            results = dispatch.move_rows_many(*zip(*self._moves, strict=True))
+            for store, moved in zip(self._stores, results, strict=True):
+                store(moved)
+        for callback in self._callbacks:
+            callback()

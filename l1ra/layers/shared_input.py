@@ -1,8 +1,9 @@
-"""Adapted layers that read the same input, computed together: x is read once for all of them, forward and backward.
+"""Joint computation of adapted layers that read the same input, such as q, k and v of an attention.
 
-Nothing but the time may tell. So who is computed together with a graph changes only once the parameters have been
-stepped, and a recompute repeats its forward. With dropout each layer computes alone: its mask is drawn when it is
-called, whoever is called besides.
+The input is read once for all of these layers, in the forward and in the backward. Results must not depend on whether
+layers are computed jointly. Therefore the layers that are computed jointly with a graph change only after the
+parameters have been written to, as by an optimizer step, and a recompute repeats what its forward did. With dropout
+each layer is computed alone, because its mask is drawn when it is called, whichever other layers are called.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from l1ra.layers.recompute import active_saved_tensor_hooks, in_backward, repeat_decision
 from l1ra_kernels import dispatch
 
-__all__ = ["SharedInput", "learn_groups", "learned_groups", "share_inputs"]
+__all__ = ["SharedInput", "learned_groups", "load_groups", "share_inputs"]
 
-MISSES = 3  # computed for nothing so many times in a row, a layer computes alone after the next step
+MAX_UNUSED = 3  # times in a row; a layer with so many unused outputs is computed alone from the next step on
 
 
-class Sharer(Protocol):
-    """What is asked of a layer: ``L1RALinear`` has it."""
+class SharingLayer(Protocol):
+    """The part of ``L1RALinear`` that is used here."""
 
     in_features: int
-    dropout_now: float
+    dropout_p: float
     parameter_version: int
     output_version: tuple
     lora_A: Tensor
@@ -39,27 +40,28 @@ class Sharer(Protocol):
     def kernel_inputs(self) -> dispatch.Layer: ...
 
 
-class _Seen:
-    """An input, to be recognised: the same tensor, not written to since, and with the graph kept by the same one."""
+class _InputIdentity:
+    """Recognises an input: the same tensor object, not written to since, whose graph is saved by the same hooks."""
 
     def __init__(self, x: Tensor) -> None:
         hooks = active_saved_tensor_hooks()
         self._x = weakref.ref(x)
-        self._hooks = None if hooks is None else _weakly(hooks)
+        self._hooks = None if hooks is None else _weak_reference(hooks)
         self._state = self._state_of(x)
 
     @staticmethod
     def _state_of(x: Tensor) -> tuple:
         return x._version, x.requires_grad, torch.is_grad_enabled()
 
-    def __call__(self, x: Tensor) -> bool:
+    def matches(self, x: Tensor) -> bool:
+        """Whether ``x`` is this input."""
         hooks = active_saved_tensor_hooks()
-        kept_alike = self._hooks is None if hooks is None else self._hooks is not None and self._hooks() is hooks
-        return kept_alike and self._x() is x and self._state == self._state_of(x)
+        same_hooks = self._hooks is None if hooks is None else self._hooks is not None and self._hooks() is hooks
+        return same_hooks and self._x() is x and self._state == self._state_of(x)
 
 
-def _weakly(hooks: Any) -> Callable[[], Any]:
-    """Those of a checkpointed region hold its inputs: they must not be kept."""
+def _weak_reference(hooks: Any) -> Callable[[], Any]:
+    """A weak reference where possible: the hooks of a checkpointed region hold its inputs, which must be freed."""
     try:
         return weakref.ref(hooks)
     except TypeError:
@@ -67,146 +69,168 @@ def _weakly(hooks: Any) -> Callable[[], Any]:
 
 
 class _Group:
-    """A layer that leads, and those that follow it."""
+    """The layers that follow a leading layer: its followers have been called with the same input after it.
 
-    def __init__(self, leader: Sharer, followers: Sequence[Sharer] = ()) -> None:
-        self.learned: dict[Sharer, None] = dict.fromkeys(followers)  # as far as the calls have shown
-        self._settled = tuple(followers)  # what was learned when the parameters were stepped the last time
+    Attributes:
+        learned: the followers observed in the calls so far; a dict used as an ordered set.
+    """
+
+    def __init__(self, leader: SharingLayer, followers: Sequence[SharingLayer] = ()) -> None:
+        self.learned: dict[SharingLayer, None] = dict.fromkeys(followers)
+        self._at_last_step = tuple(followers)  # a copy of learned at the last step of the parameters
         self._stepped_at = leader.parameter_version
 
-    def followers(self, leader: Sharer) -> tuple[Sharer, ...]:
-        """Who is computed together with ``leader`` now."""
+    def followers(self, leader: SharingLayer) -> tuple[SharingLayer, ...]:
+        """The layers to be computed jointly with ``leader`` now."""
         if not torch.is_grad_enabled():
             return tuple(self.learned)
-        # Within a backward a step may be that of an optimizer which steps there; a reentrant recompute is free to go by
-        # it, for it is held to no number of tensors.
+        # Some optimizers step within the backward. A recompute within that backward must not use the new followers,
+        # unless it is reentrant: then it need not save as many tensors as its forward.
         if leader.parameter_version != self._stepped_at and not (
             in_backward() and active_saved_tensor_hooks() is not None
         ):
-            self._settled, self._stepped_at = tuple(self.learned), leader.parameter_version
-        return self._settled
+            self._at_last_step, self._stepped_at = tuple(self.learned), leader.parameter_version
+        return self._at_last_step
 
 
-class _Offer(NamedTuple):
-    """What a leader has computed for its followers: of each the output, and the version of the layer. An output of
-    parameters that have been written to since is no good."""
+class _Precomputed(NamedTuple):
+    """The outputs that a leader has computed for its followers.
 
-    seen: _Seen
-    outputs: dict[Sharer, tuple[Tensor, tuple]]
+    Attributes:
+        input: the input from which they were computed.
+        outputs: for each follower its output, and its ``output_version`` at that time. An output is invalid if that
+            version has changed.
+    """
+
+    input: _InputIdentity
+    outputs: dict[SharingLayer, tuple[Tensor, tuple]]
 
 
-class _Now(threading.local):
-    """What a thread is at: the layer that led last, its input, and what is on offer."""
+class _ThreadState(threading.local):
+    """State of one thread: the last leader, the input of its last call, and the precomputed outputs."""
 
-    leader: Sharer | None = None
-    seen: _Seen | None = None
-    offer: _Offer | None = None
+    leader: SharingLayer | None = None
+    input: _InputIdentity | None = None
+    precomputed: _Precomputed | None = None
 
 
 class SharedInput:
-    """The adapted layers of one parent module, such as q, k, v and o of an attention.
+    """The adapted layers of one parent module, such as q, k, v and o of an attention, and which of them share inputs.
 
-    Who shares with whom is learned from the calls: a layer that gets the very tensor that another one got just before
-    follows that one. Once the parameters have been stepped, or at once where no graph is kept, the leader computes the
-    outputs of its followers along with its own, and they take them when they are called with the same tensor. A
-    follower whose outputs go unused several times in a row computes alone again.
+    Groups are learned from the calls. The first layer that is called with a tensor is the leader; the layers that are
+    called next with the same tensor are its followers. From the next step of the parameters on (without a graph:
+    immediately) the leader computes the outputs of its followers together with its own. A follower returns that output
+    when it is called with the same tensor. A follower whose outputs remain unused several times in a row is computed
+    alone again.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[Sharer, _Group] = {}
-        self._misses: dict[Sharer, int] = {}
-        self._now = _Now()
+        self._groups: dict[SharingLayer, _Group] = {}
+        self._unused: dict[SharingLayer, int] = {}
+        self._thread = _ThreadState()
 
     def __reduce__(self) -> tuple:
-        # What was learned names layers of one model; a copy learns anew.
+        # The groups refer to the layers of one model. A copy learns its own.
         return (SharedInput, ())
 
-    def take(self, layer: Sharer, x: Tensor) -> Tensor | None:
-        """The output of ``layer``, or None if it has to compute alone. Called with a fused dense path only."""
-        if torch.compiler.is_compiling() or layer.dropout_now:
+    def output_for(self, layer: SharingLayer, x: Tensor) -> Tensor | None:
+        """The output of ``layer`` for ``x``, or None if it has to be computed alone.
+
+        Only called if the path of ``layer`` is fused and dense.
+        """
+        if torch.compiler.is_compiling() or layer.dropout_p:
             return None
-        # Tensors of inference mode don't tell whether they were written to.
+        # Inference tensors have no version counter: writes to them can't be detected.
         if x.is_inference() or layer.weight.is_inference() or layer.lora_A.is_inference():
             return None
-        now = self._now
-        if now.offer is not None and layer in now.offer.outputs and now.offer.seen(x):
-            output, version = now.offer.outputs.pop(layer)
+        state = self._thread
+        if state.precomputed is not None and layer in state.precomputed.outputs and state.precomputed.input.matches(x):
+            output, version = state.precomputed.outputs.pop(layer)
             if version == layer.output_version:
-                self._misses[layer] = 0
+                self._unused[layer] = 0
                 return output
-        if now.leader is None or now.leader is layer or not now.seen(x):
+        if state.leader is None or state.leader is layer or not state.input.matches(x):
             return self._lead(layer, x)
-        learned = self._groups[now.leader].learned
-        if not (layer in learned or self.gave_up(layer) or in_backward()):
+        learned = self._groups[state.leader].learned
+        if not (layer in learned or self.computes_alone(layer) or in_backward()):
             learned[layer] = None
         return None
 
-    def _lead(self, layer: Sharer, x: Tensor) -> Tensor | None:
-        now = self._now
+    def _lead(self, layer: SharingLayer, x: Tensor) -> Tensor | None:
+        """Make ``layer`` the leader, and compute its output and those of its followers; None if it has none."""
+        state = self._thread
         group = self._groups.get(layer)
         if group is None:
             group = self._groups.setdefault(layer, _Group(layer))
-        now.leader, now.seen = layer, _Seen(x)
-        followers = repeat_decision((self, layer), lambda: group.followers(layer), otherwise=tuple)
-        fit = [layer, *(follower for follower in followers if self._fits(follower, layer, x))]
-        if len(fit) == 1:
+        state.leader, state.input = layer, _InputIdentity(x)
+        followers = repeat_decision((self, layer), lambda: group.followers(layer), default=tuple)
+        joint = [layer, *(follower for follower in followers if self._can_join(follower, layer, x))]
+        if len(joint) == 1:
             return None
-        _withdraw_last()
-        outputs = dispatch.gated_linears(x, [m.kernel_inputs() for m in fit], 0.0, dispatch.CHAIN)
-        now.offer = _Offer(now.seen, {m: (y, m.output_version) for m, y in zip(fit[1:], outputs[1:], strict=True)})
-        _offering.last = weakref.ref(self)
+        _discard_last_precomputed()
+        outputs = dispatch.gated_linears(x, [m.kernel_inputs() for m in joint], 0.0, dispatch.CHAIN)
+        state.precomputed = _Precomputed(
+            state.input, {m: (y, m.output_version) for m, y in zip(joint[1:], outputs[1:], strict=True)}
+        )
+        _last.sharing = weakref.ref(self)
         return outputs[0]
 
-    def withdraw(self) -> None:
-        """Drop the outputs that nobody in this thread has taken."""
-        unused, self._now.offer = () if self._now.offer is None else self._now.offer.outputs, None
+    def discard_precomputed(self) -> None:
+        """Drop the precomputed outputs that have not been used in this thread."""
+        unused = () if self._thread.precomputed is None else self._thread.precomputed.outputs
+        self._thread.precomputed = None
         if in_backward():
             return
         for layer in unused:
-            self._misses[layer] = self._misses.get(layer, 0) + 1
-            if self.gave_up(layer):
+            self._unused[layer] = self._unused.get(layer, 0) + 1
+            if self.computes_alone(layer):
                 for group in tuple(self._groups.values()):
                     group.learned.pop(layer, None)
 
-    def learned(self) -> dict[Sharer, list[Sharer]]:
-        """Leaders and who follows them, as far as the calls have shown."""
+    def learned(self) -> dict[SharingLayer, list[SharingLayer]]:
+        """Leader -> its followers, as observed in the calls so far."""
         return {leader: list(group.learned) for leader, group in tuple(self._groups.items()) if group.learned}
 
-    def learn(self, groups: Mapping[Sharer, Sequence[Sharer]]) -> None:
-        """Go on from what was :meth:`learned` elsewhere, from the next forward on."""
+    def load(self, groups: Mapping[SharingLayer, Sequence[SharingLayer]]) -> None:
+        """Replace the groups by a result of :meth:`learned`, from the next forward on."""
         self._groups = {leader: _Group(leader, followers) for leader, followers in groups.items()}
 
-    def partners(self, layer: Sharer) -> list[Sharer]:
-        """The layers that share an input with ``layer``, as far as the calls have shown."""
+    def partners(self, layer: SharingLayer) -> list[SharingLayer]:
+        """The layers that share an input with ``layer``, as observed in the calls so far."""
         for leader, followers in self.learned().items():
             if layer is leader or layer in followers:
                 return [other for other in (leader, *followers) if other is not layer]
         return []
 
-    def gave_up(self, layer: Sharer) -> bool:
-        """Whether ``layer`` was computed for nothing too often."""
-        return self._misses.get(layer, 0) >= MISSES
+    def computes_alone(self, layer: SharingLayer) -> bool:
+        """Whether ``layer`` is computed alone because its precomputed outputs remained unused too often."""
+        return self._unused.get(layer, 0) >= MAX_UNUSED
 
     @staticmethod
-    def _fits(layer: Sharer, leader: Sharer, x: Tensor) -> bool:
+    def _can_join(layer: SharingLayer, leader: SharingLayer, x: Tensor) -> bool:
         path = layer.call_path(x)
         dense = path is not None and path.fused and path.dense
-        return dense and not layer.dropout_now and layer.sharing is leader.sharing
+        return dense and not layer.dropout_p and layer.sharing is leader.sharing
 
 
-# An output that nobody takes holds the graph of its forward. There is one offer at a time, so that a forward which was
-# broken off, by an out-of-memory error say, takes no memory any more when the batch is tried again.
-_offering = threading.local()
+# The SharedInput of this thread that has precomputed outputs. An unused output holds the graph of its forward. Only one
+# SharedInput has any at a time. So a forward that was interrupted, e.g. by an out-of-memory error, occupies no memory
+# any more when the batch is tried again.
+_last = threading.local()
 
 
-def _withdraw_last() -> None:
-    last = getattr(_offering, "last", lambda: None)()
+def _discard_last_precomputed() -> None:
+    last = getattr(_last, "sharing", lambda: None)()
     if last is not None:
-        last.withdraw()
+        last.discard_precomputed()
 
 
-def learned_groups(adapters: Mapping[str, Sharer]) -> dict[str, list[str]]:
-    """What all layers have learned, by name: it decides in which order gradients are summed, to the last bit."""
+def learned_groups(adapters: Mapping[str, SharingLayer]) -> dict[str, list[str]]:
+    """Name of each leader -> names of its followers.
+
+    The groups determine the order in which gradients are summed, and so their last bits. They are part of a checkpoint
+    for that reason.
+    """
     names = {layer: name for name, layer in adapters.items()}
     return {
         names[leader]: [names[layer] for layer in followers]
@@ -215,24 +239,34 @@ def learned_groups(adapters: Mapping[str, Sharer]) -> dict[str, list[str]]:
     }
 
 
-def learn_groups(adapters: Mapping[str, Sharer], groups: Mapping[str, Sequence[str]]) -> None:
-    """Go on from :func:`learned_groups` of a model like this one; layers that are no siblings here stay apart."""
+def load_groups(adapters: Mapping[str, SharingLayer], groups: Mapping[str, Sequence[str]]) -> None:
+    """Replace the groups by a result of :func:`learned_groups`, which may be of another model of the same structure.
+
+    Layers that do not belong to one :class:`SharedInput` are not put into one group.
+    """
     for sharing in _sharings(adapters):
-        mine = {name: layer for name, layer in adapters.items() if layer.sharing is sharing}
-        sharing.learn(
-            {mine[n]: [mine[f] for f in followers if f in mine] for n, followers in groups.items() if n in mine}
+        members = {name: layer for name, layer in adapters.items() if layer.sharing is sharing}
+        sharing.load(
+            {
+                members[leader]: [members[f] for f in followers if f in members]
+                for leader, followers in groups.items()
+                if leader in members
+            }
         )
 
 
-def _sharings(adapters: Mapping[str, Sharer]) -> list[SharedInput]:
+def _sharings(adapters: Mapping[str, SharingLayer]) -> list[SharedInput]:
     return list(dict.fromkeys(layer.sharing for layer in adapters.values() if layer.sharing is not None))
 
 
-def share_inputs(model: nn.Module, adapters: Iterable[Sharer]) -> None:
-    """Give the adapted children of one parent that take inputs of one size a :class:`SharedInput`."""
+def share_inputs(model: nn.Module, adapters: Iterable[SharingLayer]) -> None:
+    """Set ``sharing`` of the adapted layers of ``model``.
+
+    Adapted layers with the same parent module and the same ``in_features`` get a common :class:`SharedInput`.
+    """
     chosen = set(adapters)
     for parent in model.modules():
-        children: dict[int, list[Sharer]] = {}
+        children: dict[int, list[SharingLayer]] = {}
         for child in parent.children():
             if child in chosen:
                 children.setdefault(child.in_features, []).append(child)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
-from l1ra.allocation.plan import spread
+from l1ra.allocation.plan import spread_evenly
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
 from l1ra.layers.adapted_model import controller_of, find_adapters
@@ -90,7 +90,7 @@ def patch(
     if low is not None:
         raise ValueError(f"min_rank {config.min_rank} is above the largest rank of {list(targets)[low]}, {caps[low]}.")
     costs = [rank_cost(*size, config) for size in sizes]
-    ranks = spread(budget, costs, caps)
+    ranks = spread_evenly(budget, costs, caps)
     if min(ranks) < config.min_rank:
         need = config.min_rank * sum(costs)
         raise ValueError(
@@ -142,7 +142,7 @@ def patch(
         controller = RankController(model, budget, config=config, auto=auto)
     except BaseException:
         for layer in adapters.values():
-            layer.release()
+            layer.restore_base()
         _restore(swaps, required)
         raise
     hook = _let_gradients_through(model)
@@ -180,7 +180,7 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if merge and not all(layer.merged for layer in adapters):
         merge_adapters(model)
     for layer in adapters:
-        layer.release(merged=merge)
+        layer.restore_base(keep_merged=merge)
     controller = controller_of(model)
     if controller is not None:
         controller.close()

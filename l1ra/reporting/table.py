@@ -182,7 +182,7 @@ def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
     partners = [names[other].rpartition(".")[2] for other in layer.sharing.partners(layer) if other in names]
     if partners:
         return f"{path}, x read together with {', '.join(partners)}"
-    return f"{path}, alone: its inputs differ from its siblings'" if layer.sharing.gave_up(layer) else str(path)
+    return f"{path}, alone: its inputs differ from its siblings'" if layer.sharing.computes_alone(layer) else str(path)
 
 
 def _row(name: str, layer: L1RALinear, controller: RankController | None, names: dict[L1RALinear, str]) -> ReportRow:

@@ -28,7 +28,7 @@ from l1ra.layers.adapted_model import (
     trained_tensors,
 )
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.shared_input import learn_groups, learned_groups
+from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.gate_rules import make_rule
@@ -296,7 +296,7 @@ class RankController:
         self.steps, self.moved = state["steps"], state["moved"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.history = [dict(entry) for entry in state["history"]]
-        learn_groups(self.adapters, state["sharing"])
+        load_groups(self.adapters, state["sharing"])
 
     def close(self) -> None:
         """Remove all hooks. The adapters stay as they are."""

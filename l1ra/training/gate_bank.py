@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.precision import widest
+from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
 from l1ra_kernels import dispatch
 
@@ -56,13 +56,13 @@ class GateBank:
         self.ranks = [layer.rank for layer in self.layers]
         # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
         factors = [layer.rank_scaling for layer in self.layers for _ in range(layer.rank)]
-        self._rank_scaling = torch.tensor(factors, dtype=widest(device)).to(device)
+        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device)).to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
             for name in (*STATE, "skipped"):
                 setattr(self, name, getattr(self, name).to(device))
-            self._rank_scaling = self._rank_scaling.to(device, widest(device))
+            self._rank_scaling = self._rank_scaling.to(device, widest_float(device))
 
     def take_gradients(self, optimizer: Optimizer) -> tuple[Tensor, Tensor | None] | None:
         """Remove the gradients from the layers' gates, before ``optimizer`` steps.

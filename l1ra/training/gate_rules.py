@@ -65,8 +65,8 @@ class AdaptiveL1:
 
     The importance of a rank is ``I = sqrt(EMA[(g * dL/dg)**2])``, to first order the change of the loss if the rank
     were removed. It does not depend on how the scale of a rank is split among A, g and B. In the middle of an interval
-    ``allocation.plan.surplus`` chooses ranks by it. Their gates fade to exactly 0 by the end of the interval; all other
-    gates stay at 1.
+    ``allocation.plan.ranks_to_prune`` chooses ranks by it. Their gates fade to exactly 0 by the end of the interval;
+    all other gates stay at 1.
     """
 
     def __init__(self, config: L1RAConfig) -> None:

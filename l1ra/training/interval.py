@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from l1ra.allocation.costs import rank_cap
 from l1ra.allocation.new_rows import leading_rows
-from l1ra.allocation.plan import LayerPlan, Plan, allocate, surplus
+from l1ra.allocation.plan import LayerPlan, Plan, allocate, ranks_to_prune
 from l1ra.config import L1RAConfig
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
@@ -106,11 +106,11 @@ class Interval:
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
         if importance is not None:
-            chosen = surplus(
+            chosen = ranks_to_prune(
                 importance,
                 self._costs,
                 margin=self._config.margin**progress,
-                most=int(self._config.turnover * len(self._bank.value)),
+                max_count=int(self._config.turnover * len(self._bank.value)),
                 min_rank=self._config.min_rank,
                 caps=self._growth_caps(),
                 given_back=given_back,

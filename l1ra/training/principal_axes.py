@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.precision import widest
+from l1ra.layers.precision import widest_float
 from l1ra.training.optimizer_state import can_rotate, rotate_state
 
 __all__ = ["principal_rotation", "rotate_to_principal_axes"]
@@ -77,7 +77,7 @@ def rotate_to_principal_axes(
     for (layer, rows), rotation in zip(layers, rotations, strict=True):
         if rotation is None:
             continue
-        there = rotation.to(layer.lora_A.device, widest(layer.lora_A.device))
+        there = rotation.to(layer.lora_A.device, widest_float(layer.lora_A.device))
         index = torch.tensor(rows, device=there.device)
         for param in _params(layer):
             for tensor in (param, param.grad):
@@ -93,5 +93,5 @@ def _params(layer: L1RALinear) -> tuple[Tensor, Tensor]:
 
 
 def _gram(param: Tensor, rows: Sequence[int]) -> Tensor:
-    some = param.detach()[list(rows)].to(widest(param.device))
+    some = param.detach()[list(rows)].to(widest_float(param.device))
     return some @ some.T

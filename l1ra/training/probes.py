@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from l1ra.layers.gradient_probe import Probe, take_step
+from l1ra.layers.gradient_probe import Probe, update_sketches
 from l1ra.layers.linear import L1RALinear
 from l1ra.training.data_parallel import ReplicaGroup
 
@@ -38,7 +38,7 @@ class ProbeSet:
     def take_step(self) -> None:
         """Add the gradients of an optimizer step to the sketches."""
         if self._probes:
-            take_step(list(self._probes.values()))
+            update_sketches(list(self._probes.values()))
 
     def stop(self) -> None:
         """Stop observing, and keep the sketches."""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from l1ra.allocation.plan import LayerPlan, allocate, ranks_given_back, spread, surplus
+from l1ra.allocation.plan import LayerPlan, allocate, ranks_given_back, ranks_to_prune, spread_evenly
 
 CASES = 1000
 
@@ -145,13 +145,13 @@ def test_those_who_have_something_to_learn_are_dealt_first():
 
 
 def given_up(importance, costs=None, **settings):
-    settings = {"margin": 1.0, "most": 99, "min_rank": 1, "caps": [99] * len(importance), **settings}
-    return surplus(importance, costs or [1] * len(importance), **settings)
+    settings = {"margin": 1.0, "max_count": 99, "min_rank": 1, "caps": [99] * len(importance), **settings}
+    return ranks_to_prune(importance, costs or [1] * len(importance), **settings)
 
 
 def test_the_least_important_ranks_are_given_up_for_a_greater_need():
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]]) == [(0, 2), ()]
-    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], most=1) == [(0,), ()]
+    assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], max_count=1) == [(0,), ()]
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], min_rank=2) == [(0,), ()]
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.15) == [(0,), ()]
     assert given_up([[0.1, 5.0, 0.2], [1.0, 2.0]], margin=0.0) == [(), ()]
@@ -201,7 +201,7 @@ def test_whatever_the_importance_nobody_gives_and_receives():
         importance = [[rng.choice([None, rng.random(), 0.5]) for _ in range(rng.randint(1, 9))] for _ in range(n)]
         costs = [rng.choice([1, rng.randint(1, 9)]) for _ in range(n)]
         margin, most, min_rank = rng.random(), rng.randint(0, 20), rng.randint(1, 3)
-        rows = given_up(importance, costs, margin=margin, most=most, min_rank=min_rank)
+        rows = given_up(importance, costs, margin=margin, max_count=most, min_rank=min_rank)
         assert sum(map(len, rows)) <= most
         weakest = [
             min((v for v in row if v is not None), default=0.0) / c for row, c in zip(importance, costs, strict=True)
@@ -236,26 +236,26 @@ def test_who_gave_ranks_back_needs_less():
     assert given_up([[0.2, 0.26, 5.0], [0.5]], given_back=[0, 1]) == [(0,), ()]
 
 
-# --- the first spread
+# --- the initial ranks
 
 
 def test_an_even_budget_is_spread_evenly():
-    assert spread(12, [1] * 4, [99] * 4) == [3, 3, 3, 3]
+    assert spread_evenly(12, [1] * 4, [99] * 4) == [3, 3, 3, 3]
 
 
 def test_a_remainder_is_spread_over_the_whole_model():
-    ranks = spread(14, [1] * 8, [99] * 8)
+    ranks = spread_evenly(14, [1] * 8, [99] * 8)
     assert sorted(ranks) == [1, 1, 2, 2, 2, 2, 2, 2]
     assert ranks.index(1) < 4 and 1 in ranks[4:]  # one in each half, not the last two
 
 
 def test_what_a_cap_leaves_goes_to_the_others():
-    assert spread(12, [1, 1, 1], [2, 99, 99]) == [2, 5, 5]
+    assert spread_evenly(12, [1, 1, 1], [2, 99, 99]) == [2, 5, 5]
 
 
 def test_a_budget_below_one_rank_each_names_the_least():
     with pytest.raises(ValueError, match="write a budget of at least 7"):
-        spread(6, [2, 5], [9, 9])
+        spread_evenly(6, [2, 5], [9, 9])
 
 
 def test_whatever_the_costs_the_spread_is_even_and_leaves_nothing_it_could_give():
@@ -265,10 +265,10 @@ def test_whatever_the_costs_the_spread_is_even_and_leaves_nothing_it_could_give(
         costs = [1] * n if rng.random() < 0.4 else [rng.randint(1, 9) for _ in range(n)]
         caps = [rng.choice([999, rng.randint(1, 6)]) for _ in range(n)]
         budget = sum(costs) + rng.randint(0, 60)
-        ranks = spread(budget, costs, caps)
+        ranks = spread_evenly(budget, costs, caps)
         left = budget - sum(c * r for c, r in zip(costs, ranks, strict=True))
         assert left >= 0 and all(1 <= r <= cap for r, cap in zip(ranks, caps, strict=True))
         uncapped = [r for r, cap in zip(ranks, caps, strict=True) if r < cap]
         assert not uncapped or max(ranks) - min(uncapped) <= 1
         assert all(c > left for c, r, cap in zip(costs, ranks, caps, strict=True) if r < cap) or len(set(costs)) > 1
-        assert ranks == spread(budget, costs, caps)
+        assert ranks == spread_evenly(budget, costs, caps)

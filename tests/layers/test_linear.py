@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from l1ra import L1RALinear
 from l1ra.allocation.plan import LayerPlan
-from l1ra.layers.gradient_probe import Probe, take_step
+from l1ra.layers.gradient_probe import Probe, update_sketches
 
 
 def bases(k=6, n=9, dtype=torch.float32):
@@ -205,9 +205,9 @@ def test_resize_keeps_the_parameters_their_hooks_and_their_gradients():
     "plan, rows, message",
     [
         (LayerPlan((0, 3)), None, "below the rank 3"),
-        (LayerPlan((1, 0)), None, "rising row numbers"),
-        (LayerPlan((1, 1)), None, "rising row numbers"),
-        (LayerPlan((-1, 0)), None, "rising row numbers"),
+        (LayerPlan((1, 0)), None, "in ascending order"),
+        (LayerPlan((1, 1)), None, "in ascending order"),
+        (LayerPlan((-1, 0)), None, "in ascending order"),
         (LayerPlan(()), None, "at least 1 must stay"),
         (LayerPlan((0,), -1), None, "at least 1 must stay"),
         (LayerPlan((0,), 2), torch.zeros(1, 6), "new_rows must be"),
@@ -274,7 +274,7 @@ def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
     full_gradient = torch.autograd.grad(F.mse_loss(layer(x), target), layer.base_layer.weight)[0]
     expected = 2 * layer.scaling * layer.probe.mix @ full_gradient
     torch.testing.assert_close(layer.probe.gradient, expected)
-    take_step([layer.probe])
+    update_sketches([layer.probe])
     torch.testing.assert_close(layer.probe.sketch, expected / expected.norm())
     assert layer.probe.seen == 1 and not layer.probe.gradient.any()
 
@@ -288,14 +288,14 @@ def test_a_probe_moves_with_its_layer():
     layer = adapted(dropout=0.0)
     probe = probe_of(layer)
     layer(torch.randn(8, 6)).sum().backward()
-    take_step([probe])
+    update_sketches([probe])
     before = probe.state()
     layer.to(torch.bfloat16)
     assert torch.equal(probe.mix, before["mix"].bfloat16())
     assert same_bits(probe.sketch, before["sketch"]) and probe.seen == 1
     layer(torch.randn(8, 6, dtype=torch.bfloat16)).sum().backward()
     assert probe.gradient.dtype == torch.bfloat16
-    take_step([probe])
+    update_sketches([probe])
     assert probe.sketch.dtype == torch.float32 and not torch.equal(probe.sketch, before["sketch"]) and probe.seen == 2
     assert layer.to("meta").probe.mix.is_meta and layer.probe.sketch.is_meta
 
@@ -303,7 +303,7 @@ def test_a_probe_moves_with_its_layer():
 def seen_by(probe, gradients):
     for gradient in gradients:
         probe.gradient.copy_(gradient)
-        take_step([probe])
+        update_sketches([probe])
     return probe
 
 
@@ -324,7 +324,7 @@ def test_a_probe_tells_gradients_that_agree_from_noise_and_from_steps_that_overs
         probe = probe_of(layer)
         for _ in range(100):
             (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
-            take_step([probe])
+            update_sketches([probe])
         found[share] = probe.coherence.item()
     assert found[1.0] > 0.9 and abs(found[0.0]) < 0.4  # of noise the sketch has no more than 24 directions
     pull = torch.randn(4, 6)
@@ -346,7 +346,7 @@ def test_a_probe_keeps_no_graph():
     probe = probe_of(layer)
     loss = layer(torch.randn(8, 6)).square().sum()
     loss.backward(create_graph=True)
-    take_step([probe])
+    update_sketches([probe])
     assert not probe.gradient.requires_grad and not probe.sketch.requires_grad
 
 

@@ -182,7 +182,7 @@ def test_only_the_adapters_are_saved_and_go_onto_a_fresh_quantised_base(llama_fo
 def test_kernels_without_a_backward_are_an_error_in_training_alone():
     model = nn.Sequential(nn.Linear(16, 16), Packed4(nn.Linear(16, 24), differentiable=False))
     l1ra.patch(model, 4)
-    with pytest.raises(RuntimeError, match=r"no gradient passes the Packed4.*kernels that have a backward"):
+    with pytest.raises(RuntimeError, match=r"no gradient passes through the Packed4.*kernels that have a backward"):
         model(torch.randn(2, 16))
     with torch.no_grad():
         model(torch.randn(2, 16))

@@ -168,4 +168,4 @@ def test_a_model_of_ones_own_is_merged_without_a_controller():
     model, x = shake(Adapted()), torch.randn(3, 6)
     y = model(x)
     torch.testing.assert_close(l1ra.merge(model)(x), y)
-    assert isinstance(model.up._merged_from, OriginalWeight) and same_bits(l1ra.unmerge(model)(x), y)
+    assert isinstance(model.up._original_weight, OriginalWeight) and same_bits(l1ra.unmerge(model)(x), y)
