@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import l1ra
 from l1ra.layers.precision import widest
-from l1ra.reporting.self_check import BRISK
+from l1ra.reporting.self_check import FAST_SETTINGS
 
 FEATURES, BUDGET = 16, 6
 
@@ -45,7 +45,7 @@ def test_a_training_that_moves_ranks_does_without_float64(without_float64):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
     x, target = torch.randn(32, FEATURES), torch.randn(32, FEATURES)
-    controller = l1ra.patch(model, BUDGET, min_rank=1, **BRISK)
+    controller = l1ra.patch(model, BUDGET, min_rank=1, **FAST_SETTINGS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with without_float64:
         for _ in range(20):
