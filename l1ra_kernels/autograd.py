@@ -34,8 +34,8 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     layers = [_with_rows(layer) for layer in layers]
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
-        # The path "aug" writes into the weight's memory, which the op would have to declare as a mutation. The path
-        # "chain" computes the same without it.
+        # The path "aug" writes into the memory behind the weight, which the op would have to declare as a mutation. The
+        # path "chain" computes the same without it.
         outputs = tuple(_traced(x, layer, dtype, dropout, seed) for layer in layers)
     else:
         tensors = [
