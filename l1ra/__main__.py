@@ -1,10 +1,10 @@
-"""``python -m l1ra``: what the doctor finds; the exit status is 1 if something has failed."""
+"""``python -m l1ra``: run ``l1ra.doctor()`` and print its diagnosis. The exit status is 1 if a check has failed."""
 
 import sys
 
 from l1ra.reporting.doctor import doctor
 
 if __name__ == "__main__":
-    found = doctor()
-    print(found)
-    sys.exit(not found.ok)
+    diagnosis = doctor()
+    print(diagnosis)
+    sys.exit(not diagnosis.ok)

@@ -1,4 +1,4 @@
-"""The mechanism of L1RA: stateless functions, tensors in, tensors out. Imports torch and triton only."""
+"""The tensor operations of L1RA as stateless functions: Triton kernels, and their definitions in plain PyTorch."""
 
 from l1ra_kernels import dispatch, reference
 

@@ -1,9 +1,11 @@
-"""Augment: ``[W | C.T]``, the weight with the adapter behind its columns, so that one product does both.
+"""Augment: write ``C.T`` behind the columns of the weight W, so that one matrix product computes base and adapter.
 
     y = [x | H] @ [W | C.T].T,   C = s * g * B
 
-The weight is stored as the first K columns of rows with room behind them; shrink writes ``[x | H]``. H may hold the
-columns of other layers that read the same x: behind this layer's weight they meet zeros.
+Reads g (r,) and B (r, N); writes the columns behind W in ``[W | C.T]`` (N, K + columns). The weight is stored as the
+first K columns of a wider tensor, which has memory for C.T; the shrink kernel writes ``[x | H]``. H may also contain
+columns of other layers that share the input x. In the columns of these layers, zeros are written behind this layer's
+weight.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from l1ra_kernels.launch import launch
 
 __all__ = ["write_behind"]
 
-FEATURES = 64  # rows of the weight a program
+FEATURES = 64  # rows of the weight per program
 
 
 @triton.jit(do_not_specialize=["rank", "column", "scaling"])
@@ -48,11 +50,13 @@ def _write_behind(
 
 
 def write_behind(room: Tensor, column: int, gate: Tensor, b: Tensor, scaling: float) -> None:
-    """Writes C.T into ``room`` from ``column`` on, and zeros everywhere else.
+    """Write C.T into ``room``, starting at ``column``, and zeros into the other columns.
 
     Args:
-        room: ``(N, columns)``, last stride 1.
+        room: ``(N, columns)``, last stride 1: the columns behind the weight.
+        column: the first of this layer's columns in H.
         gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
+        scaling: s.
     """
     features, columns = room.shape
     launch(

@@ -1,6 +1,7 @@
-"""How the fused layer enters autograd: a Function in eager mode, a library op under ``torch.compile``.
+"""Autograd for the fused layers: an autograd Function in eager mode, a custom op under ``torch.compile``.
 
-The Function costs the host a few microseconds a call, the library op some tens; only the second can be traced.
+Only the custom op can be traced. In eager mode it would cost some tens of microseconds of CPU time per call, where the
+Function costs a few.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from l1ra_kernels.layer import Layer
 
 __all__ = ["fused"]
 
-PER_LAYER = 7  # tensors a layer: a, gate, b, weight, bias, output, augmented
+PER_LAYER = 7  # tensors per layer: a, gate, b, weight, bias, output, augmented
 
 
 def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """The outputs ``(..., N)`` of layers that read the same ``x`` ``(..., K)``, differentiable once.
+    """The outputs ``(..., N)`` of layers that share the input ``x`` ``(..., K)``, differentiable once.
 
-    ``Layer.output``, where given, is ``(..., N)`` and settles the dtype of the products; else x does.
+    The matrix products are computed in the dtype of ``Layer.output`` ``(..., N)``, or in the dtype of x if there is
+    none.
     """
     dtype = x.dtype if layers[0].output is None else layers[0].output.dtype
     lead = x.shape[:-1]
@@ -32,7 +34,8 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     layers = [_with_rows(layer) for layer in layers]
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
-        # Writing behind the weight would have to be told to the compiler: chain is right as well.
+        # The path "aug" writes into the memory behind the weight, which the op would have to declare as a mutation. The
+        # path "chain" computes the same without it.
         outputs = tuple(_traced(x, layer, dtype, dropout, seed) for layer in layers)
     else:
         tensors = [
@@ -45,13 +48,13 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
 
 
 def _rows(t: Tensor) -> Tensor:
-    """``(M, F)`` with last stride 1, a view where that can be had."""
+    """``t`` as ``(M, F)`` with last stride 1; a view if possible."""
     flat = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(t.shape[:-1].numel(), t.shape[-1])
     return op._contiguous_rows(flat)
 
 
 def _with_rows(layer: Layer) -> Layer:
-    # Not by _replace, which torch.compile can't trace in torch 2.7.
+    # torch.compile can't trace Layer._replace in torch 2.7.
     *others, output, augmented = layer
     return Layer(*others, None if output is None else _rows(output), augmented)
 
@@ -67,7 +70,7 @@ class _Fused(torch.autograd.Function):
         layers = _layers(tensors, scalings)
         with on_device(x.device):
             outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
-        # The base's output is not needed again: it is given back at once.
+        # The backward does not need the base layer's output, so it is not saved and its memory can be freed.
         kept = [t for i, t in enumerate(tensors) if i % PER_LAYER < 4]
         ctx.save_for_backward(x, hidden, seed, *kept)
         ctx.scalings, ctx.dropout = scalings, dropout
@@ -113,7 +116,7 @@ def gated_linear_op(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(y, H)`` of one layer."""
+    """The fused forward of one layer as a custom op: y ``(M, N)`` and H, which the backward reads."""
     layer = Layer(a, gate, b, scaling, weight, bias, None if output is None else _rows(output))
     dtype = x.dtype if output is None else output.dtype
     with on_device(x.device):
@@ -142,7 +145,10 @@ def gated_linear_backward_op(
     dropout: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """``[dx, da, dg, db]``, an empty tensor in place of each that is not needed."""
+    """The fused backward of one layer as a custom op: ``[dx, da, dg, db]``.
+
+    A gradient that is not needed is replaced by an empty tensor, because a custom op can't return None.
+    """
     layer = Layer(a, gate, b, scaling, weight)
     with on_device(x.device):
         dx, (grads,) = op.backward([dy], _rows(x), hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)

@@ -1,4 +1,4 @@
-"""Which kind of implementation is wanted, process-wide, and which kinds there are on this machine."""
+"""The process-wide choice between Triton kernels and plain PyTorch, and whether Triton kernels can run on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
 except ImportError:
     triton = None
 
-# Read once, as triton reads it: when the kernels are decorated.
+# Read once at import, because Triton reads the variable when the kernels are decorated.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 _wanted: str | None = None
@@ -31,24 +31,25 @@ def triton_available() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1): slowly, and on CPU tensors too."""
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1). It is slow, and supports CPU tensors."""
     return triton is not None and _INTERPRETING
 
 
 def tf32_allowed() -> bool:
-    """Whether products of float32 numbers on a GPU may be rounded to tf32, by torch's own setting."""
+    """Whether torch's settings allow tf32 for float32 matrix products on a GPU."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def wanted() -> str:
-    """``"auto"``: the fastest that fits; ``"torch"``: plain PyTorch; ``"fused"``: Triton kernels, also where the
-    interpreter must stand in for a GPU.
+    """The current choice, set by :func:`using` or by the environment variable ``L1RA_KERNELS``.
 
-    Set by :func:`using` or the environment variable ``L1RA_KERNELS``.
+    Returns:
+        ``"auto"`` (default): the fastest implementation that supports the tensors. ``"torch"``: plain PyTorch.
+        ``"fused"``: Triton kernels, in the interpreter for CPU tensors.
 
     Raises:
-        ValueError: the variable has another value.
+        ValueError: the environment variable has another value.
     """
     name = _wanted or os.environ.get(VARIABLE) or "auto"
     if name not in CHOICES:
@@ -57,10 +58,10 @@ def wanted() -> str:
 
 
 def obstacle(device: torch.device) -> str:
-    """Why plain PyTorch runs for tensors on ``device`` and not the Triton kernels, "" where these do.
+    """The reason why plain PyTorch is used for tensors on ``device``; "" if Triton kernels are used.
 
     Raises:
-        RuntimeError: they are wanted where they can't run.
+        RuntimeError: the choice is ``"fused"`` and Triton kernels can't run on ``device``.
     """
     name = wanted()
     if name == "torch":
@@ -87,7 +88,11 @@ def _capable(device: torch.device) -> bool:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Within the block, :func:`wanted` is ``name``."""
+    """A context manager that sets the choice to ``name``: ``"auto"``, ``"torch"`` or ``"fused"``.
+
+    Raises:
+        ValueError: ``name`` is another value.
+    """
     global _wanted
     if name not in CHOICES:
         raise ValueError(f"the choice must be one of {', '.join(CHOICES)}, not {name!r}.")

@@ -1,8 +1,8 @@
-"""Tile sizes, as plain tables: kernel -> rank tile -> tile, for each architecture.
+"""Tile sizes of the kernels, as tables: architecture -> kernel -> rank tile -> tile.
 
-An architecture that has no row takes the default. The rows were chosen by what the compiler makes of them, as
-benchmarks/results/compiled.csv shows it: no spilled register, pipelined loads. On a GPU, ``python -m benchmarks.tune``
-measures tiles and prints a row to paste into ``TILES``.
+Architectures that are not listed use the default table. The tiles were chosen by the compiler's output, see
+benchmarks/results/compiled.csv: no spilled registers, pipelined loads. On a GPU, ``python -m benchmarks.tune`` measures
+tiles and prints a row for ``TILES``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ import torch
 
 __all__ = ["RANK_TILES", "Tile", "architecture", "cut", "rank_tile", "tile"]
 
-# A rank tile is the width of the kernels' rank dimension: a rank that changes within it recompiles nothing.
+# A rank tile is the size of the kernels' rank dimension. Ranks with the same rank tile use the same compiled kernel.
 RANK_TILES = (16, 32, 64, 128)
-# Processors to fill where there is no device to ask: the interpreter and the cross-compiler.
+# Number of multiprocessors that is assumed if there is no GPU: in the interpreter and in the cross-compiler.
 PROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens and features that one step of a program works on, its warps, and the depth of its pipeline of loads."""
+    """The tile of one kernel.
+
+    Attributes:
+        tokens, features: the size of the block that a program processes in one iteration.
+        warps: ``num_warps``.
+        stages: ``num_stages``, the depth of the software pipeline of loads.
+    """
 
     tokens: int
     features: int
@@ -30,7 +36,8 @@ class Tile:
     stages: int = 3
 
 
-# The sum of the rank tiles of all layers that share an input stands for the rank in shrink and input_backward.
+# Tiles for 2-byte dtypes. In shrink and input_backward the key is the sum of the rank tiles of all layers that share
+# the input.
 HALF: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(64, 128, 8, 4),
@@ -57,7 +64,7 @@ HALF: dict[str, dict[int, Tile]] = {
         128: Tile(32, 64, 8, 3),
     },
 }
-# float32 takes its products from the plain units (or tf32) and twice the registers.
+# Tiles for float32. Its products run on the CUDA cores, or on the tensor cores as tf32, and need twice the registers.
 SINGLE: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(32, 64, 4, 3),
@@ -84,9 +91,10 @@ SINGLE: dict[str, dict[int, Tile]] = {
         128: Tile(16, 32, 4, 3),
     },
 }
-# Without the warp-group products of later GPUs, two layers of 64 ranks with dropout take more registers than there are.
+# sm_80 has no warp-group matrix instructions. Without them, the default tile for two layers of rank 64 with dropout
+# needs more registers than there are.
 HALF_80 = {**HALF, "input_backward": {**HALF["input_backward"], 128: Tile(32, 32, 8, 3)}}
-# Cards whose blocks have 99 KB of shared memory, not 163 or 227.
+# GPUs with 99 KB of shared memory per thread block; sm_80 has 163 KB, sm_90 227 KB.
 HALF_SMALL = {
     **HALF_80,
     "shrink": {
@@ -97,7 +105,7 @@ HALF_SMALL = {
     },
     "output_backward": {**HALF["output_backward"], 32: Tile(32, 512, 8, 2)},
 }
-# architecture -> (tiles for 2-byte numbers, tiles for float32)
+# architecture -> (tiles for 2-byte dtypes, tiles for float32)
 TILES: dict[str, tuple[dict, dict]] = {
     "sm_80": (HALF_80, SINGLE),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120"), (HALF_SMALL, SINGLE)),
@@ -105,10 +113,10 @@ TILES: dict[str, tuple[dict, dict]] = {
 
 
 def rank_tile(rank: int) -> int:
-    """The smallest rank tile that holds ``rank``.
+    """The smallest rank tile that is at least ``rank``.
 
     Raises:
-        ValueError: none does.
+        ValueError: ``rank`` is above the largest rank tile.
     """
     for width in RANK_TILES:
         if rank <= width:
@@ -118,7 +126,7 @@ def rank_tile(rank: int) -> int:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """``"sm_90"`` and the like; ``"default"`` where the device is no NVIDIA GPU."""
+    """The architecture of an NVIDIA GPU, e.g. ``"sm_90"``; ``"default"`` for other devices."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
@@ -126,24 +134,33 @@ def architecture(device: torch.device) -> str:
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of ``kernel`` for products in ``dtype`` and a rank dimension of ``width``."""
+    """The tile of ``kernel`` for products in ``dtype`` and a rank dimension of size ``width``."""
     half, single = TILES.get(architecture(device), (HALF, SINGLE))
     return (half if dtype.itemsize == 2 else single)[kernel][rank_tile(width)]
 
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """The number of multiprocessors of a GPU; ``PROCESSORS`` for other devices."""
     if device.type != "cuda":
         return PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def cut(tokens: int, block: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """How ``tokens`` are cut into streams, each summed by one program: ``(tokens a stream, streams)``.
+    """Divide ``tokens`` into streams. One program accumulates the partial sum of one stream.
 
-    With ``columns`` tiles of features, enough streams to fill the device; more would only add partial sums.
-    A function of shape and device alone, so that sums are taken in the same order in every run.
+    There are as many streams as needed to occupy all multiprocessors with ``columns`` tiles of features. More streams
+    would only add partial sums. The result depends on shapes and the device only, so that sums are accumulated in the
+    same order in every run.
+
+    Args:
+        tokens: M.
+        block: tokens per iteration of a program, ``Tile.tokens``.
+        columns: the number of feature tiles.
+
+    Returns:
+        The number of tokens per stream, and the number of streams.
     """
     blocks = -(-tokens // block)
     wanted = max(1, min(blocks, -(-processors(device) // columns)))

@@ -1,7 +1,7 @@
-"""Which implementation of an op runs, and the reason in words when it is not a fused one.
+"""The public ops: each call runs a Triton kernel, or plain PyTorch with the reason why.
 
-Everything outside this package calls the ops through here. ``choice`` says what is wanted (``L1RA_KERNELS=torch`` turns
-the Triton kernels off); Triton is imported only where its kernels are going to run.
+Code outside of this package calls the ops from this module. ``L1RA_KERNELS=torch`` turns the Triton kernels off, see
+``choice``. Triton is imported only if its kernels are going to run.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Path:
-    """How a gated low-rank layer is computed.
+    """The implementation that computes an adapted layer.
 
     Attributes:
-        name: ``"chain"``: fused, the adapter's output first, then cuBLAS adds the product with the weight to it;
-            ``"aug"``: fused, one product of ``[x | H]`` with the weight and the adapter behind its columns;
-            ``"add"``: fused, the adapter is added to the output of the base layer's own forward; ``"torch"``.
-        reason: why it is not a faster one, "" for chain and aug.
-        dense: whether the product with the weight is done here, and not by the base layer's own forward.
+        name: ``"chain"``: kernels compute the adapter's output, then cuBLAS adds ``x @ W.T`` to it. ``"aug"``: one
+            cuBLAS product of ``[x | H]`` with ``[W | C.T]``, see ``augment``. ``"add"``: kernels add the adapter's
+            output to the output of the base layer's own forward. ``"torch"``: plain PyTorch.
+        reason: why no faster path is used; "" for ``"chain"`` and ``"aug"``.
+        dense: whether the product with the weight is computed here. If False, the base layer's own forward computes it.
     """
 
     name: str
@@ -72,13 +72,14 @@ AUG = Path("aug")
 
 
 def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Path:
-    """The path of a layer on ``device`` whose products are in ``dtype``.
+    """The path of a layer on ``device`` with matrix products in ``dtype``.
 
     Args:
-        foreign: why the product with the weight has to be left to the base layer itself, "" if it need not.
+        foreign: the reason why the base layer's own forward must compute the product with the weight; "" if there is
+            none.
 
     Raises:
-        RuntimeError: fused kernels are wanted on a device that they can't run on.
+        RuntimeError: fused kernels were chosen (``L1RA_KERNELS=fused``) and can't run on ``device``.
     """
     obstacle = choice.obstacle(device)
     if not obstacle and _transformed():
@@ -91,19 +92,19 @@ def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Pat
 
 
 def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path) -> tuple[Tensor, ...]:
-    """The outputs of adapted layers that read the same x: ``base(x) + s * ((dropout(x) @ A.T) * g) @ B`` each.
+    """The outputs of adapted layers that share the input x: ``base(x) + s * ((dropout(x) @ A.T) * g) @ B`` for each.
 
-    Differentiable: in x, in each A, gate and B, and in a base output that was handed over; never in a weight.
+    Differentiable with respect to x, each A, gate and B, and ``Layer.output``; not with respect to weights and biases.
 
     Args:
         x: ``(..., K)``, any strides.
-        layers: with the ``output`` of their base, which settles the dtype of the products, or (dense paths) with its
-            ``weight`` in the dtype of x.
-        dropout: probability that an element of the adapters' input is dropped, from 0 to below 1.
+        layers: each with its base layer's ``output``, whose dtype is the dtype of the products; or, for dense paths,
+            with the base layer's ``weight`` in the dtype of x.
+        dropout: probability that an element of the adapters' input is dropped, in [0, 1).
         path: from :func:`path_for`.
 
     Returns:
-        ``(..., N)`` each. Fused, one dropout mask serves all layers.
+        ``(..., N)`` for each layer. On fused paths all layers use the same dropout mask.
     """
     if path.fused:
         from l1ra_kernels.autograd import fused
@@ -122,8 +123,11 @@ def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:
 
 
 def _watched() -> bool:
-    """Whether somebody sees through operations, but not through a Function of our own that writes in place: a tracer, a
-    transform of functions, or a mode such as that of selective checkpointing, which keeps the results of some."""
+    """Whether a tracer, a functorch transform or a dispatch mode (e.g. of selective checkpointing) intercepts ops.
+
+    These need the single ops of autograd. They do not see the ops inside of ``plain_linear``, an autograd Function that
+    also writes in place.
+    """
     return torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack() > 0
 
 

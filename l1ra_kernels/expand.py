@@ -1,7 +1,7 @@
-"""Expand: ``Y = base + s * (H * g) @ B``, base the frozen layer's output, a bias, or nothing.
+"""Expand: ``Y = base + s * (H * g) @ B``, where base is the frozen layer's output, a bias, or 0.
 
-H (M, R), the columns of one adapter; B (r, N); Y (M, N). The gate is folded into B before anything
-is rounded, as in the reference. Where every gate is 0, Y is the base.
+Reads H (M, R), the columns of one adapter, g (r,), B (r, N) and base (M, N) or (N,); writes Y (M, N). Gate and scaling
+are multiplied into B in float32 before rounding, as in the reference. If all gates are 0, H and B are not read.
 """
 
 from __future__ import annotations
@@ -69,12 +69,18 @@ def expand(
     bias: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """``Y``, ``(M, N)`` contiguous in the dtype of ``h``.
+    """Launch the kernel.
 
     Args:
-        h: ``(M, R)``, this adapter's columns of what shrink wrote.
+        h: ``(M, R)``, this adapter's columns of H, which shrink has written.
         gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
-        output: ``(M, N)`` to add to, last stride 1; or ``bias``: ``(N,)``. Not both.
+        scaling: s.
+        output: ``(M, N)``, last stride 1: the base. Can't be combined with ``bias``.
+        bias: ``(N,)``: the base, added to each row.
+        precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
+
+    Returns:
+        Y ``(M, N)``, contiguous, in the dtype of ``h``.
     """
     tokens, features = h.shape[0], b.shape[1]
     width = h.shape[1]

@@ -1,11 +1,12 @@
-"""Gate step: one launch moves the gates of a whole model, for the rule of the paper and for the adaptive one.
+"""Gate step: one launch updates the gates of a whole model, by the rule ``"l1"`` (AdamE) or ``"adaptive-l1"``.
 
-Both read the old state and write a new one. Every program looks through all R gradients for itself: with one whose
-square is not finite, no gate moves. R is a few thousand, in the cache, so that this is cheaper than a second launch,
-and needs neither atomics nor a host. Then each program moves its own block of gates.
-
-All vectors are flat ``(R,)``, float32. The formulas are those of ``adam_gate_step`` and ``adaptive_gate_step`` in
+Reads the gates, their gradients and the state of the rule; writes the new gates and the new state to new tensors. All
+vectors are flat ``(R,)`` float32. The formulas are those of ``adam_gate_step`` and ``adaptive_gate_step`` in
 reference.py.
+
+If the square of any gradient is not finite, no gate is updated. Therefore every program loads all R gradients before it
+updates its own block of gates. R is a few thousand, so the gradients stay in the cache. This is cheaper than a second
+launch, and needs neither atomics nor a synchronisation with the host.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["adam_gate_step", "adaptive_gate_step"]
 
 BLOCK = 1024
 WARPS = 8
-VARYING = ["R"]  # a changed sum of ranks compiles nothing anew
+VARYING = ["R"]  # not specialised: a change of the sum of ranks must not recompile the kernels
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def _count_skipped(p_skipped, p_new_skipped, finite):
 
 @triton.jit
 def _bias_correction(b_t, log_beta):
-    """``1 - beta**t``, also where ``beta**t`` is so close to 1 that the difference would lose most of its digits."""
+    """``1 - beta**t``, accurate also if ``beta**t`` is close to 1, where the subtraction would lose most digits."""
     x = b_t * log_beta
     series = 1 + x / 6 * (1 + x / 7 * (1 + x / 8))
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * series))))
@@ -53,7 +54,7 @@ def _bias_correction(b_t, log_beta):
 
 @triton.jit(do_not_specialize=VARYING)
 def _adam_gate_step(
-    p_gate,  # (R,) this and all that follow; p_skipped (1,) int64, p_seen uint8
+    p_gate,  # (R,), as all tensors here, except p_skipped and p_new_skipped: scalar int64; p_seen is uint8
     p_grad,
     p_exp_avg,
     p_exp_avg_sq,
@@ -106,7 +107,7 @@ def _adam_gate_step(
 
 @triton.jit(do_not_specialize=VARYING)
 def _adaptive_gate_step(
-    p_gate,  # (R,) this and all that follow; p_skipped (1,) int64, p_seen uint8
+    p_gate,  # (R,), as all tensors here, except p_skipped and p_new_skipped: scalar int64; p_seen is uint8
     p_grad,
     p_importance_sq,
     p_age,
@@ -161,7 +162,7 @@ def adam_gate_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`l1ra_kernels.reference.adam_gate_step`."""
+    """Launch the kernel; arguments and result as of :func:`l1ra_kernels.reference.adam_gate_step`."""
     old = _contiguous(gate, grad, exp_avg, exp_avg_sq, age, skipped, seen)
     new = [torch.empty_like(old[i]) for i in (0, 2, 3, 4, 5)]
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
@@ -199,7 +200,7 @@ def adaptive_gate_step(
     l1: float,
     horizon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`l1ra_kernels.reference.adaptive_gate_step`."""
+    """Launch the kernel; arguments and result as of :func:`l1ra_kernels.reference.adaptive_gate_step`."""
     old = _contiguous(gate, grad, importance_sq, age, weight, skipped, seen)
     new = [torch.empty_like(old[i]) for i in (0, 2, 3, 5)]
     launch(

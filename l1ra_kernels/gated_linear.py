@@ -1,14 +1,25 @@
-"""Frozen linear layers that read the same x, with their gated low-rank adapters: the launches of forward and backward.
+"""Forward and backward of frozen linear layers that share the input x, with gated low-rank adapters: the launches.
 
-    y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or base output_i + ...
+    y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or output_i + s_i * ...
 
-Forward: shrink (x -> H), for each layer expand (H -> y), then cuBLAS adds x @ W.T to y (beta = 1). For a layer whose
-weight has room behind its columns, one product of ``[x | H]`` does both.
-Backward: for each layer a pass over dY (its parts of P and D), a reduction (P -> Q, the gradient of H) and another
-(D -> dB, dg); then one pass over x (dX, parts of dA), a reduction (dA), and cuBLAS adds dY @ W to dX (beta = 1).
+Forward:
+    shrink           x -> H, for all layers in one pass over x
+    expand           H -> y, for each layer
+    cuBLAS           y += x @ W.T (beta = 1), for each layer
+    A layer whose weight has memory for the adapter behind its columns (see augment) needs only one product of
+    ``[x | H]`` in place of expand and cuBLAS.
 
-What is kept for the backward is x and H. Adapters are bundled so that their rank tiles fit the widest one; a rank
-beyond it is cut into pieces, each with its own passes.
+Backward:
+    output_backward  dY -> partial sums of P and D, for each layer in one pass over dY
+    reduce_hidden    P -> Q, the gradient of H, and partial sums of dg
+    reduce_rows      D -> dB, and dg
+    input_backward   x, Q -> dX and partial sums of dA, for all layers in one pass over x
+    reduce_rows      dA
+    cuBLAS           dX += dY @ W (beta = 1), for each layer
+
+The backward needs x and H from the forward. Adapters are grouped in bundles; shrink and input_backward are launched
+once per bundle. All adapters of a bundle use the same rank tile, and the sum of their rank tiles is at most the largest
+rank tile. A rank above the largest rank tile is split into pieces, which are processed like separate adapters.
 """
 
 from __future__ import annotations
@@ -33,7 +44,7 @@ from l1ra_kernels.shrink import shrink
 __all__ = ["Needs", "backward", "forward", "hidden_width"]
 
 WIDEST = RANK_TILES[-1]
-SHARING = 3  # adapters in a bundle at most
+SHARING = 3  # the largest number of adapters in a bundle
 
 
 class Needs(NamedTuple):
@@ -50,7 +61,7 @@ class _Piece(NamedTuple):
 
 
 def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
-    """(rank tile, pieces) of each bundle."""
+    """The rank tile and the pieces of each bundle, for layers with these ranks."""
     bundles: list[tuple[int, list[_Piece]]] = []
     for layer, rank in enumerate(ranks):
         for start in range(0, max(rank, 1), WIDEST):
@@ -66,7 +77,11 @@ def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
 
 
 def hidden_width(rank: int) -> int:
-    """Columns of H for one layer. A symbolic rank is only compared, so that a trace holds for all of its rank tile."""
+    """The number of columns of H for one layer.
+
+    The rank may be symbolic under ``torch.compile``. It is used in comparisons only, so that the compiled graph is
+    valid for all ranks with the same rank tile.
+    """
     width = 0
     while rank > WIDEST:
         width, rank = width + WIDEST, rank - WIDEST
@@ -80,11 +95,18 @@ def _precision(dtype: torch.dtype) -> str:
 def forward(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float, seed: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """The outputs ``(M, N)`` and ``H`` ``(M, hidden_width)`` in ``dtype``.
+    """The forward of all layers.
 
     Args:
         x: ``(M, K)``, last stride 1.
-        seed: of the dropout, int64 ``(1,)`` on the device of x.
+        layers: the layers that share x.
+        dtype: of the matrix products and the results.
+        dropout: probability that an element of x is dropped in the adapters.
+        seed: of the dropout mask, int64 ``(1,)`` on the device of x; None without dropout.
+
+    Returns:
+        The output ``(M, N)`` of each layer, and H, which contains the columns of all bundles. For a single layer H is
+        ``(M, hidden_width(r))``.
     """
     precision = _precision(dtype)
     layers = [_readable(layer) for layer in layers]
@@ -134,11 +156,17 @@ def backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None]]]:
-    """dX ``(M, K)`` in the dtype of x, and of each layer ``(dA, dg, dB)``; None for what is not needed.
+    """The backward of all layers.
 
     Args:
-        dys: the gradient ``(M, N)`` of each output, None where it was not used.
-        x, hidden, layers, dropout, seed: as in the forward.
+        dys: the gradient ``(M, N)`` of each output; None for an output that was not used.
+        x, layers, dropout, seed: as in :func:`forward`.
+        hidden: H, as returned by :func:`forward`.
+        needs_dx: whether dX is needed.
+        needs: which gradients of each adapter are needed.
+
+    Returns:
+        dX ``(M, K)`` in the dtype of x, and ``(dA, dg, dB)`` of each layer; None for gradients that are not needed.
     """
     precision = _precision(hidden.dtype)
     layers = [_readable(layer) for layer in layers]
@@ -192,7 +220,11 @@ def backward(
 def _output_gradients(
     dy: Tensor, h: Tensor, layer: Layer, needs: Needs, q: Tensor, precision: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Writes Q; (dg, dB), None for what is not needed."""
+    """The pass over dY of one adapter, with its reductions. Write Q into ``q``.
+
+    Returns:
+        dg and dB; None if not needed.
+    """
     gate = layer.gate
     p, d = output_backward(dy, h, gate, layer.b, needs_d=needs.b, precision=precision)
     dg_parts = reduce_hidden(p, h, gate, layer.scaling, q, needs_dg=needs.gate)
@@ -211,7 +243,7 @@ def _join(pieces: list[tuple]) -> tuple[Tensor | None, Tensor | None, Tensor | N
 
 
 def _readable(layer: Layer) -> Layer:
-    """The layer with its small tensors as the kernels read them, last stride 1."""
+    """The layer with last stride 1 in A, gate, B and bias, which the kernels require."""
     a, gate, b, bias = layer.a, layer.gate, layer.b, layer.bias
     if a.stride(1) == gate.stride(0) == b.stride(1) == 1 and (bias is None or bias.stride(0) == 1):
         return layer

@@ -1,9 +1,8 @@
-"""The pass over x: ``dA_i = Q_i.T @ dropout(x)`` and ``dX = dropout'(sum of Q_i @ A_i)`` in one read, for the adapters
-that share x.
+"""Input backward: ``dA_i = Q_i.T @ dropout(x)`` and ``dX = dropout'(sum of Q_i @ A_i)`` in one pass over x.
 
-Q (M, G * R) = s * g * P is the gradient of H; A_i (r_i, K). A program owns one tile of features and one stream of
-tokens. dX leaves whole, so that the frozen layer's part can be added to it by a product with beta = 1; dA as partial
-sums ``(streams, G * R, K)`` in float32.
+Reads x (M, K), Q (M, G * R) = s * g * P, which is the gradient of H, and A_i (r_i, K) of the G adapters that share x.
+Writes dX (M, K), to which cuBLAS then adds the frozen layers' part (beta = 1), and partial sums of dA
+``(streams, G * R, K)`` in float32. A program processes one tile of features for one stream of tokens.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ __all__ = ["input_backward"]
 def _input_backward(
     p_x,  # (M, K)
     p_q,  # (M, G * R)
-    p_as,  # G times (r, K)
-    p_gates,  # G times (r,)
+    p_as,  # G tensors (r, K)
+    p_gates,  # G tensors (r,)
     p_dx,  # (M, K)
     p_da,  # (streams, G * R, K) float32
     p_seed,  # (1,) int64
     M,
     K,
-    rank0,  # no tuple: triton specialises its numbers, and would compile anew for ranks of 1 and of 16
+    rank0,  # not in a tuple: Triton would specialise on its numbers, and recompile for the ranks 1 and 16
     rank1,
     rank2,
-    run,  # tokens a stream
+    run,  # tokens per stream
     s_x,
     s_as,
     inverse_keep,
@@ -75,7 +74,7 @@ def _input_backward(
         seed = tl.load(p_seed)
     start = i_s * run
     end = tl.minimum(start + run, M)
-    # Where no rank is live, x is not read.
+    # If all gates are 0, x is not read.
     stop = tl.where(live > 0, end, start)
     for m in range(start, end, BM):
         o_m = m + tl.arange(0, BM).to(tl.int64)
@@ -123,12 +122,16 @@ def input_backward(
     needs_da: bool = True,
     precision: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dX`` ``(M, K)`` in the dtype of x, and the partial sums of dA, ``(streams, G * R, K)`` float32.
+    """Launch the kernel.
 
     Args:
         x: ``(M, K)``, last stride 1.
         q: ``(M, G * R)`` contiguous, the gradient of H.
-        rows, gates: of the adapters, as in shrink; so are ``dropout`` and ``seed``.
+        rows, gates, dropout, seed, precision: as in ``shrink``.
+        needs_dx, needs_da: whether dX and dA are needed.
+
+    Returns:
+        dX ``(M, K)`` in the dtype of x, and partial sums of dA ``(streams, G * R, K)`` float32; None if not needed.
     """
     tokens, features = x.shape
     t = tile("input_backward", q.shape[1], q.dtype, x.device)

@@ -1,4 +1,4 @@
-"""The one place where a kernel is launched: whoever wants to see, count or compile launches looks here."""
+"""Kernel launches. All launches go through :func:`launch`, so that they can be intercepted, e.g. to count them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ _instead: Callable[..., None] | None = None
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Within the block, kernels are launched on ``device``: Triton takes the current one, whatever its arguments."""
+    """A context manager in which kernels are launched on ``device``.
+
+    Triton launches on the current device, whatever the devices of the arguments are.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """``kernel[grid](*args, **meta)``, or nothing where the grid is empty."""
+    """Launch ``kernel[grid](*args, **meta)``; do nothing if the grid is empty."""
     if all(grid):
         if _instead is None:
             kernel[grid](*args, **meta)
@@ -29,7 +32,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def redirected(instead: Callable[..., None]) -> Iterator[None]:
-    """Within the block, launches are handed to ``instead(kernel, grid, *args, **meta)`` and nothing is launched."""
+    """A context manager in which :func:`launch` calls ``instead(kernel, grid, *args, **meta)`` and launches nothing."""
     global _instead
     before, _instead = _instead, instead
     try:

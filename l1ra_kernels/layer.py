@@ -1,4 +1,4 @@
-"""What the kernels know of an adapted layer."""
+"""The tensors of an adapted layer, as the kernels receive them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class Layer(NamedTuple):
     Attributes:
         a, gate, b: ``(r, K)``, ``(r,)`` and ``(r, N)``, of any floating dtype.
         scaling: s.
-        weight, bias: of a dense base, ``(N, K)`` and ``(N,)`` or None.
-        output: of any other base, ``(..., N)``, computed already; then weight and bias are None.
-        augmented: ``(N, K + room)``, last stride 1, or None: the memory whose first K columns are the weight. What is
-            behind them is written at each use.
+        weight, bias: ``(N, K)`` and ``(N,)`` or None, of a base layer whose product is computed by this package.
+        output: ``(..., N)``, the output of a base layer that was computed by its own forward. Then weight and bias are
+            None.
+        augmented: ``(N, K + room)``, last stride 1, or None: a tensor whose first K columns are the weight. The columns
+            behind it are overwritten in each forward.
     """
 
     a: Tensor

@@ -1,11 +1,11 @@
-"""The pass over dY: its product with B, and with H, in one read.
+"""Output backward: ``P = dY @ B.T`` and ``D = H.T @ dY`` in one pass over dY.
 
-``P = dY @ B.T`` (M, R) needs a sum over N, ``D = H.T @ dY`` (R, N) one over M. A program owns one tile of features and
-one stream of tokens: it adds up D in registers as it walks down, and writes what its tile gives to P. Both leave as
-partial sums in float32, ``(tiles, M, R)`` and ``(streams, R, N)``, which the reductions add in a fixed order.
+Reads dY (M, N), H (M, R), the columns of one adapter, g (r,) and B (r, N). Writes partial sums of P ``(tiles, M, R)``
+and D ``(streams, R, N)`` in float32, which the kernels in reductions.py add in a fixed order. Gate and scaling are not
+applied to P and D. In P the columns of ranks whose gate is 0 are 0.
 
-B (r, N); H (M, R), the columns of one adapter. Neither gate nor scaling is in P or D; ranks whose gate
-is 0 are 0 in P.
+P is a sum over N, D is a sum over M. A program processes one tile of features for one stream of tokens. It accumulates
+D in registers while it iterates over the tokens, and stores its tile's part of P in each iteration.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _output_backward(
     M,
     N,
     rank,
-    run,  # tokens a stream
+    run,  # tokens per stream
     s_dy,
     s_h,
     s_b,
@@ -55,7 +55,7 @@ def _output_backward(
     b_d = tl.zeros((R, BN), tl.float32)
     start = i_s * run
     end = tl.minimum(start + run, M)
-    # Where no rank is live, nothing is read, and nobody reads P.
+    # If all gates are 0, dY and H are not read and P is not written; reduce_hidden then does not read P.
     stop = tl.where(tl.max(m_r.to(tl.int32)) > 0, end, start)
     for m in range(start, stop, BM):
         o_m = m + tl.arange(0, BM).to(tl.int64)
@@ -73,11 +73,17 @@ def _output_backward(
 def output_backward(
     dy: Tensor, h: Tensor, gate: Tensor, b: Tensor, *, needs_d: bool = True, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor | None]:
-    """Partial sums ``P`` ``(tiles, M, R)`` and, if needed, ``D`` ``(streams, R, N)``, float32.
+    """Launch the kernel.
 
     Args:
         dy: ``(M, N)`` in the dtype of ``h``, last stride 1.
-        h: ``(M, R)``, this adapter's columns of what shrink wrote.
+        h: ``(M, R)``, this adapter's columns of H.
+        gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
+        needs_d: whether D is needed.
+        precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
+
+    Returns:
+        Partial sums of P ``(tiles, M, R)`` and of D ``(streams, R, N)``, float32; None in place of D if not needed.
     """
     tokens, features = dy.shape
     width = h.shape[1]

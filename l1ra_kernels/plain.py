@@ -1,9 +1,10 @@
-"""The adapted dense layer in plain torch, with the passes and copies that autograd alone would add left out.
+"""The adapted dense layer in plain PyTorch, as an autograd Function that saves memory traffic.
 
     y = x @ W.T + bias + s * ((x @ A.T) * g) @ B
 
-The adapter's part is added in place by the product that makes it, in the output as in dX, and the frozen weight asks
-for nothing. The same numbers as ``reference.gated_lora`` on the output of the frozen layer; differentiable once.
+The adapter's part of y and of dX is added in place by the matrix product that computes it (``addmm_``). No gradient is
+computed for the frozen weight. The result is the same as that of ``reference.gated_lora`` on the output of the frozen
+layer. Differentiable once.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ __all__ = ["plain_linear"]
 
 
 def plain_linear(x: Tensor, layer: Layer) -> Tensor:
-    """``(..., N)`` for ``x`` ``(..., K)`` in the dtype of the layer's weight."""
+    """The output ``(..., N)`` for ``x`` ``(..., K)``, which must have the dtype of the layer's weight."""
     y = _Plain.apply(x.reshape(-1, x.shape[-1]), *layer[:6])
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _operands(a: Tensor, gate: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and ``C = s * g * B`` in the dtype of the products, pruned rows 0 whatever they hold."""
+    """A and ``C = s * g * B`` in ``dtype``. Rows whose gate is 0 are 0, also if they contain NaN."""
     live = (gate != 0).unsqueeze(1)
     c = torch.where(live, b, 0.0) * (scaling * gate).unsqueeze(1)
     return torch.where(live, a, 0.0).to(dtype), c.to(dtype)
@@ -54,7 +55,7 @@ class _Plain(torch.autograd.Function):
             if needs_a:
                 da = (dh.t() @ x).to(a.dtype)
         if needs_gate or needs_b:
-            # As in the reference, in the dtype of the adapter from here on.
+            # As in the reference, dg and dB are computed in the dtype of the adapter.
             dc = ctx.scaling * (h.t() @ dy).to(b.dtype)
             if needs_gate:
                 dgate = torch.where(gate != 0, (dc * torch.where((gate != 0).unsqueeze(1), b, 0.0)).sum(1), 0.0)

@@ -1,13 +1,16 @@
-"""Rank compaction: the kept rows of many tensors move to their new places in one launch.
+"""Rank compaction: copy rows of many tensors to new positions in one launch.
 
     dst[i, :] = src[sources[i], :]      or `fill` where sources[i] is -1
 
-for every tensor of a table. Rows are strings of bits: no dtype is looked at, NaN payloads and -0.0 stay what they are.
-In place (dst = src) it needs ``sources[i] >= i``, rising: a row that is read has then never been written before, and
-each program walks the rows of its own columns alone. No temporary, no atomics, and what is left out is never read.
+Reads the kept rows of each src (r, ...); writes each dst (rows, ...). Rows are copied as bits, whatever the dtype, so
+that NaN payloads and -0.0 are preserved. Rows that are not kept are not read.
 
-Dimensions: r rows before, rows after; ``length`` units of `UNIT` bytes a row, the largest unit that divides every
-address, stride and row of the table. One program: a stripe of `BLOCK` units of one tensor.
+The copy may be in place (dst = src) if ``sources`` is ascending with ``sources[i] >= i``: then a row is read before it
+is overwritten, because each program copies the rows of its own columns one after another. Neither a temporary tensor
+nor atomics are needed.
+
+A row is copied in units of `UNIT` bytes, the largest unit that divides every address, stride and row size of all
+tensors. It has ``length`` units. One program copies a stripe of `BLOCK` units of all rows of one tensor.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ __all__ = ["compact_rows_", "move_rows_many"]
 
 BLOCK = 1024
 WARPS = 4
-JOB = 8  # numbers of a job
-LARGEST_UNIT = 8  # bytes; also the period of the bit pattern of a fill
+JOB = 8  # int64 numbers per tensor in the table p_jobs
+LARGEST_UNIT = 8  # bytes; also the size of the repeated bit pattern of `fill`
 
 
 @triton.jit(do_not_specialize=["stripes"])
 def _move_rows(
-    p_jobs,  # (tensors, 8) int64: addresses of src and dst, their row strides, length, rows, first source, fill
-    p_sources,  # (sum of distinct rows,) int64
+    p_jobs,  # (tensors, 8) int64: addresses of src and dst, row strides of src and dst, length, rows, offset in
+    # p_sources, bit pattern of fill
+    p_sources,  # int64, `sources` of all tensors; equal ones are stored once
     stripes,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,7 +58,7 @@ def _move_rows(
         s_dst = tl.load(p_job + 3)
         rows = tl.load(p_job + 5)
         p_source = p_sources + tl.load(p_job + 6)
-        # Eight bytes of repeated elements: the units of a row take their parts of it in turn.
+        # The fill value is repeated to eight bytes. Each unit of a row takes its own part of the eight bytes.
         b_fill = (tl.load(p_job + 7) >> (o_unit % (8 // UNIT) * (8 * UNIT))).to(TYPE)
         for i in range(rows):
             source = tl.load(p_source + i)
@@ -66,7 +70,7 @@ def _move_rows(
 
 @torch.no_grad()
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
-    """See :func:`l1ra_kernels.state_ops.move_rows_many`; all tensors on one device."""
+    """See :func:`l1ra_kernels.state_ops.move_rows_many`. All tensors must be on one device."""
     tensors = [rows if _dense(rows) else rows.contiguous() for rows in tensors]
     moved = [rows.new_empty((len(source), *rows.shape[1:])) for rows, source in zip(tensors, sources, strict=True)]
     patterns = [_pattern(rows.dtype, float(fill).hex()) for rows, fill in zip(tensors, fills, strict=True)]
@@ -76,18 +80,18 @@ def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], 
 
 @torch.no_grad()
 def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> None:
-    """See :func:`l1ra_kernels.state_ops.compact_rows_`; all tensors on one device."""
+    """See :func:`l1ra_kernels.state_ops.compact_rows_`. All tensors must be on one device."""
     dense = [rows if _dense(rows) else rows.contiguous() for rows in tensors]
     sources = [(*keep, *[-1] * (rows.shape[0] - len(keep))) for rows, keep in zip(tensors, keeps, strict=True)]
     _launch(dense, dense, sources, [0] * len(dense))
     for rows, compacted in zip(tensors, dense, strict=True):
         if rows is not compacted:
             rows.copy_(compacted)
-    torch.autograd.graph.increment_version(list(tensors))  # autograd can't see what is written through addresses
+    torch.autograd.graph.increment_version(list(tensors))  # autograd does not see writes through addresses
 
 
 def _dense(rows: Tensor) -> bool:
-    """Whether each row is one string of memory; the stride between rows may be any."""
+    """Whether each row is contiguous in memory. The stride between rows is arbitrary."""
     if rows.is_contiguous():
         return True
     size = 1
@@ -100,7 +104,10 @@ def _dense(rows: Tensor) -> bool:
 
 @lru_cache(maxsize=64)
 def _pattern(dtype: torch.dtype, fill: str) -> int:
-    """The bits of ``fill`` repeated to eight bytes. It comes in hexadecimal, by which -0.0 is not 0.0 to the cache."""
+    """The bits of ``fill`` in ``dtype``, repeated to eight bytes.
+
+    ``fill`` is a hexadecimal string, because the cache would treat -0.0 and 0.0 as the same key.
+    """
     element = torch.full((1,), float.fromhex(fill), dtype=dtype)
     if element.element_size() > LARGEST_UNIT:
         raise ValueError(f"rows of {dtype} can't be moved: one element is more than {LARGEST_UNIT} bytes.")
@@ -108,7 +115,11 @@ def _pattern(dtype: torch.dtype, fill: str) -> int:
 
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """As int64. From pinned memory, which is not used again before the copy is done: from any other the host waits."""
+    """An int64 tensor on ``device``.
+
+    The copy is from pinned memory, because the host would wait for a copy from pageable memory. PyTorch does not reuse
+    the pinned memory before the copy is complete.
+    """
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
@@ -136,7 +147,7 @@ def _launch(
         jobs.append((*in_bytes, new.shape[0], first[tuple(source)], pattern))
     if not jobs:
         return
-    # Addresses stay in bytes; strides and lengths are counted in units.
+    # Addresses are in bytes, strides and lengths in units.
     table = [(*job[:2], *(n // unit for n in job[2:5]), *job[5:]) for job in jobs]
     stripes = max(triton.cdiv(job[4], BLOCK) for job in table)
     numbers = _on_device([*chain.from_iterable(table), *flat], src[0].device)

@@ -1,11 +1,12 @@
-"""The two small reductions between and after the passes of the backward.
+"""Reductions: sum the partial sums of the backward passes, ``Q = s * g * P``, ``dB = s * g * D``, dA and dg.
 
-``reduce_hidden``: the tiles' parts of P are added up; ``Q = s * g * P`` is the gradient of H, and ``s * sum of P * H``
-over a block of tokens its part of dg.
-``reduce_rows``: ``out[k] = factor[k] * sum of parts[:, k]``, which makes dB of D (factor ``s * g``) and dA (factor 1),
-and on the way dg of its parts.
+``reduce_hidden`` reads the partial sums of P ``(tiles, M, R)``, and H (M, R). It writes ``Q = s * g * P`` (M, R), the
+gradient of H, and partial sums of dg ``(blocks, R)``: ``s * sum of P * H`` over a block of tokens.
+``reduce_rows`` reads partial sums ``(parts, R, N)`` and writes ``out[k] = factor[k] * sum of parts[:, k]``. It computes
+dB from D with the factor ``s * g``, and dA with the factor 1. It also sums the partial sums of dg.
 
-Sums are taken in the order of the parts. Ranks whose gate is 0 get exactly 0, whatever their memory holds.
+Partial sums are added in a fixed order. The results for ranks whose gate is 0 are exactly 0; their partial sums may
+be uninitialised memory.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from l1ra_kernels.launch import launch
 
 __all__ = ["reduce_hidden", "reduce_rows"]
 
-TOKENS = 32  # a program of reduce_hidden
-FEATURES = 256  # a program of reduce_rows
+TOKENS = 32  # per program of reduce_hidden, at rank tile 16
+FEATURES = 256  # per program of reduce_rows
 
 
 @triton.jit(do_not_specialize=["tiles", "M", "rank", "scaling"])
@@ -49,7 +50,7 @@ def _reduce_hidden(
     m_r = b_g != 0
     b_p = tl.zeros((BM, R), tl.float32)
     p_tile = p_p + o_m[:, None] * R + o_r[None, :]
-    # Where no rank is live, P was never written.
+    # If all gates are 0, output_backward has not written P.
     for _ in range(tl.where(tl.max(m_r.to(tl.int32)) > 0, tiles, 0)):
         b_p += tl.load(p_tile, mask=m_m, other=0.0)
         p_tile += s_p
@@ -64,11 +65,17 @@ def _reduce_hidden(
 def reduce_hidden(
     p: Tensor, h: Tensor, gate: Tensor, scaling: float, q: Tensor, *, needs_dg: bool = True
 ) -> Tensor | None:
-    """Writes Q into ``q``; the parts of dg, ``(blocks, R)`` float32, if needed.
+    """Launch the kernel, which writes Q into ``q``.
 
     Args:
         p: ``(tiles, M, R)`` from output_backward.
-        h, q: ``(M, R)``, this adapter's columns.
+        h, q: ``(M, R)``, this adapter's columns of H and Q.
+        gate: ``(r,)``.
+        scaling: s.
+        needs_dg: whether dg is needed.
+
+    Returns:
+        Partial sums of dg ``(blocks, R)`` float32; None if not needed.
     """
     tiles, tokens, width = p.shape
     block = max(8, TOKENS * 16 // width)
@@ -146,12 +153,17 @@ def reduce_rows(
     scaling: float | None = None,
     dg_parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``out`` ``(r, N)`` in ``dtype``, and dg ``(r,)`` in the dtype of the gate if its parts are given.
+    """Launch the kernel.
 
     Args:
         parts: ``(parts, R, N)`` float32, this adapter's rows.
-        scaling: multiply by ``scaling * gate``; None: don't.
-        dg_parts: ``(blocks, R)`` from reduce_hidden.
+        gate: ``(r,)``.
+        dtype: of the result.
+        scaling: s, if the result is multiplied by ``s * gate``; None: the factor is 1.
+        dg_parts: ``(blocks, R)`` from reduce_hidden; None if dg is not needed.
+
+    Returns:
+        out ``(r, N)`` in ``dtype``, and dg ``(r,)`` in the dtype of the gate; None if not needed.
     """
     count, _, features = parts.shape
     rank = gate.shape[0]

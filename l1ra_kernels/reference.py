@@ -1,6 +1,6 @@
-"""Every op in a few lines of torch: the specification, on any device, differentiable where it makes sense.
+"""The specification of every op in plain PyTorch, for any device; ``gated_lora`` is differentiable.
 
-Dimensions: M tokens, K in_features, N out_features, r rank. Adapter tensors are rank-major: one row a rank.
+Dimensions: M tokens, K in_features, N out_features, r rank. A ``(r, K)`` and B ``(r, N)`` have one row per rank.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from torch.nn import functional as F
 def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``y = y0 + s * ((x @ A.T) * g) @ B``, computed in the dtype of ``y0``.
 
-    The gate is folded into B, ``C = s * g * B``, before anything is rounded: no pass over the tokens is spent
-    on it, and its gradient ``dg = s * sum(B * dC, dim=1)`` leaves in the dtype of the adapter.
-    A rank whose gate is exactly 0 is pruned: nothing of its rows reaches y, NaN included, and it has no gradient.
+    Scaling and gate are multiplied into B, ``C = s * g * B``, before C is rounded to the dtype of ``y0``. So they need
+    no pass over the tokens, and the gradient ``dg = s * sum(B * dC, dim=1)`` is computed in the dtype of the adapter.
+    A rank whose gate is exactly 0 is pruned: its rows do not affect y, even if they contain NaN, and its gradients are
+    0.
 
     Args:
         y0: output of the frozen layer, ``(..., N)``.
         x: input of the layer, ``(..., K)``, any strides.
-        a: ``(r, K)``, any floating dtype; so are ``gate``, ``(r,)``, and ``b``, ``(r, N)``.
+        a, gate, b: ``(r, K)``, ``(r,)`` and ``(r, N)``, of any floating dtype.
         scaling: s.
 
     Returns:
         ``(..., N)`` in the dtype of ``y0``.
     """
     dtype = y0.dtype
-    # The dtype is settled by y0; an enclosing autocast region must not lower it further. The meta device has none, and
-    # torch.compile can't trace is_autocast_available in torch 2.11.
+    # The dtype of the products is that of y0; an enclosing autocast region must not lower it. The meta device has no
+    # autocast. Its name is compared because torch.compile can't trace is_autocast_available in torch 2.11.
     kind = y0.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         live = (gate != 0).unsqueeze(1)
@@ -41,10 +42,11 @@ def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scalin
 
 
 def dropout_mask(seed: int, tokens: int, features: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """Which elements of ``(tokens, features)`` the fused kernels keep under dropout with probability ``p``: bool.
+    """The dropout mask of the fused kernels for an input ``(tokens, features)``: bool, True for kept elements.
 
-    Element (m, k) is kept if number ``k % 4`` of Philox4x32-10 with key ``seed`` and counter ``(k // 4, m, 0, 0)`` is
-    at least ``p * 2**32``. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    Each element is dropped with probability ``p``. Element (m, k) is kept if number ``k % 4`` of Philox4x32-10 with key
+    ``seed`` and counter ``(k // 4, m, 0, 0)`` is at least ``p * 2**32``. Source: Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", SC 2011.
     """
     low = 0xFFFFFFFF
     quad = torch.arange(-(-features // 4), device=device).expand(tokens, -1)
@@ -60,14 +62,14 @@ def dropout_mask(seed: int, tokens: int, features: int, p: float, device: torch.
 
 
 def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of two unsigned 32-bit numbers, held in int64."""
+    """High and low 32 bits of the product of two unsigned 32-bit numbers; all are stored as int64."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def move_rows(rows: Tensor, keep: Sequence[int], grow: int, fill: float = 0.0) -> Tensor:
-    """The kept rows of ``rows`` ``(r, ...)``, bit for bit and in order, then ``grow`` rows of ``fill``.
+    """The rows ``keep`` of ``rows`` ``(r, ...)``, in order and bit for bit, followed by ``grow`` rows of ``fill``.
 
     Returns:
         A new tensor ``(len(keep) + grow, ...)``, same dtype and device.
@@ -79,7 +81,7 @@ def move_rows(rows: Tensor, keep: Sequence[int], grow: int, fill: float = 0.0) -
 
 @torch.no_grad()
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
-    """For each tensor ``(r, ...)`` a new one: its row i is row ``sources[i]``, or ``fill`` where that is -1."""
+    """New tensors whose row i is row ``sources[i]`` of the old tensor ``(r, ...)``, or ``fill`` if that is -1."""
     indices: dict[tuple, tuple[Tensor, Tensor]] = {}
     moved = []
     for rows, source, fill in zip(tensors, sources, fills, strict=True):
@@ -95,7 +97,7 @@ def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], 
 
 @torch.no_grad()
 def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> None:
-    """In each tensor ``(r, ...)`` the kept rows move to the front; the rows behind them become zero. In place."""
+    """Move the rows ``keep`` of each tensor ``(r, ...)`` to the front, and set the rows behind them to 0, in place."""
     for rows, keep in zip(tensors, keeps, strict=True):
         rows[: len(keep)] = rows[torch.as_tensor(keep, dtype=torch.long, device=rows.device)]
         rows[len(keep) :] = 0
@@ -116,8 +118,9 @@ def adam_elastic_net_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of AdamE on gates: Adam, then decoupled L2 and L1, then the clamp to [0, 1].
 
-    All tensors are flat ``(R,)`` float32; ``age`` counts each gate's steps before this one, so that a young gate
-    has its own bias correction. The L1 term is a soft threshold of ``lr * l1``: it reaches exactly 0.
+    All tensors are flat ``(R,)`` float32. ``age`` is the number of steps of each gate before this one; the bias
+    correction of Adam uses it, because gates of new ranks have made fewer steps. The L1 term is a soft threshold of
+    ``lr * l1``, so that gates reach exactly 0. Source: L1RA.
 
     Returns:
         The new ``(gate, exp_avg, exp_avg_sq)``; the inputs are not changed.
@@ -135,16 +138,17 @@ def adam_elastic_net_step(
 def importance_step(gate: Tensor, grad: Tensor, mean_sq: Tensor, age: Tensor, horizon: float) -> Tensor:
     """Moving average of ``(g * dL/dg)**2``, the squared first-order change of the loss if the rank were removed.
 
-    A plain mean while a rank is younger than ``horizon`` steps, an exponential one afterwards. All ``(R,)``.
+    The average is a plain mean while a rank has been trained for fewer than ``horizon`` steps, and exponential
+    afterwards. All tensors are ``(R,)``.
     """
     weight = (1.0 / (age + 1)).clamp(min=1.0 / horizon)
     return torch.lerp(mean_sq, (gate * grad).square(), weight)
 
 
 def weighted_l1_step(gate: Tensor, weight: Tensor, *, lr: float, l1: float) -> Tensor:
-    """``g <- clamp(g + lr * (1 - l1 * weight), 0, 1)``: a weighted L1 step against a constant pull back to 1.
+    """``g <- clamp(g + lr * (1 - l1 * weight), 0, 1)``: a constant increase towards 1, minus a weighted L1 step.
 
-    A gate that has reached 0 stays there. ``gate`` and ``weight`` are ``(R,)``.
+    A gate that has reached 0 stays at 0. ``gate`` and ``weight`` are ``(R,)``.
     """
     return torch.where(gate > 0, (gate + lr * (1 - l1 * weight)).clamp(0.0, 1.0), gate)
 
@@ -152,12 +156,19 @@ def weighted_l1_step(gate: Tensor, weight: Tensor, *, lr: float, l1: float) -> T
 def unless_not_finite(
     new: Sequence[Tensor], old: Sequence[Tensor], grad: Tensor, skipped: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """``new`` where a gate had a gradient (``seen``; None: everywhere), else ``old``; all ``old`` and one more step
-    ``skipped``, an int64 scalar, if any gradient is not finite, or its square: that would stay in every moving average
-    for good. No value is brought to the host.
+    """Select the new state of the gates, or the old state if a gradient is not finite.
+
+    If the gradient of any gate, or its square, is not finite, all gates keep their old state and ``skipped`` increases
+    by 1. Otherwise the value would stay in the moving averages forever. No value is copied to the host.
+
+    Args:
+        new, old: tensors ``(R,)`` of the state after and before a step.
+        grad: ``(R,)``, the gradients of the gates.
+        skipped: int64 scalar, the number of skipped steps so far.
+        seen: bool ``(R,)``, the gates that had a gradient; the others keep their old state. None: all gates had one.
 
     Returns:
-        One tensor for each of ``new``, then ``skipped``.
+        One tensor for each of ``new``, then the new ``skipped``.
     """
     finite = torch.isfinite(grad.square()).all()
     where = finite if seen is None else finite & seen
@@ -179,7 +190,9 @@ def adam_gate_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`adam_elastic_net_step` of all gates, each a step older, as :func:`unless_not_finite` allows it.
+    """:func:`adam_elastic_net_step` and ``age + 1`` for all gates, then :func:`unless_not_finite`.
+
+    All tensors are ``(R,)`` float32, except ``skipped`` (int64 scalar) and ``seen`` (bool).
 
     Returns:
         The new ``(gate, exp_avg, exp_avg_sq, age, skipped)``; the inputs are not changed.
@@ -201,9 +214,10 @@ def adaptive_gate_step(
     l1: float,
     horizon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`importance_step`, then :func:`weighted_l1_step` of all gates, as :func:`unless_not_finite` allows it.
+    """:func:`importance_step`, :func:`weighted_l1_step` and ``age + 1`` for all gates, then :func:`unless_not_finite`.
 
-    ``weight`` is the weight of each rank's L1 penalty. All are ``(R,)`` float32.
+    ``weight`` is the weight of each rank's L1 penalty. All tensors are ``(R,)`` float32, except ``skipped`` (int64
+    scalar) and ``seen`` (bool).
 
     Returns:
         The new ``(gate, importance_sq, age, skipped)``; the inputs are not changed.

@@ -1,8 +1,8 @@
-"""Shrink: ``H_i = dropout(x) @ A_i.T`` for the one to three adapters that share the input x, which is read once.
+"""Shrink: ``H_i = dropout(x) @ A_i.T`` in one pass over x, for one to three adapters that share the input x.
 
-x (M, K); A_i (r_i, K); H (M, G * R): adapter i owns the columns from i * R on, R the rank tile, zeros beyond its rank.
-A rank whose gate is 0 is not read; if all are, x isn't either. With AUGMENT, ``[x | H]``
-(M, K + G * R) is written besides, for a product with a weight that has its adapter behind its columns.
+Reads x (M, K), A_i (r_i, K) and g_i (r_i,) of G adapters; writes H (M, G * R), R the rank tile. Adapter i has the R
+columns from i * R on, with zeros beyond its rank. Rows of A whose gate is 0 are not read. If all gates are 0, x is not
+read. With AUGMENT, ``[x | H]`` (M, K + G * R) is also written, for the product with ``[W | C.T]``; see augment.py.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["shrink"]
 @triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "inverse_keep", "limit"])
 def _shrink(
     p_x,  # (M, K)
-    p_as,  # G times (r, K)
-    p_gates,  # G times (r,)
+    p_as,  # G tensors (r, K)
+    p_gates,  # G tensors (r,)
     p_h,  # (M, *), its G * R columns
     p_out,  # (M, K + G * R)
     p_seed,  # (1,) int64
     M,
     K,
-    rank0,  # no tuple: triton specialises its numbers, and would compile anew for ranks of 1 and of 16
+    rank0,  # not in a tuple: Triton would specialise on its numbers, and recompile for the ranks 1 and 16
     rank1,
     rank2,
     s_x,
@@ -103,15 +103,18 @@ def shrink(
     augmented: Tensor | None = None,
     precision: str = "ieee",
 ) -> None:
-    """Writes ``H``, all its columns.
+    """Launch the kernel, which writes H into ``h``.
 
     Args:
         x: ``(M, K)``, last stride 1, any floating dtype.
-        rows: the A of each adapter, ``(r, K)``, last stride 1.
-        gates: ``(r,)`` each.
-        h: ``(M, G * R)`` in the dtype of the products, last stride 1.
-        seed: int64 ``(1,)`` on the device of x, read if ``dropout`` > 0.
-        augmented: ``(M, K + G * R)``, last stride 1, like x in the same dtype: receives ``[x | H]``.
+        rows: A of each adapter, ``(r, K)``, last stride 1.
+        gates: the gate of each adapter, ``(r,)``.
+        h: ``(M, G * R)``, last stride 1. Its dtype is the dtype of the products.
+        dropout: probability that an element of x is dropped.
+        seed: int64 ``(1,)`` on the device of x. Read only if ``dropout`` > 0.
+        augmented: ``(M, K + G * R)``, last stride 1, in the dtype of x, into which ``[x | H]`` is written; None: it is
+            not written.
+        precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
     """
     tokens, features = x.shape
     t = tile("shrink", h.shape[1], h.dtype, x.device)

@@ -1,5 +1,7 @@
-"""The ops on what outlives a step, gates and optimizer state: each as a Triton kernel where there is one to run it,
-else in plain torch. They are exported by ``dispatch``."""
+"""Ops on gates and on row-wise state (parameters, optimizer state): a Triton kernel if it can run, else plain PyTorch.
+
+``dispatch`` exports these ops.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,20 @@ unless_not_finite = reference.unless_not_finite
 
 
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
-    """New tensors, whose row i is row ``sources[i]`` of the old one, bit for bit, or ``fill`` where that is -1.
+    """New tensors whose row i is row ``sources[i]`` of the old tensor, bit for bit, or ``fill`` if that is -1.
 
-    One launch for all tensors of a device, whatever their dtypes and shapes; out of place, without a gradient.
+    Tensors of different dtypes and shapes are processed together, in one launch per device. Not differentiable.
 
     Args:
-        tensors: each ``(r, ...)``, any dtype of up to 8 bytes, any strides.
-        sources: for each the row numbers, below its r.
-        fills: for each the value of its new rows.
+        tensors: each ``(r, ...)``, with any strides, of any dtype of up to 8 bytes per element.
+        sources: for each tensor, the old row index of each new row, or -1.
+        fills: for each tensor, the value of its new rows.
 
     Returns:
-        For each ``(len(sources), ...)``, in its own new memory, same dtype and device.
+        For each tensor a new one ``(len(sources), ...)`` of the same dtype and device, which shares no memory.
 
     Raises:
-        ValueError: there is no such row.
+        ValueError: a row index is out of range; or an element of a tensor is larger than 8 bytes (Triton only).
     """
     for r, rows in {(t.shape[0], tuple(source)) for t, source in zip(tensors, sources, strict=True)}:
         if any(not -1 <= row < r for row in rows):
@@ -44,17 +46,17 @@ def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], 
 
 
 def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> None:
-    """Move the kept rows of each tensor to its front, in order and bit for bit; the rows behind them become zero.
+    """Move the kept rows of each tensor to the front, in order and bit for bit, and set the rows behind them to 0.
 
-    In place and in one launch for all tensors of a device: for tensors whose number of rows may not change. What the
-    freed rows held is never looked at.
+    The tensors are changed in place, in one launch per device. This op is for tensors whose number of rows must not
+    change. The rows that are not kept are not read.
 
     Args:
-        tensors: each ``(r, ...)``, any dtype, any strides; no two may share memory.
-        keeps: for each the rising numbers of the rows that stay.
+        tensors: each ``(r, ...)``, of any dtype and strides. No two tensors may share memory.
+        keeps: for each tensor, the indices of the kept rows, in ascending order.
 
     Raises:
-        ValueError: row numbers that don't rise, or no such row; nothing is changed then.
+        ValueError: row indices are not ascending or out of range. Nothing is changed.
     """
     for r, keep in {(t.shape[0], tuple(keep)) for t, keep in zip(tensors, keeps, strict=True)}:
         if list(keep) != sorted(set(keep)) or any(not 0 <= row < r for row in keep):
@@ -64,24 +66,24 @@ def compact_rows_(tensors: Sequence[Tensor], keeps: Sequence[Sequence[int]]) -> 
 
 
 def adam_gate_step(gate: Tensor, *args: Tensor | None, **settings: float) -> tuple[Tensor, ...]:
-    """One launch, or :func:`l1ra_kernels.reference.adam_gate_step`, which says what it does."""
+    """:func:`l1ra_kernels.reference.adam_gate_step`, by one launch if Triton kernels are used for the device."""
     return _gate_op("adam_gate_step", gate.device)(gate, *args, **settings)
 
 
 def adaptive_gate_step(gate: Tensor, *args: Tensor | None, **settings: float) -> tuple[Tensor, ...]:
-    """One launch, or :func:`l1ra_kernels.reference.adaptive_gate_step`, which says what it does."""
+    """:func:`l1ra_kernels.reference.adaptive_gate_step`, by one launch if Triton kernels are used for the device."""
     return _gate_op("adaptive_gate_step", gate.device)(gate, *args, **settings)
 
 
 def _by_device(name: str, tensors: Sequence[Tensor]) -> list[tuple[Callable, list[int]]]:
-    """For each device: the op that serves it, and the numbers of its tensors."""
+    """For each device: the implementation of the op ``name``, and the indices of the tensors on the device."""
     groups: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(i)
     return [(_row_op(name, device), chosen) for device, chosen in groups.items()]
 
 
-# Triton is imported only where its kernels are going to run.
+# Triton is imported only if its kernels are going to run.
 
 
 def _row_op(name: str, device: torch.device) -> Callable:

@@ -1,1 +1,1 @@
-"""What is written to disk and read back: checkpoints, PEFT's LoRA files."""
+"""Reading and writing files: checkpoints, and plain LoRA in PEFT's format."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, then renamed; and tensors ready to be written."""
+"""Atomic file writes (write under a temporary name, then rename), and tensors as safetensors stores them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from torch import Tensor
 
 __all__ = ["PARTIAL_SUFFIX", "atomic_write", "cpu_copy"]
 
-PARTIAL_SUFFIX = r"\.\d+\.partial"  # what is added to the name of a file that is being written
+PARTIAL_SUFFIX = r"\.\d+\.partial"  # regular expression of the suffix of files that are being written
 
 
 @contextmanager
 def atomic_write(*files: Path) -> Iterator[list[Path]]:
-    """Paths to write to; what is written there takes the place of ``files`` when the block has ended.
+    """Replace ``files`` when the block ends without an error. If it ends with an error, ``files`` stay unchanged.
 
-    If it ends in an error, nothing has changed. Of several files the last is the one without which nobody reads the
-    others: it is taken away before the first one is replaced and comes last, so that a process that is killed in
-    between leaves no mixture of old and new that could be read.
+    If there are several files, readers must need the last one to find the others. It is deleted before the others are
+    replaced, and replaced last. A process that is killed in between then leaves no readable mixture of old and new
+    files.
+
+    Yields:
+        The paths to write to, one for each of ``files``.
     """
-    asides = [file.with_name(f"{file.name}.{os.getpid()}.partial") for file in files]
+    partial_files = [file.with_name(f"{file.name}.{os.getpid()}.partial") for file in files]
     try:
-        yield asides
-        for aside in asides:
-            with open(aside, "rb+") as stream:
+        yield partial_files
+        for partial_file in partial_files:
+            with open(partial_file, "rb+") as stream:
                 os.fsync(stream.fileno())
         if len(files) > 1:
             files[-1].unlink(missing_ok=True)
-        for aside, file in zip(asides, files, strict=True):
-            os.replace(aside, file)
+        for partial_file, file in zip(partial_files, files, strict=True):
+            os.replace(partial_file, file)
     except OSError as error:
-        if error.filename is None:  # a disk that is full does not say which
+        if error.filename is None:  # e.g. the error of a full disk has no file name
             error.filename = str(files[0].parent)
         raise
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for partial_file in partial_files:
+            partial_file.unlink(missing_ok=True)
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, contiguous, in a memory of its own: what safetensors asks for."""
+    """A contiguous copy on the CPU with its own storage, which safetensors requires."""
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The state of a ``RankController`` as plain values: its schema, and whether it fits the adapters of a model."""
+"""The schema of a ``RankController``'s state dict, and the check that a state dict fits the adapters of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l1ra.layers.linear import L1RALinear
 
 __all__ = ["GATES", "IN_TENSORS", "SCHEMA", "check_state"]
 
-# Float32 ``(R,)``, R the sum of all ranks, adapter after adapter; see ``GateBank``. "skipped" is a scalar.
+# Tensors of ``GateBank``: float32 ``(R,)``, R the sum of all ranks, adapter after adapter. "skipped" is a scalar.
 GATES = ("value", "exp_avg", "exp_avg_sq", "importance_sq", "age", "weight", "skipped")
 SCHEMA = {
     "ranks": {str: int},
@@ -42,22 +42,22 @@ SCHEMA = {
     "gates": {str: Tensor},
     "generator": Tensor,
 }
-IN_TENSORS = ("gates", "generator", "probes")  # stored as tensors; all other values are written as JSON
+IN_TENSORS = ("gates", "generator", "probes")  # stored in a safetensors file; all other values are stored as JSON
 
 
 def check_state(
     state: Mapping[str, Any], adapters: Mapping[str, L1RALinear], *, ranks: Mapping[str, int], budget: int, rule: str
 ) -> None:
-    """Check that ``state`` belongs to a controller with these adapters and settings. Nothing is changed.
+    """Check that a controller with these adapters and settings can load ``state``. Nothing is changed.
 
     Args:
         state: a ``RankController.state_dict()``.
-        adapters: those of the model, by module name.
-        ranks: the rank of each adapter that ``state`` must have.
-        budget, rule: of the controller that is to take the state.
+        adapters: the adapters of the model, by module name.
+        ranks: the ranks that ``state`` must have, by module name.
+        budget, rule: of the controller that is to load the state.
 
     Raises:
-        ValueError: it does not; the message says what differs.
+        ValueError: the state does not fit; the message says what differs.
     """
     if wrong := mismatch(state, SCHEMA):
         raise ValueError(f"this is no state of a RankController: {wrong}.")
@@ -65,11 +65,20 @@ def check_state(
     parts = [state[part] for part in ("ranks", "initial_ranks", "scalings", "scale_with_rank")]
     if any(list(part) != names for part in (*parts, *(entry["ranks"] for entry in state["history"]))):
         raise ValueError("the state is of a model with other adapters: patch this one with the same target_modules.")
-    for name, mine in (("budget", budget), ("rule", rule)):
-        if state[name] != mine:
-            raise ValueError(f"the state has {name} {state[name]!r}, this controller {mine!r}: construct it the same.")
+    for name, own in (("budget", budget), ("rule", rule)):
+        if state[name] != own:
+            raise ValueError(
+                f"the state has {name} {state[name]!r}, this controller {own!r}: create the controller with the same "
+                f"{name}."
+            )
     if state["ranks"] != ranks:
         raise ValueError("the state has other ranks than the model: load the model's state dict first.")
+    _check_scalings(state, adapters)
+    _check_probes(state["probes"], adapters)
+    _check_gates_and_generator(state)
+
+
+def _check_scalings(state: Mapping[str, Any], adapters: Mapping[str, L1RALinear]) -> None:
     for name, layer in adapters.items():
         scaling = state["scalings"][name]
         if scaling != layer.scaling:
@@ -81,10 +90,8 @@ def check_state(
         if scaled != layer.scale_with_rank:
             raise ValueError(
                 f"the state has scale_with_rank={scaled} at {name}, this model {layer.scale_with_rank}: patch it with "
-                "the same."
+                "the same scale_with_rank."
             )
-    _check_probes(state["probes"], adapters)
-    _check_tensors(state)
 
 
 def _check_probes(probes: Mapping[str, Mapping[str, Tensor]], adapters: Mapping[str, L1RALinear]) -> None:
@@ -96,10 +103,10 @@ def _check_probes(probes: Mapping[str, Mapping[str, Tensor]], adapters: Mapping[
             "sketch": (*count, layer.in_features),
             "seen": (),
         }:
-            raise ValueError(f"the state has a probe that does not fit {name}: patch the same model.")
+            raise ValueError(f"the state has a probe that does not fit {name}: load it into the same model.")
 
 
-def _check_tensors(state: Mapping[str, Any]) -> None:
+def _check_gates_and_generator(state: Mapping[str, Any]) -> None:
     total = sum(state["ranks"].values())
     for name in GATES:
         shape = () if name == "skipped" else (total,)

@@ -1,4 +1,4 @@
-"""Plain LoRA in PEFT's files, written from the adapters of a model."""
+"""Write the adapters of a model as a plain LoRA in PEFT's file format (``export_peft``)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from l1ra.layers.adapted_model import find_adapters, task_head, trained_modules
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
 
-__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "export_peft", "refuse_shared"]
+__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of every tensor's name
-# The ending of a transformers model's class -> PEFT's task, and the heads that PEFT then trains unasked.
+PREFIX = "base_model.model."  # of each tensor's name
+# Suffix of a transformers model class -> PEFT's task_type, and the modules that PEFT trains in full for that task even
+# if modules_to_save does not name them.
 TASKS = {
     "ForCausalLM": ("CAUSAL_LM", ()),
     "LMHeadModel": ("CAUSAL_LM", ()),
@@ -36,80 +37,72 @@ def export_peft(
 ) -> Path:
     """Write the adapters as a plain LoRA that ``PeftModel.from_pretrained(base_model, directory)`` loads.
 
-    It computes the same, in PEFT's shapes: A ``(r, in_features)`` and B ``(out_features, r)``, with the scaling and
-    the gates folded into B, so that PEFT's own ``alpha / r`` is 1 everywhere. Ranks whose gate is 0 are left out; an
-    adapter without any other keeps one, with B = 0. Modules that are trained in full go along as ``modules_to_save``,
-    and so does the head of a transformers task model. The model stays as it is; merged adapters may stay merged.
+    The LoRA computes the same function as the adapters. Its tensors have PEFT's shapes: A ``(r, in_features)`` and B
+    ``(out_features, r)``. Scaling and gates are multiplied into B, so that PEFT's own scaling ``alpha / r`` is 1
+    everywhere. Ranks whose gate is 0 are left out; an adapter that has no other ranks keeps one, with B = 0.
 
-    The ranks differ from layer to layer: ``rank_pattern`` and ``alpha_pattern`` name each layer by a regular
-    expression for its whole name, which PEFT reads from 0.15 on.
+    Modules that are trained in full are written as ``modules_to_save``, and so is the head of a transformers model for
+    classification or question answering. The model is not changed, and adapters may be merged.
+
+    The ranks differ between layers. ``rank_pattern`` and ``alpha_pattern`` give the rank of each layer by a regular
+    expression for its whole name, which PEFT supports since version 0.15.
+
+    Example::
+
+        l1ra.export_peft(model, "my-lora")
+        model = PeftModel.from_pretrained(base_model, "my-lora")
 
     Args:
-        model: with adapters; compiled or wrapped in DistributedDataParallel if need be.
-        directory: of the files, made if it is not there. An adapter in it is replaced, when the new one is whole; a
-            process that is killed meanwhile leaves the old one, or none that could be read.
-        uniform: fill all adapters with zeros up to the largest rank and write no patterns: for readers that know one
-            rank and one alpha only, as vLLM and the converter to GGUF.
-        dtype: of A and B in the file. None: that of the adapter. In 16 bits, folding rounds B once.
+        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel.
+        directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
+            completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
+        uniform: pad all adapters with zeros to the largest rank and write no patterns, for readers that support a
+            single rank and alpha only, such as vLLM and the GGUF converter.
+        dtype: of A and B in the file. None: the dtype of the adapter. In a 16-bit dtype, B is rounded once, after
+            scaling and gates are multiplied in.
 
     Returns:
         ``directory``.
 
     Raises:
-        ValueError: the model has no adapter, or PEFT can't express what is trained; nothing is written.
-        OSError: it can't be written; an older adapter in the directory is as it was.
+        ValueError: the model has no adapter, or PEFT can't represent what is trained. Nothing is written.
+        OSError: the files can't be written. An older LoRA in the directory is unchanged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    model = _unwrapped(model)
+    model = _unwrap(model)
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
-    refuse_shared(model, adapters)
-    saved = _trained_in_full(model)
-    layers = {_plain(name): _folded(layer, dtype) for name, layer in adapters.items()}
-    ranks = {name: a.shape[0] for name, (a, _) in layers.items()}
-    largest = max(ranks.values())
-    tensors = {}
-    for name, (a, b) in layers.items():
-        if uniform:
-            a, b = (nn.functional.pad(rows, (0, 0, 0, largest - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(b.T)
+    check_one_parent(model, adapters)
+    saved = _modules_to_save(model)
+    factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    tensors = _lora_tensors(factors, pad_to=max(ranks.values()) if uniform else None)
     for name, module in saved.items():
-        tensors |= {f"{PREFIX}{_plain(name)}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-    config = {
-        "peft_type": "LORA",
-        **_task(model, saved),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "lora_dropout": 0.0,
-        "target_modules": _target_modules(model, ranks),
-        "modules_to_save": [_plain(name) for name in saved] or None,
-        "rank_pattern": {} if uniform else pattern,
-        "alpha_pattern": {} if uniform else pattern,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in adapters.values()),
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
+        prefix = f"{PREFIX}{_uncompiled_name(name)}"
+        tensors |= {f"{prefix}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
+    config = _adapter_config(model, ranks, saved, uniform)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / WEIGHTS, directory / CONFIG) as (weights, settings):
-        try:
-            save_file(tensors, weights, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps what the system says
-            raise OSError(f"{directory / WEIGHTS} can't be written: {error}.") from None
-        settings.write_text(json.dumps(config, indent=2) + "\n")
+    _write(directory, tensors, config)
     return directory
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Check that no layer is a child of several modules: PEFT would adapt it in the first of them only.
+
+    Args:
+        layers: the layers to check, by name.
+
+    Raises:
+        ValueError: a layer has several parents.
+    """
+    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    for name, layer in layers.items():
+        if uses[id(layer)] > 1:
+            raise ValueError(f"{name} is shared between parents, of which PEFT would adapt the first only.")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of ``torch.compile`` and DistributedDataParallel."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -119,65 +112,128 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _plain(name: str) -> str:
-    """A module's name in the model as it was before parts of it were compiled."""
+def _uncompiled_name(name: str) -> str:
+    """A module's name in the model as it was before parts of the model were compiled."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 @torch.no_grad()
-def _folded(layer: L1RALinear, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _folded_factors(layer: L1RALinear, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """A ``(r, in_features)`` and ``s * g * B`` ``(r, out_features)`` of the ranks whose gate is not 0."""
     a, gate, b = (param[: layer.rank] for param in (layer.lora_A, layer.gate, layer.lora_B))
     live = gate != 0
     if not live.any():
         live[0] = True
-    exact = torch.promote_types(b.dtype, torch.float32)
-    b = b[live].to(exact) * (layer.scaling * gate[live].to(exact)).unsqueeze(1)
+    at_least_float32 = torch.promote_types(b.dtype, torch.float32)
+    b = b[live].to(at_least_float32) * (layer.scaling * gate[live].to(at_least_float32)).unsqueeze(1)
     return a[live].to(dtype or layer.lora_A.dtype), b.to(dtype or layer.lora_B.dtype)
 
 
-def refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a layer that has several parents, which PEFT adapts in one of them.
+def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], pad_to: int | None) -> dict[str, Tensor]:
+    """The tensors of the LoRA under PEFT's names, padded with zeros to the rank ``pad_to``."""
+    tensors = {}
+    for name, (a, b) in factors.items():
+        if pad_to is not None:
+            a, b = (nn.functional.pad(rows, (0, 0, 0, pad_to - len(rows))) for rows in (a, b))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(b.T)
+    return tensors
 
-    Raises:
-        ValueError: there is one among ``layers``.
+
+def _adapter_config(
+    model: nn.Module, ranks: Mapping[str, int], saved: Mapping[str, nn.Module], uniform: bool
+) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``."""
+    largest = max(ranks.values())
+    pattern = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    return {
+        "peft_type": "LORA",
+        **_task_settings(model, saved),
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "target_modules": _target_modules(model, ranks),
+        "modules_to_save": [_uncompiled_name(name) for name in saved] or None,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for _, layer in find_adapters(model)),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_write(directory / WEIGHTS, directory / CONFIG) as (weights_file, config_file):
+        try:
+            save_file(tensors, weights_file, metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors raises it in place of an OSError
+            raise OSError(f"{directory / WEIGHTS} can't be written: {error}.") from None
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules to write as ``modules_to_save``, by name; none of them is inside another one.
+
+    These are the modules that own trained parameters outside of adapters, and the head of a task model.
     """
-    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    for name, layer in layers.items():
-        if uses[id(layer)] > 1:
-            raise ValueError(f"{name} is shared between parents, of which PEFT would adapt the first only.")
-
-
-def _trained_in_full(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose own parameters are trained, and a task model's head, by name; none lies in another."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {name for name, head in task_head(model).items() if next(find_adapters(head), None) is None}
+    names = {name for name, head in task_head(model).items() if not _has_adapters(head)}
     for name in trained_modules(model):
-        if any(isinstance(modules.get(name[:end]), L1RALinear) for end in _dots(name)):
+        if _is_inside_adapter(name, modules):
             raise ValueError(
-                f"{name} is trained beside its adapter, which a plain LoRA can't say: freeze it, or adapt other layers."
+                f"{name} is trained beside its adapter, which a plain LoRA can't represent: freeze it, or adapt other "
+                "layers."
             )
-        found.add(name)
-    found = {name for name in found if not any(name[:end] in found for end in _dots(name))}
-    for name in found:
-        if next(find_adapters(modules[name]), None) is not None:
+        names.add(name)
+    names = {name for name in names if not any(parent in names for parent in _parents(name))}
+    for name in names:
+        if _has_adapters(modules[name]):
             raise ValueError(
                 f"{name or 'the model itself'} has parameters of its own that are trained, and adapters within: PEFT "
                 "can train a module in full or adapt it, not both. Freeze these parameters."
             )
-    # PEFT takes a name for an ending, and then expects the tensors of whatever else it fits.
-    further = {other: name for other in modules for name in found if other.endswith(name) and other not in found}
-    for name in found:
-        excluded = re.compile(rf"(^|.*\.){name}($|\..*)")  # PEFT's, in which a dot is any character
-        further |= {other: name for other, _ in find_adapters(model) if excluded.match(other)}
-    for other, name in further.items():
-        within = any(isinstance(modules.get(other[:end]), L1RALinear) for end in _dots(other))
-        if within or next(find_adapters(modules[other]), None) is not None:
+    also_matched = _also_matched_by_peft(names, model, modules)
+    for other, name in also_matched.items():
+        if _is_inside_adapter(other, modules) or _has_adapters(modules[other]):
             raise ValueError(
                 f"{name} is trained in full, and PEFT would take the adapted {other} for it: adapt other layers, or "
                 "rename one of the two."
             )
-    return {name: modules[name] for name in sorted(found | further.keys())}
+    return {name: modules[name] for name in sorted(names | also_matched.keys())}
+
+
+def _also_matched_by_peft(names: Collection[str], model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The other modules that PEFT matches if ``names`` are its ``modules_to_save``, and the name that matches each.
+
+    PEFT matches a name as the ending of module names, and expects the tensors of all modules that match. It also does
+    not adapt a layer whose name matches its regular expression for the names, in which a dot matches any character.
+    """
+    matched = {other: name for other in modules for name in names if other.endswith(name) and other not in names}
+    for name in names:
+        not_adapted = re.compile(rf"(^|.*\.){name}($|\..*)")
+        matched |= {other: name for other, _ in find_adapters(model) if not_adapted.match(other)}
+    return matched
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return next(find_adapters(module), None) is not None
+
+
+def _is_inside_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    return any(isinstance(modules.get(parent), L1RALinear) for parent in _parents(name))
+
+
+def _parents(name: str) -> list[str]:
+    """The names of the modules that contain the module ``name``: for ``"a.b.c"`` these are ``"a"`` and ``"a.b"``."""
+    return [name[:dot] for dot in _dots(name)]
 
 
 def _dots(name: str) -> list[int]:
@@ -186,19 +242,23 @@ def _dots(name: str) -> list[int]:
 
 def _target_modules(model: nn.Module, names: Collection[str]) -> list[str] | str:
     """``names``, or a regular expression for them if one of them is also the ending of another module's name."""
-    for other in map(_plain, dict(model.named_modules())):
-        if other not in names and any(other[end + 1 :] in names for end in _dots(other)):
+    for other in map(_uncompiled_name, dict(model.named_modules())):
+        if other not in names and any(other[dot + 1 :] in names for dot in _dots(other)):
             return "|".join(map(re.escape, names))
     return list(names)
 
 
-def _task(model: nn.Module, saved: Collection[str]) -> dict[str, Any]:
-    """PEFT's ``task_type`` where it changes nothing, otherwise ``auto_mapping``, by which PEFT finds the class."""
+def _task_settings(model: nn.Module, saved: Collection[str]) -> dict[str, Any]:
+    """PEFT's ``task_type`` and ``auto_mapping``.
+
+    A ``task_type`` is written only if PEFT would then train no further modules in full. Otherwise ``auto_mapping``
+    tells PEFT the class of the model.
+    """
     kind = type(model)
-    for ending, (task, heads) in TASKS.items():
-        if kind.__name__.endswith(ending) and (heads or hasattr(model, "prepare_inputs_for_generation")):
-            claimed = {name for name, _ in model.named_modules() if heads and name.endswith(heads)}
-            if claimed <= set(saved):
+    for suffix, (task, heads) in TASKS.items():
+        if kind.__name__.endswith(suffix) and (heads or hasattr(model, "prepare_inputs_for_generation")):
+            trained_by_peft = {name for name, _ in model.named_modules() if heads and name.endswith(heads)}
+            if trained_by_peft <= set(saved):
                 return {"task_type": task, "auto_mapping": None}
     known = kind.__module__.split(".")[0] == "transformers"
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if known else None

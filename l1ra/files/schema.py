@@ -1,4 +1,4 @@
-"""Whether what was read from a file is made as it should be."""
+"""Check nested data that was read from a file against a schema."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ __all__ = ["mismatch"]
 
 
 def mismatch(value: Any, schema: Any, at: str = "") -> str:
-    """What of ``value`` is not of the ``schema``, in words; "" if all of it is.
+    """The first difference between ``value`` and ``schema``, as text for an error message; "" if there is none.
 
     Args:
-        schema: a type or a union of types; a dict of schemas by name (further names may be
-            there); ``{str: schema}``, a dict of any names; ``[schema]``, a list of any length; a tuple of
-            schemas, a list of that length.
-        at: the way to ``value`` from what was read, names with dots between.
+        value: nested dicts, lists and scalars.
+        schema: a type or a union of types; a dict of schemas by key (``value`` may have further keys); ``{str:
+            schema}``, a dict with any keys; ``[schema]``, a list of any length; a tuple of schemas, a list of that
+            length.
+        at: the path to ``value``, keys joined with dots.
     """
     if isinstance(schema, dict):
         if not isinstance(value, dict):
@@ -30,9 +31,10 @@ def mismatch(value: Any, schema: Any, at: str = "") -> str:
         schemas = schema if isinstance(schema, tuple) else schema * len(value)
         parts = [(i, part, schemas[i]) for i, part in enumerate(value)]
     else:
-        # A bool is an int to Python.
+        # In Python a bool is also an int.
         fits = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
         return "" if fits else f"{at or 'it'} is no {getattr(schema, '__name__', schema)}"
-    return next(
-        filter(None, (mismatch(part, kind, f"{at}.{name}" if at else str(name)) for name, part, kind in parts)), ""
-    )
+    for name, part, part_schema in parts:
+        if wrong := mismatch(part, part_schema, f"{at}.{name}" if at else str(name)):
+            return wrong
+    return ""

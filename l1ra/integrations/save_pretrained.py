@@ -1,7 +1,7 @@
-"""What a patched transformers model writes when it is saved: a LoRA in PEFT's files, as a ``PeftModel`` does.
+"""``save_pretrained`` of a patched transformers model: it writes a plain LoRA, as ``PeftModel.save_pretrained`` does.
 
-The class's own ``save_pretrained`` would write all weights under the names that they have while the model is patched,
-and ``from_pretrained`` would find none of the adapted layers in them and draw fresh ones.
+The method of the model's class would write all weights under their names in the patched model. ``from_pretrained``
+would not find the adapted layers under these names, and would initialise them randomly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHOD = "save_pretrained"
 
 
 def override(model: nn.Module) -> None:
-    """Let ``model`` write a LoRA when it is saved, if it is a transformers model."""
+    """Replace ``model.save_pretrained`` by :class:`SavePretrained`, if ``model`` is a transformers model."""
     kinds = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
     if ("transformers.modeling_utils", "PreTrainedModel") in kinds:
         object.__setattr__(model, METHOD, SavePretrained(model))
@@ -39,7 +39,10 @@ def restore(model: nn.Module) -> None:
 
 
 class SavePretrained:
-    """``save_pretrained`` of one patched model; an object and not a closure, so that a copy of it has its own."""
+    """``save_pretrained`` of one patched model.
+
+    It is an object and not a closure, so that a copy of the model has a ``SavePretrained`` that refers to the copy.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -52,33 +55,36 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write what ``l1ra.export_peft`` writes: ``from_pretrained`` of transformers and of PEFT read it.
+        """Write a plain LoRA with ``l1ra.export_peft``. ``from_pretrained`` of transformers and of PEFT can load it.
 
-        A checkpoint of a Trainer also gets the trained parameters under their names in the patched model, to resume
-        from: frozen weights are not in it. If PEFT can't express what is trained, a warning says why, and everywhere
-        but in a checkpoint the controller is saved instead: a training that has ended is never lost.
+        If a Trainer is writing a checkpoint, the trained parameters are also written, under their names in the patched
+        model, so that the Trainer can resume from them. Frozen weights are not written.
+
+        If PEFT can't represent what is trained, no LoRA is written and a warning states the reason. Outside of a
+        Trainer's checkpoint the controller is then saved instead, so that the result of a training is not lost.
 
         Args:
-            save_directory: made if it is not there.
+            save_directory: is created if it does not exist.
             is_main_process: if False, nothing is written.
-            state_dict: used where adapters are sharded; the model is then saved as transformers does it.
+            state_dict: used if adapters are sharded; then the method of the model's class saves the model.
             push_to_hub: must be False.
-            kwargs: of transformers' method, on files of whole models: without a meaning here.
+            kwargs: options of transformers' method. They have no effect here unless adapters are sharded.
 
         Raises:
-            ValueError: ``push_to_hub`` is set; or PEFT can't express it and the model, a copy, has no controller.
-            OSError: it can't be written.
+            ValueError: ``push_to_hub`` is set; or PEFT can't represent what is trained and the model has no
+                controller, because it is a copy of a patched model.
+            OSError: the files can't be written.
         """
         if push_to_hub:
             raise ValueError("a patched model is not pushed while it is saved: call model.push_to_hub(repo_id).")
         model, folder = self.model, Path(save_directory)
-        if not all(_whole(layer) for _, layer in find_adapters(model)):
-            own = getattr(type(model), METHOD)
-            own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if any(_is_sharded(layer) for _, layer in find_adapters(model)):
+            save_pretrained = getattr(type(model), METHOD)
+            save_pretrained(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         elif is_main_process:
             in_checkpoint = trainer_in("_save_checkpoint") is not None
             if in_checkpoint:
-                _write_trained(model, folder)
+                _write_trained_tensors(model, folder)
             self._export(folder, in_checkpoint)
 
     def _export(self, folder: Path, in_checkpoint: bool) -> None:
@@ -88,7 +94,7 @@ class SavePretrained:
             controller = controller_of(self.model)
             if controller is None:  # a copy of a patched model has none
                 raise
-            if not in_checkpoint:  # there it is saved anyway
+            if not in_checkpoint:  # in a checkpoint the callback saves the controller
                 controller.save(folder / FOLDER)
             warnings.warn(
                 f"no LoRA for PEFT is written: {error} Load {folder / FOLDER} with l1ra.load(model, folder).",
@@ -96,15 +102,19 @@ class SavePretrained:
             )
 
 
-def _whole(layer: L1RALinear) -> bool:
-    a = layer.lora_A  # DTensors (FSDP 2), flat pieces (FSDP 1) and empty ones (ZeRO 3) are parts of it
-    return type(a) is nn.Parameter and a.dim() == 2 and a.shape[1] == layer.in_features
+def _is_sharded(layer: L1RALinear) -> bool:
+    """Whether FSDP or DeepSpeed has sharded the adapter.
+
+    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
+    """
+    a = layer.lora_A
+    return type(a) is not nn.Parameter or a.dim() != 2 or a.shape[1] != layer.in_features
 
 
-def _write_trained(model: nn.Module, folder: Path) -> None:
+def _write_trained_tensors(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: cpu_copy(value) for name, value in carried_tensors(model).items()}
-    with atomic_write(folder / WEIGHTS) as (aside,):
-        aside.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+    with atomic_write(folder / WEIGHTS) as (partial_file,):
+        partial_file.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))

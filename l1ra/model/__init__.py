@@ -1,1 +1,1 @@
-"""What a user does to a model: patch, merge, load."""
+"""Operations on a model: patch, merge, load, and their inverses."""

@@ -1,4 +1,4 @@
-"""All adapters of a model into their weights, and out again: every one of them or none."""
+"""Merge all adapters of a model into the base weights, and restore the base weights (``unmerge``)."""
 
 from __future__ import annotations
 
@@ -17,46 +17,60 @@ __all__ = ["merge", "unmerge"]
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Add each adapter into its base weight; then the model computes with these weights alone, until :func:`unmerge`.
+    """Add each adapter to its base weight, in place. Until :func:`unmerge` the model computes with these weights alone.
 
-    The weights that were there are kept beside the merged ones; ``l1ra.unpatch(model, merge=True)`` drops them, and the
-    adapters. Floating-point weights are rounded once, to their own dtype. 4-bit and 8-bit weights of bitsandbytes are
-    dequantised, and quantised anew with their own settings, with a ``UserWarning`` that states the error.
+    Either all adapters are merged or none. The original weights are kept in memory beside the merged ones;
+    ``l1ra.unpatch(model, merge=True)`` drops the original weights and the adapters.
+
+    Floating-point weights are rounded once, to their own dtype. 4-bit and 8-bit weights of bitsandbytes are dequantised
+    and quantised again with their own settings; a ``UserWarning`` states the error.
+
+    Example::
+
+        l1ra.merge(model)
+        logits = model(input_ids).logits  # without the cost of the adapters
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no adapter, or a weight that another module has too; the model is untouched.
-        RuntimeError: an adapter is merged already, or disabled; the model is untouched.
-        TypeError: a weight to which nothing can be added, as GPTQ's, AWQ's or torchao's; the model is untouched.
+        ValueError: the model has no adapter, or an adapted weight is also used by another module. The model is
+            unchanged.
+        RuntimeError: an adapter is merged already, or disabled. The model is unchanged.
+        TypeError: an adapter can't be added to its weight, e.g. a weight of GPTQ, AWQ or torchao. The model is
+            unchanged.
     """
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
-    _refuse_tied(model, adapters)
+    _check_not_tied(model, adapters)
     for name, layer in adapters.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged already: call l1ra.unmerge(model) first.")
         check_mergeable(layer.base_layer, name)
-    done, roundings = [], []
+    done, errors = [], []
     try:
         for layer in adapters.values():
-            rounding = layer.merge_without_warning()
+            error = layer.merge_without_warning()
             done.append(layer)
-            if rounding is not None:
-                roundings.append(rounding)
+            if error is not None:
+                errors.append(error)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
-    if roundings:
-        warnings.warn(str(reduce(add, roundings)), stacklevel=2)
+    if errors:
+        warnings.warn(str(reduce(add, errors)), stacklevel=2)
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Give the weights of all merged adapters back, bit for bit.
+    """Restore the original weights of all merged adapters, in place and bit for bit.
+
+    Example::
+
+        l1ra.unmerge(model)
+        model.train()
 
     Returns:
         ``model``.
@@ -72,7 +86,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_tied(model: nn.Module, adapters: dict[str, L1RALinear]) -> None:
+def _check_not_tied(model: nn.Module, adapters: dict[str, L1RALinear]) -> None:
     owners = defaultdict(list)
     for name, module in model.named_modules():
         for param in module._parameters.values():
@@ -82,6 +96,6 @@ def _refuse_tied(model: nn.Module, adapters: dict[str, L1RALinear]) -> None:
         others = [owner for owner in owners[id(layer.base_layer._parameters.get("weight"))] if owner != own]
         if others:
             raise ValueError(
-                f"{name} has its weight in common with {', '.join(others)}, which the merge would change as well: give "
-                "it a copy of its own first, or use l1ra.export_peft."
+                f"{name} shares its weight with {', '.join(others)}, which the merge would change as well: give {name} "
+                "a copy of the weight first, or use l1ra.export_peft."
             )

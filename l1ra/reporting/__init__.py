@@ -1,1 +1,1 @@
-"""What a user looks at: tables, pictures, the self-check."""
+"""Output for users: the report, the plot of the ranks, and ``doctor``."""

@@ -1,4 +1,4 @@
-"""Text in aligned columns."""
+"""Format rows of cells as text in aligned columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ __all__ = ["aligned_columns"]
 
 
 def aligned_columns(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """A line of text for each row; the columns whose numbers are in ``left`` are aligned to the left."""
+    """One line of text for each row, with two spaces between columns.
+
+    Args:
+        rows: cells; all rows have the same number of columns.
+        left: indices of the left-aligned columns. The others are right-aligned.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Which kinds of projection and which depths have the ranks, found from the modules' names alone."""
+"""Group ranks by projection and by depth (block number), which are parsed from the module names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ __all__ = ["Adapter", "Place", "ProjectionRanks", "places", "rank_grid", "ranks_
 
 
 class Place(NamedTuple):
-    """Where a module stands. Outside of any numbered block, ``block`` is None and ``projection`` the whole name."""
+    """The position of a module in a model.
+
+    Attributes:
+        block: the number of its block; None if it is outside of numbered blocks.
+        projection: its name within the block, e.g. ``"self_attn.q_proj"``; the whole name if ``block`` is None.
+    """
 
     block: int | None
     projection: str
 
 
 class Adapter(Protocol):
-    """What is asked of an adapter here; ``reporting.table.ReportRow`` has it."""
+    """The attributes of an adapter that are read here. ``reporting.table.ReportRow`` has them."""
 
     @property
     def name(self) -> str: ...
@@ -32,12 +37,12 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class ProjectionRanks:
-    """All adapters of one kind of projection.
+    """The ranks of all adapters with the same projection.
 
     Attributes:
-        layers: how many there are.
-        mean_rank, mean_initial_rank: over these layers, now and at the start.
-        share_of_ranks, share_of_params: of all ranks and of all adapter parameters of the model, now, 0 to 1.
+        layers: the number of these adapters.
+        mean_rank, mean_initial_rank: mean over these adapters, now and at the start.
+        share_of_ranks, share_of_params: their share of all ranks and of all adapter parameters of the model, 0 to 1.
     """
 
     layers: int
@@ -48,19 +53,22 @@ class ProjectionRanks:
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """Module names cut into block number and projection.
+    """Split module names into block number and projection.
 
-    The block is the first part of a name that is a number. The projection is what stands behind it, or before it if
-    nothing does (``layers.3`` is a ``layers``); with what stands before it too, where there are several stacks of
-    blocks, such as an encoder and a decoder.
+    The block number is the first component of a name that is a number. The projection is the part of the name after the
+    number. If there is none, it is the part before the number: ``layers.3`` has the projection ``layers``. If a model
+    has several stacks of blocks, e.g. an encoder and a decoder, the projection contains both parts.
 
     Args:
-        names: all of a model's adapters: one name alone does not tell how many stacks there are.
+        names: of all adapters of a model. From a single name, the number of stacks would be unknown.
+
+    Returns:
+        Module name -> place.
     """
-    cut = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name) for name in names}
-    stacks = {match[1] for match in cut.values() if match}
+    matches = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name) for name in names}
+    stacks = {match[1] for match in matches.values() if match}
     found = {}
-    for name, match in cut.items():
+    for name, match in matches.items():
         if match is None:
             found[name] = Place(None, name)
             continue
@@ -71,30 +79,31 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def ranks_by_projection(adapters: Iterable[Adapter]) -> dict[str, ProjectionRanks]:
-    """Projection -> what its adapters have, in the order of the model."""
+    """Projection -> the ranks of its adapters, in the order of the model."""
     adapters = list(adapters)
-    where = places(adapter.name for adapter in adapters)
-    kinds: dict[str, list[Adapter]] = {}
+    place_of = places(adapter.name for adapter in adapters)
+    groups: dict[str, list[Adapter]] = {}
     for adapter in adapters:
-        kinds.setdefault(where[adapter.name].projection, []).append(adapter)
+        groups.setdefault(place_of[adapter.name].projection, []).append(adapter)
     ranks = sum(adapter.rank for adapter in adapters)
     params = sum(adapter.params for adapter in adapters)
     return {
         projection: ProjectionRanks(
-            layers=len(alike),
-            mean_rank=sum(a.rank for a in alike) / len(alike),
-            mean_initial_rank=sum(a.initial_rank for a in alike) / len(alike),
-            share_of_ranks=sum(a.rank for a in alike) / ranks,
-            share_of_params=sum(a.params for a in alike) / params,
+            layers=len(group),
+            mean_rank=sum(a.rank for a in group) / len(group),
+            mean_initial_rank=sum(a.initial_rank for a in group) / len(group),
+            share_of_ranks=sum(a.rank for a in group) / ranks,
+            share_of_params=sum(a.params for a in group) / params,
         )
-        for projection, alike in kinds.items()
+        for projection, group in groups.items()
     }
 
 
 def ranks_by_depth(ranks: Mapping[str, int]) -> dict[int | None, int]:
-    """Block number -> sum of its ranks, first to last; at the end, under None, what is outside of blocks, if anything.
+    """Block number -> sum of the ranks in the block, in ascending order.
 
-    Blocks of the same number in several stacks count together.
+    Adapters outside of numbered blocks are summed under None, which comes last. If a model has several stacks of
+    blocks, the blocks with the same number are summed together.
 
     Args:
         ranks: module name -> rank.
@@ -106,14 +115,14 @@ def ranks_by_depth(ranks: Mapping[str, int]) -> dict[int | None, int]:
 
 
 def rank_grid(ranks: Mapping[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
-    """The ranks as a map, block by projection.
+    """The ranks as a two-dimensional grid, block by projection.
 
     Args:
         ranks: module name -> rank.
 
     Returns:
-        The block numbers and the projections in order, and the rank of each pair. A module outside of any numbered
-        block has number -1.
+        The block numbers in ascending order, the projections in the order of the model, and a dict ``(block number,
+        projection) -> rank``. Modules outside of numbered blocks have the block number -1.
     """
     cells = {
         (-1 if place.block is None else place.block, place.projection): ranks[name]

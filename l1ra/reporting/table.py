@@ -1,4 +1,4 @@
-"""The report on a model's adapters: a table by layer, one by projection, and a line by depth."""
+"""``report``: tables of a model's adapters by layer and by projection, and the ranks by depth."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["Report", "ReportRow", "report"]
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One adapter.
+    """The row of one adapter in a :class:`Report`.
 
     Attributes:
-        name: as in ``named_modules()``.
+        name: the module name, as in ``named_modules()``.
         in_features, out_features: of the layer.
-        rank, initial_rank: now and at the start.
-        smallest_gate: of its ranks.
-        coherence: how much its gradients agreed before the last reallocation: below ``least_coherence`` of the report
-            it got no rank that another adapter could take. None where nobody has looked yet.
-        params: adapter parameters now, gates included.
-        path: ``"fused (chain)"``, ``"fused (aug)"`` or ``"fused (add)"``, the Triton kernels around cuBLAS' product or
-            around the base layer's own forward, or ``"torch"``, with the reason; and which layers read their input
-            together.
+        rank, initial_rank: the rank now and at the start.
+        smallest_gate: the smallest gate of its ranks.
+        coherence: how much its gradients agreed in the interval before the last reallocation, see ``Probe.coherence``.
+            Below ``Report.least_coherence`` the adapter received only ranks that no other adapter could take. None
+            before the first measurement.
+        params: the number of adapter parameters now, including gates.
+        path: the implementation that runs. ``"fused (chain)"`` and ``"fused (aug)"``: Triton kernels around the matrix
+            product of cuBLAS. ``"fused (add)"``: Triton kernels around the base layer's own forward. ``"torch"``: plain
+            PyTorch. The reason, and the layers with which a read of the input is shared, are appended.
     """
 
     name: str
@@ -46,10 +47,17 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The adapters of a model; ``str()`` makes tables of it: by layer, by kind of projection, and a line by depth.
+    """The adapters of a model. ``str()`` formats them as tables by layer and by projection, and a line by depth.
 
-    ``budget``, ``spare``, ``moved`` and ``least_coherence`` are None where no controller drives the model, and
-    ``least_coherence`` as long as nobody has looked.
+    Attributes:
+        rows: one row for each adapter, in the order of the model.
+        trained_in_full: the number of trainable parameters outside of adapters.
+        budget: the controller's budget, in ``budget_unit``. None without a controller.
+        budget_unit: ``"ranks"`` or ``"params"``.
+        spare: the part of the budget that no adapter has. None without a controller.
+        moved: the number of ranks by which adapters grew so far. None without a controller.
+        least_coherence: the smallest coherence with which an adapter counts as needy. None without a controller and
+            before the first measurement.
     """
 
     rows: tuple[ReportRow, ...]
@@ -62,37 +70,35 @@ class Report:
 
     @property
     def params(self) -> int:
-        """Adapter parameters in all, gates included."""
+        """The number of adapter parameters, including gates."""
         return sum(row.params for row in self.rows)
 
     @property
     def by_projection(self) -> dict[str, ProjectionRanks]:
-        """Kind of projection -> its layers, mean ranks and shares, in the order of the model."""
+        """Projection, e.g. ``"self_attn.q_proj"``, -> its mean rank and shares, in the order of the model."""
         return ranks_by_projection(self.rows)
 
     @property
     def by_depth(self) -> dict[int | None, int]:
-        """Block number -> sum of its ranks, first to last; None: the layers outside of blocks, if there are any."""
+        """Block number -> sum of its ranks, in ascending order. Layers outside of blocks are summed under None."""
         return ranks_by_depth({row.name: row.rank for row in self.rows})
 
     def __str__(self) -> str:
         paths = list(dict.fromkeys(row.path for row in self.rows))
-        lines = self._layers(paths)
+        lines = self._layer_table(paths)
         if self.budget is not None:
             lines.append(f"budget {self.budget:,} {self.budget_unit}, spare {self.spare:,}; {self.moved:,} ranks moved")
-        looked_at = [row.coherence for row in self.rows if row.coherence is not None]
-        if looked_at:
-            learning, limit = sum(c >= self.least_coherence for c in looked_at), f"{self.least_coherence:.2f}"
-            lines.append(
-                f"{learning} of {len(looked_at)} adapters could use more ranks: a coherence of {limit} or more"
-            )
+        measured = [row.coherence for row in self.rows if row.coherence is not None]
+        if measured:
+            needy, limit = sum(c >= self.least_coherence for c in measured), f"{self.least_coherence:.2f}"
+            lines.append(f"{needy} of {len(measured)} adapters could use more ranks: a coherence of {limit} or more")
         if self.trained_in_full:
             lines.append(f"trained in full besides: {self.trained_in_full:,} parameters")
         for number, path in enumerate(paths, 1):
             lines.append(f"path{'' if len(paths) == 1 else f' [{number}]'}: {path}")
-        return "\n".join([*lines, "", *self._rank_map()])
+        return "\n".join([*lines, "", *self._projection_table(), *self._depth_line()])
 
-    def _layers(self, paths: list[str]) -> list[str]:
+    def _layer_table(self, paths: list[str]) -> list[str]:
         head = ("layer", "shape", "rank", "was", "smallest gate", "coherence", "parameters", "path")
         cells = [
             (
@@ -114,65 +120,80 @@ class Report:
         rule = "-" * len(first)
         return [first, rule, *lines, rule, last]
 
-    def _rank_map(self) -> list[str]:
+    def _projection_table(self) -> list[str]:
         head = ("projection", "layers", "mean rank", "was", "of ranks", "of parameters")
         cells = [
             (
                 name,
-                str(kind.layers),
-                f"{kind.mean_rank:.2f}",
-                f"{kind.mean_initial_rank:.2f}",
-                f"{kind.share_of_ranks:.1%}",
-                f"{kind.share_of_params:.1%}",
+                str(ranks.layers),
+                f"{ranks.mean_rank:.2f}",
+                f"{ranks.mean_initial_rank:.2f}",
+                f"{ranks.share_of_ranks:.1%}",
+                f"{ranks.share_of_params:.1%}",
             )
-            for name, kind in self.by_projection.items()
+            for name, ranks in self.by_projection.items()
         ]
         first, *lines = aligned_columns([head, *cells], left=(0,))
-        lines = [first, "-" * len(first), *lines]
+        return [first, "-" * len(first), *lines]
+
+    def _depth_line(self) -> list[str]:
         depths = self.by_depth
-        if any(block is not None for block in depths):
-            told = (f"{'outside of blocks' if block is None else block}: {sum_}" for block, sum_ in depths.items())
-            lines.append(f"ranks by depth, block by block: {', '.join(told)}")
-        return lines
+        if all(block is None for block in depths):
+            return []
+        sums = (f"{'outside of blocks' if block is None else block}: {ranks}" for block, ranks in depths.items())
+        return [f"ranks by depth, block by block: {', '.join(sums)}"]
 
 
 def report(model: nn.Module, *, strict: bool = False) -> Report:
-    """The adapters of ``model``: ranks now and at the start, gates, parameters, and which implementation runs.
+    """Report the adapters of ``model``: ranks now and at the start, gates, parameters, and which implementation runs.
+
+    Example::
+
+        print(l1ra.report(model))
+        ranks = {row.name: row.rank for row in l1ra.report(model).rows}
 
     Args:
-        strict: raise if any adapter would run as plain PyTorch.
+        strict: raise an error if an adapter would run as plain PyTorch.
 
     Raises:
         ValueError: the model has no adapter.
-        RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch; the message says which, and why.
+        RuntimeError: ``strict`` is set and adapters would run as plain PyTorch; the message names them and the reason.
     """
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
     if strict:
-        _refuse_plain(adapters)
+        _check_fused(adapters)
     controller = controller_of(model)
     names = {layer: name for name, layer in adapters.items()}
     rows = tuple(_row(name, layer, controller, names) for name, layer in adapters.items())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    others = max(0, trainable - sum(p.numel() for layer in adapters.values() for p in layer.parameters(recurse=False)))
+    in_adapters = sum(p.numel() for layer in adapters.values() for p in layer.parameters(recurse=False))
+    trained_in_full = max(0, trainable - in_adapters)
     if controller is None:
-        return Report(rows, others)
+        return Report(rows, trained_in_full)
     config = controller.config
-    looked_at = [row.coherence for row in rows if row.coherence is not None]
-    limit = least_coherence(looked_at, config.min_coherence) if looked_at else None
-    return Report(rows, others, controller.budget, config.budget_unit, controller.spare, controller.moved, limit)
+    measured = [row.coherence for row in rows if row.coherence is not None]
+    return Report(
+        rows,
+        trained_in_full,
+        controller.budget,
+        config.budget_unit,
+        controller.spare,
+        controller.moved,
+        least_coherence(measured, config.min_coherence) if measured else None,
+    )
 
 
-def _refuse_plain(adapters: dict[str, L1RALinear]) -> None:
+def _check_fused(adapters: dict[str, L1RALinear]) -> None:
     reasons: dict[str, list[str]] = {}
     for name, layer in adapters.items():
         path = layer.kernel_path()
         if not path.fused:
             reasons.setdefault(path.reason, []).append(name)
     if reasons:
-        told = "; ".join(f"{abbreviated(names)} ({reason})" for reason, names in reasons.items())
-        raise RuntimeError(f"strict=True, but adapters would run as plain PyTorch: {told}.")
+        details = "; ".join(f"{abbreviated(names)} ({reason})" for reason, names in reasons.items())
+        raise RuntimeError(f"strict=True, but adapters would run as plain PyTorch: {details}.")
 
 
 def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:

@@ -155,10 +155,10 @@ def flip_a_bit(file):
     [
         (damage_json, "no index of an L1RA checkpoint"),
         (cut_off_json, "no index of an L1RA checkpoint"),
-        (change_json(trained=["x"], signed=False), "does not say what was written"),
+        (change_json(trained=["x"], signed=False), r"l1ra\.json is damaged: its checksum is wrong"),
         (change_json(format=2, signed=False), "format 2, this version of l1ra reads 1: install a newer l1ra"),
-        (tensors("adapters", flip_a_bit), "not those that were written"),
-        (tensors("controller", lambda file: file.write_bytes(file.read_bytes()[:100])), "not those that were written"),
+        (tensors("adapters", flip_a_bit), "safetensors is damaged: its checksum is wrong"),
+        (tensors("controller", lambda file: file.write_bytes(file.read_bytes()[:100])), "its checksum is wrong"),
         (tensors("adapters", os.unlink), "its adapters can't be read"),
         (
             change_json(adapters={"blocks.0": [12, 13]}),
@@ -166,7 +166,7 @@ def flip_a_bit(file):
         ),
         (
             change_json(adapters={"other": [3, 3]}),
-            "at other, this model has nothing that can be adapted|other adapters",
+            "at other, this model has no layer that can be adapted|other adapters",
         ),
         (change_json(trained=["blocks.0.lora_A"]), "it has a trained blocks.0.lora_A"),
     ],

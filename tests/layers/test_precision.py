@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import l1ra
 from l1ra.layers.precision import widest_float
-from l1ra.reporting.self_check import BRISK
+from l1ra.reporting.self_check import FAST_SETTINGS
 
 FEATURES, BUDGET = 16, 6
 
@@ -31,21 +31,21 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def without_float64(monkeypatch):
     for name, module in list(sys.modules.items()):
-        if name.startswith("l1ra.") and hasattr(module, "widest_float"):
-            monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
+        if name.startswith("l1ra.") and hasattr(module, "widest"):
+            monkeypatch.setattr(module, "widest", lambda device: torch.float32)
     return NoFloat64()
 
 
 def test_float64_is_the_widest_where_it_is_to_be_had():
-    assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda:1")) == torch.float64
-    assert widest_float(torch.device("mps:0")) == widest_float(torch.device("xpu")) == torch.float32
+    assert widest_float(torch.device("cpu")) == widest(torch.device("cuda:1")) == torch.float64
+    assert widest_float(torch.device("mps:0")) == widest(torch.device("xpu")) == torch.float32
 
 
 def test_a_training_that_moves_ranks_does_without_float64(without_float64):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
     x, target = torch.randn(32, FEATURES), torch.randn(32, FEATURES)
-    controller = l1ra.patch(model, BUDGET, min_rank=1, **BRISK)
+    controller = l1ra.patch(model, BUDGET, min_rank=1, **FAST_SETTINGS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with without_float64:
         for _ in range(20):

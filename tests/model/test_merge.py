@@ -111,7 +111,7 @@ def refused(model, error, message):
     with pytest.raises(error, match=message):
         l1ra.merge(model)
     assert_untouched(model, before)
-    if hasattr(model, "_l1ra_undo"):
+    if hasattr(model, "_l1ra_original"):
         with pytest.raises(error, match=message):
             l1ra.unpatch(model, merge=True)
         assert_untouched(model, before)
@@ -135,7 +135,7 @@ def test_a_weight_that_another_module_has_too_is_not_merged_into():
     model = llama()
     l1ra.patch(model, 6, target_modules=["lm_head", "q_proj"])
     model.lm_head.base_layer.weight = model.model.embed_tokens.weight  # patch refuses what is tied before
-    refused(shake(model), ValueError, "lm_head has its weight in common with model.embed_tokens")
+    refused(shake(model), ValueError, "lm_head shares its weight with model.embed_tokens")
 
 
 def test_one_that_is_merged_already_is_named():

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def failed(found):
-    return {check.what: check.told for check in found if check.ok is False}
+    return {check.name: check.message for check in found if check.ok is False}
 
 
 def test_a_machine_that_is_well():
@@ -30,7 +30,7 @@ def test_a_machine_that_is_well():
     diagnosis = l1ra.doctor()
     assert time.process_time() - started < 10
     assert diagnosis.ok and torch.equal(torch.get_rng_state(), state)
-    tried = {(check.what, check.dtype) for check in diagnosis.checks}
+    tried = {(check.name, check.dtype) for check in diagnosis.checks}
     assert {("nn.Linear", str(dtype).removeprefix("torch.")) for dtype in self_check.DTYPES} < tried
     assert {"transformers' Conv1D", "bitsandbytes' Linear4bit", "a reallocation", "save and load"} < {
         w for w, _ in tried
@@ -56,9 +56,9 @@ def test_the_kernels_are_tried_where_they_run(what, path):
     if "bitsandbytes" in what:
         pytest.importorskip("bitsandbytes")
     with choice.using("fused"):
-        check = self_check._try_layer(what, self_check.KINDS[what], CPU, torch.float16)
+        check = self_check._check_layer(what, self_check.LAYERS[what], CPU, torch.float16)
         assert (check.path, check.ok) == (path, True), check
-        assert self_check._try_layer(what, self_check.KINDS[what], CPU, torch.bfloat16).ok is None
+        assert self_check._check_layer(what, self_check.LAYERS[what], CPU, torch.bfloat16).ok is None
 
 
 def scaled(index, factor):
@@ -88,8 +88,8 @@ def scaled(index, factor):
 def test_a_wrong_output_or_gradient_is_found(index, part, monkeypatch):
     monkeypatch.setattr(dispatch, "plain_linear", scaled(index, 1.1))
     with choice.using("torch"):
-        found = failed(self_check.checks(CPU))
-    assert found["nn.Linear"].startswith(f"{part} is off by 1.0e-01 of its norm")
+        found = failed(self_check.run_checks(CPU))
+    assert found["nn.Linear"].startswith(f"{part} has a relative error of 1.0e-01")
     assert "bitsandbytes' Linear4bit" not in found  # which has another path
 
 
@@ -101,9 +101,11 @@ def test_a_reallocation_that_changes_the_model_is_found(monkeypatch):
         self._layers[0].lora_B.mul_(1.01)
 
     monkeypatch.setattr(RankController, "_reallocate", wrong)
-    assert self_check._try("a reallocation", self_check._reallocation, CPU).told.startswith("it changes the model's")
+    assert self_check._check_operation("a reallocation", self_check._reallocate, CPU).message.startswith(
+        "it changes the model's"
+    )
     monkeypatch.setattr(RankController, "_reallocate", lambda self: self._record(Reallocation(0, 0, {})))
-    assert "0 ranks have moved" in self_check._try("a reallocation", self_check._reallocation, CPU).told
+    assert "0 ranks have moved" in self_check._check_operation("a reallocation", self_check._reallocate, CPU).message
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
@@ -115,17 +117,20 @@ def test_a_checkpoint_that_does_not_come_back_is_found(monkeypatch):
         return controller
 
     with little_room(100):
-        found = self_check._try("save and load", self_check._checkpoint, CPU)
-    assert found.ok is False and found.told.startswith("OSError: ")
+        found = self_check._check_operation("save and load", self_check._save_and_load, CPU)
+    assert found.ok is False and found.message.startswith("OSError: ")
     monkeypatch.setattr(self_check, "load", lossy)
-    assert self_check._try("save and load", self_check._checkpoint, CPU).told == "what was loaded is not what was saved"
+    assert (
+        self_check._check_operation("save and load", self_check._save_and_load, CPU).message
+        == "the loaded model differs from the saved one"
+    )
 
 
 def test_the_command_fails_if_a_check_does(monkeypatch, capsys):
-    def checks(device):
+    def run_checks(device):
         return [self_check.Check("a reallocation", "", "", False, "it was wrong")]
 
-    monkeypatch.setattr(sys.modules["l1ra.reporting.doctor"], "checks", checks)
+    monkeypatch.setattr(sys.modules["l1ra.reporting.doctor"], "run_checks", run_checks)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("l1ra", run_name="__main__")
     assert ended.value.code
