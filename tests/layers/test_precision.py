@@ -31,14 +31,14 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def without_float64(monkeypatch):
     for name, module in list(sys.modules.items()):
-        if name.startswith("l1ra.") and hasattr(module, "widest"):
-            monkeypatch.setattr(module, "widest", lambda device: torch.float32)
+        if name.startswith("l1ra.") and hasattr(module, "widest_float"):
+            monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
     return NoFloat64()
 
 
 def test_float64_is_the_widest_where_it_is_to_be_had():
-    assert widest_float(torch.device("cpu")) == widest(torch.device("cuda:1")) == torch.float64
-    assert widest_float(torch.device("mps:0")) == widest(torch.device("xpu")) == torch.float32
+    assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda:1")) == torch.float64
+    assert widest_float(torch.device("mps:0")) == widest_float(torch.device("xpu")) == torch.float32
 
 
 def test_a_training_that_moves_ranks_does_without_float64(without_float64):
