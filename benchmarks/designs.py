@@ -38,7 +38,7 @@ def partial_sums(kernel: str, width: int, tokens: int, features: int) -> tuple[i
     """Tiles of features and streams of tokens of a backward pass, each of which leaves a partial sum."""
     tile = TILES[kernel][configs.rank_tile(width)]
     columns = math.ceil(features / tile.features)
-    return columns, configs.cut(tokens, tile.tokens, columns, NO_GPU)[1]
+    return columns, configs.split_tokens(tokens, tile.tokens, columns, NO_GPU)[1]
 
 
 class Shape:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["RANK_TILES", "Tile", "architecture", "cut", "rank_tile", "tile"]
+__all__ = ["RANK_TILES", "Tile", "architecture", "rank_tile", "split_tokens", "tile"]
 
 # A rank tile is the size of the kernels' rank dimension. Ranks with the same rank tile use the same compiled kernel.
 RANK_TILES = (16, 32, 64, 128)
@@ -147,7 +147,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def cut(tokens: int, block: int, columns: int, device: torch.device) -> tuple[int, int]:
+def split_tokens(tokens: int, block: int, columns: int, device: torch.device) -> tuple[int, int]:
     """Divide ``tokens`` into streams. One program accumulates the partial sum of one stream.
 
     There are as many streams as needed to occupy all multiprocessors with ``columns`` tiles of features. More streams

@@ -71,12 +71,11 @@ CHAIN = Path("chain")
 AUG = Path("aug")
 
 
-def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Path:
+def path_for(device: torch.device, dtype: torch.dtype, fallback_reason: str = "") -> Path:
     """The path of a layer on ``device`` with matrix products in ``dtype``.
 
     Args:
-        foreign: the reason why the base layer's own forward must compute the product with the weight; "" if there is
-            none.
+        fallback_reason: why the base layer's own forward must compute the product with the weight; "" if it need not.
 
     Raises:
         RuntimeError: fused kernels were chosen (``L1RA_KERNELS=fused``) and can't run on ``device``.
@@ -87,8 +86,8 @@ def path_for(device: torch.device, dtype: torch.dtype, foreign: str = "") -> Pat
     if not obstacle and dtype not in PRODUCTS:
         obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
     if obstacle:
-        return Path("torch", obstacle, dense=not foreign)
-    return Path("add", foreign, dense=False) if foreign else CHAIN
+        return Path("torch", obstacle, dense=not fallback_reason)
+    return Path("add", fallback_reason, dense=False) if fallback_reason else CHAIN
 
 
 def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path) -> tuple[Tensor, ...]:
@@ -116,13 +115,13 @@ def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path
 def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:
     base = layer.output
     if base is None:
-        if not (dropout or _watched()):
+        if not (dropout or _operations_are_intercepted()):
             return plain_linear(x, layer)
         base = F.linear(x, layer.weight, layer.bias)
     return gated_lora(base, F.dropout(x, dropout) if dropout else x, layer.a, layer.gate, layer.b, layer.scaling)
 
 
-def _watched() -> bool:
+def _operations_are_intercepted() -> bool:
     """Whether a tracer, a functorch transform or a dispatch mode (e.g. of selective checkpointing) intercepts ops.
 
     These need the single ops of autograd. They do not see the ops inside of ``plain_linear``, an autograd Function that

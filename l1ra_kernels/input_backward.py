@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l1ra_kernels.configs import cut, tile
+from l1ra_kernels.configs import split_tokens, tile
 from l1ra_kernels.dropout import keep_mask, threshold
 from l1ra_kernels.launch import launch
 
@@ -136,7 +136,7 @@ def input_backward(
     tokens, features = x.shape
     t = tile("input_backward", q.shape[1], q.dtype, x.device)
     columns = triton.cdiv(features, t.features)
-    run, count = cut(tokens, t.tokens, columns, x.device)
+    run, count = split_tokens(tokens, t.tokens, columns, x.device)
     dx = x.new_empty(tokens, features) if needs_dx else None
     da = x.new_empty(count, q.shape[1], features, dtype=torch.float32) if needs_da else None
     ranks = [a.shape[0] for a in rows] + [0] * (3 - len(rows))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l1ra_kernels.configs import cut, tile
+from l1ra_kernels.configs import split_tokens, tile
 from l1ra_kernels.launch import launch
 
 __all__ = ["output_backward"]
@@ -89,7 +89,7 @@ def output_backward(
     width = h.shape[1]
     t = tile("output_backward", width, h.dtype, h.device)
     columns = triton.cdiv(features, t.features)
-    run, count = cut(tokens, t.tokens, columns, h.device)
+    run, count = split_tokens(tokens, t.tokens, columns, h.device)
     p = h.new_empty(columns, tokens, width, dtype=torch.float32)
     d = h.new_empty(count, width, features, dtype=torch.float32) if needs_d else None
     launch(
