@@ -23,13 +23,13 @@ FEATURES = 64  # rows of the weight per program
 
 @triton.jit(do_not_specialize=["rank", "column", "scaling"])
 def _write_behind(
-    p_room,  # (N, *), the columns behind the weight
+    p_padding,  # (N, *), the columns behind the weight
     p_gate,  # (r,)
     p_b,  # (r, N)
     N,
     rank,
     column,
-    s_room,
+    s_padding,
     s_b,
     scaling,
     COLUMNS: tl.constexpr,
@@ -44,31 +44,31 @@ def _write_behind(
     b_g = tl.load(p_gate + o_r, mask=m_mine, other=0.0).to(tl.float32)
     m_r = b_g != 0
     b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * s_b + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
-    b_c = (b_b.to(tl.float32) * (scaling * b_g)[:, None]).to(p_room.dtype.element_ty)
+    b_c = (b_b.to(tl.float32) * (scaling * b_g)[:, None]).to(p_padding.dtype.element_ty)
     m_c = o_c < COLUMNS
-    tl.store(p_room + o_n[:, None] * s_room + o_c[None, :], tl.trans(b_c), mask=m_n[:, None] & m_c[None, :])
+    tl.store(p_padding + o_n[:, None] * s_padding + o_c[None, :], tl.trans(b_c), mask=m_n[:, None] & m_c[None, :])
 
 
-def write_behind(room: Tensor, column: int, gate: Tensor, b: Tensor, scaling: float) -> None:
-    """Write C.T into ``room``, starting at ``column``, and zeros into the other columns.
+def write_behind(padding: Tensor, column: int, gate: Tensor, b: Tensor, scaling: float) -> None:
+    """Write C.T into ``padding``, starting at ``column``, and zeros into the other columns.
 
     Args:
-        room: ``(N, columns)``, last stride 1: the columns behind the weight.
+        padding: ``(N, columns)``, last stride 1: the columns behind the weight.
         column: the first of this layer's columns in H.
         gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
         scaling: s.
     """
-    features, columns = room.shape
+    features, columns = padding.shape
     launch(
         _write_behind,
         (triton.cdiv(features, FEATURES),),
-        room,
+        padding,
         gate,
         b,
         features,
         b.shape[0],
         column,
-        room.stride(0),
+        padding.stride(0),
         b.stride(0),
         scaling,
         COLUMNS=columns,

@@ -37,7 +37,7 @@ __all__ = [
     "unless_not_finite",
 ]
 
-PRODUCTS = (torch.bfloat16, torch.float16, torch.float32)
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def path_for(device: torch.device, dtype: torch.dtype, fallback_reason: str = ""
         RuntimeError: fused kernels were chosen (``L1RA_KERNELS=fused``) and can't run on ``device``.
     """
     obstacle = choice.obstacle(device)
-    if not obstacle and _transformed():
+    if not obstacle and _in_functorch_transform():
         obstacle = "torch.func transforms operations, not kernels"
-    if not obstacle and dtype not in PRODUCTS:
+    if not obstacle and dtype not in FUSED_DTYPES:
         obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
     if obstacle:
         return Path("torch", obstacle, dense=not fallback_reason)
@@ -127,8 +127,8 @@ def _operations_are_intercepted() -> bool:
     These need the single ops of autograd. They do not see the ops inside of ``plain_linear``, an autograd Function that
     also writes in place.
     """
-    return torch.compiler.is_compiling() or _transformed() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or _in_functorch_transform() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _transformed() -> bool:
+def _in_functorch_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -43,8 +43,8 @@ from l1ra_kernels.shrink import shrink
 
 __all__ = ["Needs", "backward", "forward", "hidden_width"]
 
-WIDEST = RANK_TILES[-1]
-SHARING = 3  # the largest number of adapters in a bundle
+LARGEST_RANK_TILE = RANK_TILES[-1]
+MAX_BUNDLE = 3  # the largest number of adapters in a bundle
 
 
 class Needs(NamedTuple):
@@ -64,12 +64,12 @@ def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
     """The rank tile and the pieces of each bundle, for layers with these ranks."""
     bundles: list[tuple[int, list[_Piece]]] = []
     for layer, rank in enumerate(ranks):
-        for start in range(0, max(rank, 1), WIDEST):
-            piece = _Piece(layer, slice(start, min(start + WIDEST, rank)))
+        for start in range(0, max(rank, 1), LARGEST_RANK_TILE):
+            piece = _Piece(layer, slice(start, min(start + LARGEST_RANK_TILE, rank)))
             width = rank_tile(piece.rows.stop - start)
             if bundles:
                 widest = max(width, bundles[-1][0])
-                if len(bundles[-1][1]) < SHARING and (len(bundles[-1][1]) + 1) * widest <= WIDEST:
+                if len(bundles[-1][1]) < MAX_BUNDLE and (len(bundles[-1][1]) + 1) * widest <= LARGEST_RANK_TILE:
                     bundles[-1] = (widest, [*bundles[-1][1], piece])
                     continue
             bundles.append((width, [piece]))
@@ -83,8 +83,8 @@ def hidden_width(rank: int) -> int:
     valid for all ranks with the same rank tile.
     """
     width = 0
-    while rank > WIDEST:
-        width, rank = width + WIDEST, rank - WIDEST
+    while rank > LARGEST_RANK_TILE:
+        width, rank = width + LARGEST_RANK_TILE, rank - LARGEST_RANK_TILE
     return width + rank_tile(rank)
 
 

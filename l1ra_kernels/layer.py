@@ -18,8 +18,8 @@ class Layer(NamedTuple):
         weight, bias: ``(N, K)`` and ``(N,)`` or None, of a base layer whose product is computed by this package.
         output: ``(..., N)``, the output of a base layer that was computed by its own forward. Then weight and bias are
             None.
-        augmented: ``(N, K + room)``, last stride 1, or None: a tensor whose first K columns are the weight. The columns
-            behind it are overwritten in each forward.
+        augmented: ``(N, K + padding)``, last stride 1, or None: a tensor whose first K columns are the weight. The
+            columns behind it are overwritten in each forward.
     """
 
     a: Tensor

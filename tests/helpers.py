@@ -164,6 +164,7 @@ class ScriptedRule:
 
     def __init__(self, controller, script, importance=None):
         self.controller, self.script, self.given = controller, script, importance
+        self.uses_importance = controller._rule.uses_importance
 
     def step(self, bank, grad, at, seen=None):
         gates = self.script.get(self.controller.steps)

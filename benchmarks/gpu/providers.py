@@ -167,7 +167,7 @@ def lorafusion_style(bench: Bench, module: nn.Module, rank: int) -> Adapted:
 
 
 def ours(bench: Bench, module: nn.Module, rank: int, augment: bool = False) -> Adapted:
-    """``l1ra.patch`` with its defaults, with or without room behind wide weights; ranks stay as they are."""
+    """``l1ra.patch`` with its defaults, with or without padding behind wide weights; ranks stay as they are."""
     if augment and not any(padding_pays_off(m.in_features, m.out_features) for _, _, m in linears(module)):
         raise LeftOut("no layer here is wide enough for it")
     budget = rank * len(linears(module))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.common.statistics import t_interval
+from benchmarks.quality.analysis import METRICS, Results
 from benchmarks.quality.methods import FROZEN, METHODS
-from benchmarks.quality.results import METRICS, Results
 
 __all__ = ["draw"]
 

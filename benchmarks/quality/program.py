@@ -26,12 +26,12 @@ from typing import Any
 
 from benchmarks.common.files import RESULTS, write_text
 from benchmarks.common.settings import setting
+from benchmarks.quality.analysis import Results
 from benchmarks.quality.learning_rates import RATES, START
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import draw
-from benchmarks.quality.results import Results
+from benchmarks.quality.run_queue import Plan, PlannedTask, Queue, start
 from benchmarks.quality.runs import store
-from benchmarks.quality.schedule import Plan, PlannedTask, Queue, start
 from benchmarks.quality.tables import markdown
 from benchmarks.quality.tasks import TASKS
 from examples.data import DataError

@@ -9,10 +9,10 @@ from typing import Any
 from benchmarks.common.statistics import t_interval
 from benchmarks.common.tables import markdown_table
 from benchmarks.quality import rank_map
+from benchmarks.quality.analysis import METRICS, Difference, Metric, Results, budget_for, paired
 from benchmarks.quality.methods import FROZEN, METHODS
-from benchmarks.quality.results import METRICS, Difference, Metric, Results, budget_for, paired
+from benchmarks.quality.run_queue import SHARE
 from benchmarks.quality.runs import TUNING_SEED
-from benchmarks.quality.schedule import SHARE
 from benchmarks.quality.tasks import TASKS
 
 __all__ = ["markdown"]

@@ -112,7 +112,7 @@ class ResumeWithTrainer:
             found = read(checkpoint / FOLDER)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{checkpoint} holds no state of L1RA: it was broken off while it was saved, or written by a training "
+                f"{checkpoint} holds no state of L1RA: saving it was interrupted, or it was written by a training "
                 "without L1RA. Resume from an older checkpoint."
             ) from None
         controller.load_state_dict(found.controller)

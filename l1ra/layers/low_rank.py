@@ -24,17 +24,17 @@ class GatedLowRank(nn.Module):
 
     Source: L1RA, arXiv:2509.04884.
 
-    The scaling s is ``alpha / rank`` (or ``alpha / sqrt(rank)``) for the rank at construction, and does not change with
-    the rank. With ``scale_with_rank`` the gates are multiplied by :attr:`rank_scaling` instead. The effect is a scaling
-    that depends on the current rank, but compiled and captured graphs, in which s is a constant, stay valid.
+    Two factors scale the adapter. :attr:`scaling`, s, is ``alpha / rank`` (or ``alpha / sqrt(rank)``) for the rank at
+    construction, and stays constant: compiled and captured graphs contain it. :attr:`rank_scaling` follows the current
+    rank if ``scale_with_rank`` is set, and is a factor of the gates.
 
     The parameters remain the same objects when the rank changes.
 
     Attributes:
         lora_A: Parameter ``(rows, in_features)``. ``rows`` is the rank, or ``reserve``; rows beyond the rank are 0.
-        gate: Parameter ``(rows,)``, :attr:`rank_scaling` (1 at construction) unless penalised. Its dtype is float64 if
-            that of A is, otherwise float32.
-        lora_B: Parameter ``(rows, out_features)``, 0 at construction.
+        gate: Parameter ``(rows,)``, the controller's gate, from 0 to 1, times :attr:`rank_scaling`. Its dtype is
+            float64 if that of A is, otherwise float32.
+        lora_B: Parameter ``(rows, out_features)``, the transpose of PEFT's, 0 at construction.
         scaling: s.
         scale_with_rank: as in ``L1RAConfig``.
         gate_loaded: set to True when a state dict with a gate is loaded. The controller, which has a copy of the gate,

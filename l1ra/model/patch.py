@@ -67,7 +67,8 @@ def patch(
         preset: ``"default"`` or ``"reference"``; can't be combined with ``config``.
         config: settings.
         auto: register hooks on optimizers. If False, call ``controller.step(optimizer)`` after each optimizer step.
-        overrides: replace single fields of ``config``; see :class:`L1RAConfig`.
+        overrides: replace single fields of ``config``, such as ``total_steps`` (needed in a loop of your own),
+            ``alpha``, ``dropout``, ``budget_unit`` or ``reserve``; see :class:`L1RAConfig`.
 
     Returns:
         The controller. The model holds a reference to it.

@@ -93,6 +93,9 @@ def doctor() -> Diagnosis:
 
         diagnosis = l1ra.doctor()
         print(diagnosis)
+
+    Returns:
+        A :class:`Diagnosis`: ``ok`` is False if a check has failed, ``checks`` lists them, ``str()`` is a text.
     """
     start = time.perf_counter()
     device = _device()

@@ -155,6 +155,9 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     Args:
         strict: raise an error if an adapter would run as plain PyTorch.
 
+    Returns:
+        A :class:`Report`. Its ``str()`` is the tables; ``rows`` has one :class:`ReportRow` for each adapter.
+
     Raises:
         ValueError: the model has no adapter.
         RuntimeError: ``strict`` is set and adapters would run as plain PyTorch; the message names them and the reason.

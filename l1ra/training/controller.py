@@ -32,8 +32,9 @@ from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.gate_rules import make_rule
-from l1ra.training.interval import Interval, Reallocation
+from l1ra.training.interval import Interval
 from l1ra.training.optimizer_hooks import BackwardCounter, OptimizerHooks
+from l1ra.training.reallocation import Reallocation
 from l1ra.training.schedule import Schedule, Stage
 
 __all__ = ["RankController"]
@@ -61,7 +62,8 @@ class RankController:
         total_steps: optimizer steps of the whole training, None until the number is known.
         moved: the number of ranks by which adapters grew so far.
         history: one dict for the start and one for each reallocation: ``step``, ``ranks`` (name -> int), ``pruned``,
-            ``moved``, ``spare``, ``gates`` (min, mean, share at zero, steps skipped), ``coherence`` (name -> agreement
+            ``moved``, ``spare``, ``gates`` (a dict with ``min``, ``mean``, ``zero``, the share of gates at 0, and
+            ``skipped``, the number of skipped steps), ``coherence`` (name -> agreement
             of the adapter's gradients in the interval before, see ``Probe.coherence``; empty without probes).
     """
 
@@ -117,7 +119,8 @@ class RankController:
         self._costs = costs
         self._rule = make_rule(config)
         self._bank = GateBank(self._layers)
-        self._interval = Interval(adapters, self._bank, budget, costs, config)
+        uses_importance = self._rule.uses_importance
+        self._interval = Interval(adapters, self._bank, budget, costs, config, uses_importance=uses_importance)
         self._schedule: Schedule | None = None
         self._gradients: tuple[Tensor, Tensor | None] | None = None
         self._trainer_steps: int | None = None
@@ -189,7 +192,7 @@ class RankController:
             RuntimeError: the controller was made with ``auto=True``; the step would count twice.
         """
         if self.auto:
-            raise RuntimeError("this controller hears the optimizer by itself: drop the call, or pass auto=False.")
+            raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
         if all(layer.gate.grad is None for layer in self._layers):
@@ -273,7 +276,7 @@ class RankController:
             "scalings": {name: layer.scaling for name, layer in self.adapters.items()},
             "scale_with_rank": {name: layer.scale_with_rank for name, layer in self.adapters.items()},
             "sharing": learned_groups(self.adapters),
-            "closing": self._interval.pruning,
+            "closing": self._interval.fading,
             "probes": self._interval.probes.state_dict(),
             "gates": self._bank.state_dict(),
             "generator": self._interval.generator.get_state(),
@@ -366,7 +369,7 @@ class RankController:
         interval, schedule, step = self._interval, self._schedule, self.steps
         if schedule.reallocates_after(step):
             self._reallocate()
-        if interval.pruning:
+        if interval.fading:
             return
         interval.probes.take_step()
         if schedule.in_second_half(step):
@@ -429,18 +432,18 @@ class RankController:
         if self.total_steps is None:
             self.total_steps = trainer_steps
         # Beside a new head the first gradients tell about the head, not about the layers.
-        mine = self._parameter_ids()
-        alone = not any(p.requires_grad for p in self.model.parameters() if id(p) not in mine)
-        self._schedule = Schedule.from_config(self.config, self.total_steps, judge_early=alone)
+        adapter_ids = self._parameter_ids()
+        only_adapters = not any(p.requires_grad for p in self.model.parameters() if id(p) not in adapter_ids)
+        self._schedule = Schedule.from_config(self.config, self.total_steps, judge_early=only_adapters)
         if world_size() > 1:
             self._join_replicas()
         if not self._ranks_fixed:
-            self._schedule.warn(self.config, self.total_steps)
+            self._schedule.warn(self.config, self.total_steps, uses_importance=self._rule.uses_importance)
 
     def _join_replicas(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
-        where = {"whether ranks fade": self._interval.pruning, "whether probes observe": bool(self._interval.probes)}
+        where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
         try:
             replicas = join_replicas(self._layers, self._optimizers(), {**settings, **numbers, **where})
         except CannotMoveRanks as why:

@@ -1,4 +1,4 @@
-"""The gates of all adapters as flat vectors: the float32 master copy that the controller moves."""
+"""The gates of all adapters as flat vectors: the float32 master copy that a gate rule (``gate_rules.py``) moves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GateBank:
         skipped: int64 scalar, the number of steps at which a gradient, or its square, was not finite.
     """
 
-    PENALTY_WEIGHT = 2.0  # of a rank to be pruned: its gate falls as fast as the others are pulled to 1
+    PENALTY_WEIGHT = 2.0  # a penalised gate falls by 2 - 1 = 1 unit a step, as fast as other gates are pulled up to 1
 
     def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)

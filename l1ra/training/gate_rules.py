@@ -15,7 +15,14 @@ __all__ = ["AdaptiveL1", "PaperL1", "Rule", "make_rule"]
 
 
 class Rule(Protocol):
-    """What a gate rule provides. ``R`` is the sum of all ranks."""
+    """What a gate rule provides. ``R`` is the sum of all ranks.
+
+    Attributes:
+        uses_importance: whether ranks are chosen and allocated by :meth:`importance`. Only then do probes observe the
+            gradients, and are ranks rotated to principal axes.
+    """
+
+    uses_importance: bool
 
     def step(self, bank: GateBank, grad: Tensor, stage: Stage, seen: Tensor | None = None) -> dict[str, Tensor]:
         """The new state of the gates after an optimizer step. ``bank`` is not changed.
@@ -46,6 +53,8 @@ class PaperL1:
     Source: L1RA, arXiv:2509.04884.
     """
 
+    uses_importance = False
+
     def __init__(self, config: L1RAConfig) -> None:
         self.lr = 2e-2 if config.gate_lr is None else config.gate_lr
         self.l1 = 1e-3 if config.l1_lambda is None else config.l1_lambda
@@ -68,6 +77,8 @@ class AdaptiveL1:
     ``allocation.plan.ranks_to_prune`` chooses ranks by it. Their gates fade to exactly 0 by the end of the interval;
     all other gates stay at 1.
     """
+
+    uses_importance = True
 
     def __init__(self, config: L1RAConfig) -> None:
         self.lr = config.gate_lr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +19,11 @@ from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
 from l1ra.training.probes import ProbeSet
-from l1ra.training.reallocation import move_ranks
+from l1ra.training.reallocation import Reallocation, move_ranks
 
-__all__ = ["Interval", "Reallocation"]
+__all__ = ["Interval"]
 
 Importance = Sequence[Sequence[float | None]]  # of each rank of each adapter; None: the rank is too young
-
-
-class Reallocation(NamedTuple):
-    """What a reallocation did.
-
-    Attributes:
-        pruned: number of ranks that were cut.
-        moved: number of ranks by which adapters grew, in all.
-        coherence: of each adapter's gradients in the interval before.
-    """
-
-    pruned: int
-    moved: int
-    coherence: dict[str, float]
 
 
 # The importance of an adapter's weakest rank says something about the next few ranks, but not about the hundredth.
@@ -51,7 +36,7 @@ class Interval:
 
     Attributes:
         probes: of all adapters.
-        pruning: whether the interval is in its second half, in which the gates of the chosen ranks fade.
+        fading: whether the interval is in its second half, in which the gates of the chosen ranks fade.
         generator: of all random rows, for probes and for new ranks.
     """
 
@@ -62,6 +47,8 @@ class Interval:
         budget: int,
         costs: Sequence[int],
         config: L1RAConfig,
+        *,
+        uses_importance: bool,
     ) -> None:
         """
         Args:
@@ -69,9 +56,10 @@ class Interval:
             bank: the gates of these adapters, in the same order.
             budget: what all ranks together may cost.
             costs: of one rank of each adapter, in the unit of ``budget``.
+            uses_importance: of the gate rule, see ``Rule``.
         """
         self.probes = ProbeSet(adapters)
-        self.pruning = False
+        self.fading = False
         self.generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
         self._adapters = adapters
         self._layers = list(adapters.values())
@@ -79,6 +67,7 @@ class Interval:
         self._budget = budget
         self._costs = costs
         self._config = config
+        self._uses_importance = uses_importance
         caps = [rank_cap(a.in_features, a.out_features, config) for a in self._layers]
         self._caps = [min(cap, a.reserve or cap) for cap, a in zip(caps, self._layers, strict=True)]
         self._replicas = ReplicaGroup()
@@ -91,7 +80,7 @@ class Interval:
 
     def start_probes(self) -> None:
         """First half: let probes observe the gradients, if a decision needs them and there are none yet."""
-        if not self.probes and (self._config.rule == "adaptive-l1" or self._config.new_rows == "gradient"):
+        if not self.probes and (self._uses_importance or self._config.new_rows == "gradient"):
             self.probes.start(self.generator)
 
     def choose_ranks(self, importance: Importance | None, progress: float, given_back: Sequence[int]) -> None:
@@ -100,9 +89,9 @@ class Interval:
         Args:
             importance: by the gate rule; None if the rule has none.
             progress: share of the way to the last reallocation, 0 to 1.
-            given_back: the number of ranks that each adapter was dealt and lost again.
+            given_back: the number of ranks that each adapter has received and lost again.
         """
-        self.pruning = True
+        self.fading = True
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
         if importance is not None:
@@ -129,26 +118,26 @@ class Interval:
         """
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
-        pruned, moved = move_ranks(self._adapters, plan, self._bank, optimizers, self._new_rows)
+        done = move_ranks(self._adapters, plan, self._bank, optimizers, self._new_rows)
         self._bank.penalise([()] * len(self._layers))
-        if self._config.principal_axes and self._config.rule == "adaptive-l1":
+        if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
             layers = zip(self._layers, rows, strict=True)
             self._bank.rotate(rows, rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast))
-        self.pruning = False
+        self.fading = False
         self.probes.discard()
-        return Reallocation(pruned, moved, coherence)
+        return done._replace(coherence=coherence)
 
-    def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, pruning: bool) -> None:
-        """Take over a saved state: of :attr:`probes`, of :attr:`generator`, and :attr:`pruning`."""
+    def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, fading: bool) -> None:
+        """Take over a saved state: of :attr:`probes`, of :attr:`generator`, and :attr:`fading`."""
         self.generator.set_state(generator)
-        self.pruning = pruning
-        self.probes.load_state_dict(probes, observing=not pruning)
+        self.fading = fading
+        self.probes.load_state_dict(probes, observing=not fading)
         self._reset_copied_probes()
 
     def _reset_copied_probes(self) -> None:
         # A checkpoint has the sketches of one process. Loaded into all of them, they must count once in their sum.
-        if self._replicas.number and not self.pruning:
+        if self._replicas.number and not self.fading:
             self.probes.reset()
 
     def _learning(self, coherence: dict[str, float]) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,7 +15,22 @@ from l1ra.layers.row_moves import RowMoves
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.optimizer_state import plan_state, scale_state
 
-__all__ = ["move_ranks"]
+__all__ = ["Reallocation", "move_ranks"]
+
+
+class Reallocation(NamedTuple):
+    """What a reallocation did.
+
+    Attributes:
+        pruned: number of ranks that were cut.
+        moved: number of ranks by which adapters grew, in all.
+        coherence: adapter name -> agreement of its gradients in the interval before, see ``Probe.coherence``; empty
+            without probes.
+    """
+
+    pruned: int
+    moved: int
+    coherence: dict[str, float]
 
 
 def move_ranks(
@@ -23,7 +39,7 @@ def move_ranks(
     bank: GateBank,
     optimizers: Sequence[Optimizer],
     new_rows: Callable[[str, LayerPlan], Tensor],
-) -> tuple[int, int]:
+) -> Reallocation:
     """Prune and append ranks of all adapters as ``plan`` says.
 
     The function of the model does not change if the gates of the pruned ranks are 0.
@@ -36,7 +52,7 @@ def move_ranks(
             part of the plan, once for each adapter that changes, in order.
 
     Returns:
-        The number of ranks that were pruned, and by which adapters grew, both in all.
+        The number of ranks that were pruned, and by which adapters grew, without coherence.
     """
     moves, resized, rescaled, pruned, moved = RowMoves(), {}, {}, 0, 0
     for (name, layer), change in zip(adapters.items(), plan.layers, strict=True):
@@ -57,4 +73,4 @@ def move_ranks(
     bank.plan_move(moves, plan)
     moves.run()
     bank.write_to_layers()
-    return pruned, moved
+    return Reallocation(pruned, moved, {})

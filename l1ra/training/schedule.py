@@ -65,7 +65,7 @@ class Schedule:
         last = min(total_steps - 1, share(1 - config.cooldown)) // steps * steps
         return cls(steps, max(1, share(config.warmup)), last, judge_early)
 
-    def warn(self, config: L1RAConfig, total_steps: int | None) -> None:
+    def warn(self, config: L1RAConfig, total_steps: int | None, *, uses_importance: bool) -> None:
         """Warn if the schedule, made from ``config`` and ``total_steps``, does not do what a user may expect."""
         if total_steps is None:
             warnings.warn(
@@ -74,7 +74,7 @@ class Schedule:
                 "cooldown.",
                 stacklevel=3,
             )
-        elif self.empty or (config.rule == "adaptive-l1" and not self.judges):
+        elif self.empty or (uses_importance and not self.judges):
             warnings.warn(
                 f"no rank will move: {total_steps} steps are too few at intervals of {self.interval}, "
                 f"warmup {config.warmup} and cooldown {config.cooldown}. Train longer, or lower these.",

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from quality_helpers import ALPHA, InProcess, put_tiny_tasks, spec
 
-from benchmarks.quality import learning_rates, program, schedule
+from benchmarks.quality import learning_rates, program, run_queue
 from benchmarks.quality.runs import TUNING_SEED, Spec, store
 
 
@@ -113,7 +113,7 @@ def test_a_run_of_its_own_process_has_one_thread_and_fails_loudly(tmp_path, monk
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     wanted = spec(tmp_path, "l1ra", settings=(("margin", 0.3),))
-    schedule.start(wanted)
+    run_queue.start(wanted)
     assert seen["env"]["OMP_NUM_THREADS"] == "1" and seen["env"]["GOMP_SPINCOUNT"] == "0"
     assert Spec.parse(seen["command"][-1]) == wanted
 

@@ -7,7 +7,7 @@ pytest.importorskip("scipy")
 
 from benchmarks.common.statistics import t_interval
 from benchmarks.quality import methods, tables
-from benchmarks.quality.results import Results, budget_for, paired
+from benchmarks.quality.analysis import Results, budget_for, paired
 from benchmarks.quality.runs import TUNING_SEED
 
 

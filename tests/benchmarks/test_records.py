@@ -105,8 +105,8 @@ def test_the_committed_page_of_planted_ranks_says_what_its_records_say():
 def test_the_committed_page_of_quality_says_what_its_records_say():
     pytest.importorskip("scipy")
     pytest.importorskip("peft")
+    from benchmarks.quality.analysis import Results
     from benchmarks.quality.methods import METHODS
-    from benchmarks.quality.results import Results
     from benchmarks.quality.runs import TUNING_SEED, store
     from benchmarks.quality.tables import markdown
 

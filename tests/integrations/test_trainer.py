@@ -314,5 +314,5 @@ def test_a_checkpoint_that_was_broken_off_while_saving_is_told(tmp_path):
 
     resumable(tmp_path, llama, patch={"interval": 3})
     shutil.rmtree(tmp_path / "checkpoint-10" / "l1ra")
-    with pytest.raises(FileNotFoundError, match="holds no state of L1RA: it was broken off"):
+    with pytest.raises(FileNotFoundError, match="holds no state of L1RA: saving it was interrupted"):
         resumable(tmp_path, llama, patch={"interval": 3}, resume="checkpoint-10")

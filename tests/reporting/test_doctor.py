@@ -14,7 +14,7 @@ from helpers import little_room
 import l1ra
 from l1ra.reporting import self_check
 from l1ra.training.controller import RankController
-from l1ra.training.interval import Reallocation
+from l1ra.training.reallocation import Reallocation
 from l1ra_kernels import choice, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]

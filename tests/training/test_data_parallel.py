@@ -99,7 +99,7 @@ def resume(number):
     model, controller, optimizer, x, y, replica = begin(number, name)
     for _ in range(25):
         step(replica, optimizer, x, y)
-    looking = bool(controller._interval.probes) and not controller._interval.pruning
+    looking = bool(controller._interval.probes) and not controller._interval.fading
     saved = [copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))]
     distributed.broadcast_object_list(saved, src=0)
     model, controller, optimizer, x, y, replica = begin(number, name, seed=1)

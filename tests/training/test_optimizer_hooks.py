@@ -1,4 +1,4 @@
-"""Which steps of which optimizers a controller hears, and which it is told of."""
+"""Which steps of which optimizers reach a controller by hooks, and which by calls."""
 
 import gc
 import warnings

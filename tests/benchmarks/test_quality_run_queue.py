@@ -12,8 +12,8 @@ pytest.importorskip("scipy")
 
 from benchmarks.common import records
 from benchmarks.quality import learning_rates
+from benchmarks.quality.run_queue import Plan, PlannedTask, Queue
 from benchmarks.quality.runs import TUNING_SEED, store
-from benchmarks.quality.schedule import Plan, PlannedTask, Queue
 
 
 def walk(loss, rates=learning_rates.RATES):
