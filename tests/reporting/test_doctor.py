@@ -4,7 +4,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,8 @@ def failed(found):
 
 
 def test_a_machine_that_is_well():
-    state, started = torch.get_rng_state(), time.process_time()
+    state = torch.get_rng_state()
     diagnosis = l1ra.doctor()
-    assert time.process_time() - started < 10
     assert diagnosis.ok and torch.equal(torch.get_rng_state(), state)
     tried = {(check.name, check.dtype) for check in diagnosis.checks}
     assert {("nn.Linear", str(dtype).removeprefix("torch.")) for dtype in self_check.DTYPES} < tried

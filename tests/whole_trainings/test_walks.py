@@ -19,7 +19,7 @@ st = pytest.importorskip("hypothesis.strategies")
 stateful = pytest.importorskip("hypothesis.stateful")
 rule, precondition = stateful.rule, stateful.precondition
 
-WALKS = 300
+WALKS = 200
 SIZES = (6, 12, 8, 6)
 HEAD = "layers.2"
 SCHEDULE = {"interval": 3, "total_steps": 1000, "warmup": 0.0, "margin": 1.0, "turnover": 0.5}
