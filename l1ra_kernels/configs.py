@@ -148,9 +148,9 @@ def processors(device: torch.device) -> int:
 
 
 def split_tokens(tokens: int, block: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Divide ``tokens`` into streams. One program accumulates the partial sum of one stream.
+    """Divide ``tokens`` into splits. One program accumulates the partial sum of one split.
 
-    There are as many streams as needed to occupy all multiprocessors with ``columns`` tiles of features. More streams
+    There are as many splits as needed to occupy all multiprocessors with ``columns`` tiles of features. More splits
     would only add partial sums. The result depends on shapes and the device only, so that sums are accumulated in the
     same order in every run.
 
@@ -160,7 +160,7 @@ def split_tokens(tokens: int, block: int, columns: int, device: torch.device) ->
         columns: the number of feature tiles.
 
     Returns:
-        The number of tokens per stream, and the number of streams.
+        The number of tokens per split, and the number of splits.
     """
     blocks = -(-tokens // block)
     wanted = max(1, min(blocks, -(-processors(device) // columns)))

@@ -2,7 +2,7 @@
 
 Reads x (M, K), Q (M, G * R) = s * g * P, which is the gradient of H, and A_i (r_i, K) of the G adapters that share x.
 Writes dX (M, K), to which cuBLAS then adds the frozen layers' part (beta = 1), and partial sums of dA
-``(streams, G * R, K)`` in float32. A program processes one tile of features for one stream of tokens.
+``(splits, G * R, K)`` in float32. A program processes one tile of features for one split of the tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def _input_backward(
     p_as,  # G tensors (r, K)
     p_gates,  # G tensors (r,)
     p_dx,  # (M, K)
-    p_da,  # (streams, G * R, K) float32
+    p_da,  # (splits, G * R, K) float32
     p_seed,  # (1,) int64
     M,
     K,
     rank0,  # not in a tuple: Triton would specialise on its numbers, and recompile for the ranks 1 and 16
     rank1,
     rank2,
-    run,  # tokens per stream
+    run,  # tokens per split
     s_x,
     s_as,
     inverse_keep,
@@ -131,7 +131,7 @@ def input_backward(
         needs_dx, needs_da: whether dX and dA are needed.
 
     Returns:
-        dX ``(M, K)`` in the dtype of x, and partial sums of dA ``(streams, G * R, K)`` float32; None if not needed.
+        dX ``(M, K)`` in the dtype of x, and partial sums of dA ``(splits, G * R, K)`` float32; None if not needed.
     """
     tokens, features = x.shape
     t = tile("input_backward", q.shape[1], q.dtype, x.device)

@@ -1,10 +1,10 @@
 """Output backward: ``P = dY @ B.T`` and ``D = H.T @ dY`` in one pass over dY.
 
 Reads dY (M, N), H (M, R), the columns of one adapter, g (r,) and B (r, N). Writes partial sums of P ``(tiles, M, R)``
-and D ``(streams, R, N)`` in float32, which the kernels in reductions.py add in a fixed order. Gate and scaling are not
+and D ``(splits, R, N)`` in float32, which the kernels in reductions.py add in a fixed order. Gate and scaling are not
 applied to P and D. In P the columns of ranks whose gate is 0 are 0.
 
-P is a sum over N, D is a sum over M. A program processes one tile of features for one stream of tokens. It accumulates
+P is a sum over N, D is a sum over M. A program processes one tile of features for one split of the tokens. It accumulates
 D in registers while it iterates over the tokens, and stores its tile's part of P in each iteration.
 """
 
@@ -28,11 +28,11 @@ def _output_backward(
     p_gate,  # (r,)
     p_b,  # (r, N)
     p_p,  # (tiles, M, R) float32
-    p_d,  # (streams, R, N) float32
+    p_d,  # (splits, R, N) float32
     M,
     N,
     rank,
-    run,  # tokens per stream
+    run,  # tokens per split
     s_dy,
     s_h,
     s_b,
@@ -83,7 +83,7 @@ def output_backward(
         precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
 
     Returns:
-        Partial sums of P ``(tiles, M, R)`` and of D ``(streams, R, N)``, float32; None in place of D if not needed.
+        Partial sums of P ``(tiles, M, R)`` and of D ``(splits, R, N)``, float32; None in place of D if not needed.
     """
     tokens, features = dy.shape
     width = h.shape[1]

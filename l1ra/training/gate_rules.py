@@ -39,9 +39,9 @@ class Rule(Protocol):
         ...
 
     def importance(self, bank: GateBank, stage: Stage) -> list[list[float | None]] | None:
-        """The importance of each rank of each adapter, from which ranks are chosen and dealt.
+        """The importance of each rank of each adapter, by which ranks are chosen and allocated.
 
-        None in place of a number: the rank is too young to be judged. None in place of the list: ranks are dealt by
+        None in place of a number: the rank is too young to be judged. None in place of the list: ranks are allocated by
         their gates alone.
         """
         ...
