@@ -4,8 +4,8 @@ Reads dY (M, N), H (M, R), the columns of one adapter, g (r,) and B (r, N). Writ
 and D ``(splits, R, N)`` in float32, which the kernels in reductions.py add in a fixed order. Gate and scaling are not
 applied to P and D. In P the columns of ranks whose gate is 0 are 0.
 
-P is a sum over N, D is a sum over M. A program processes one tile of features for one split of the tokens. It accumulates
-D in registers while it iterates over the tokens, and stores its tile's part of P in each iteration.
+P is a sum over N, D is a sum over M. A program processes one tile of features for one split of the tokens. It
+accumulates D in registers while it iterates over the tokens, and stores its tile's part of P in each iteration.
 """
 
 from __future__ import annotations
