@@ -128,7 +128,7 @@ The design began with a count by hand (H100, 8192 tokens, rank 16). The bytes ag
   adapter's activations are fp32, and it is up to 2.4 times as much. Both are right, each for its training loop.
 - LoRAFusion, backward (154 and, at 4096 → 14336, 370 MB): the first count charges more for the atomic sums of dH and
   dB. They meet in L2, so here each buffer counts once: right for a floor, and kinder than we are to our partial sums.
-- aug, backward at 4096 → 1024 (109 MB): a narrow dY has few tiles of features, so D is cut into more splits of the tokens
+- aug, backward at 4096 → 1024 (109 MB): a narrow dY has few tiles of features, so D is cut into more splits of tokens
   here, to fill 132 processors, and each leaves a partial sum.
 - aug here also keeps A below W's rows and H besides s·g·H (a gate at 0 still has a gradient); the first description had
   neither. Both are needed, and cost less than 1 MB.
