@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from l1ra.files.checkpoint import read
 from l1ra.layers.adapted_model import carried_tensors, controller_of
 
-__all__ = ["FOLDER", "WEIGHTS", "ResumeWithTrainer", "join_trainer", "make_callback", "trainer_in"]
+__all__ = ["FOLDER", "WEIGHTS", "RankCallback", "ResumeWithTrainer", "join_trainer", "make_callback", "trainer_in"]
 
 FOLDER = "l1ra"  # inside a checkpoint
 WEIGHTS = "model.safetensors"  # without it a Trainer does not accept a folder as a checkpoint
@@ -30,8 +30,6 @@ WEIGHTS = "model.safetensors"  # without it a Trainer does not accept a folder a
 
 class Controller(Protocol):
     """The methods of ``RankController`` that a Trainer's callback uses."""
-
-    auto: bool
 
     def statistics(self) -> dict[str, float]: ...
 
@@ -42,45 +40,55 @@ class Controller(Protocol):
     def step(self, optimizer: Optimizer) -> None: ...
 
 
-def make_callback(controller: Controller) -> Any:
-    """A TrainerCallback that connects ``controller`` to a Trainer; see ``RankController.callback``.
+class RankCallback:
+    """Adds the rank statistics to a Trainer's training logs and the controller's state to its checkpoints.
+
+    Args:
+        controller: None in a copy: copies of a controller do not exist, and the callback then does nothing.
+        makes_steps: call ``controller.step`` after each step of the optimizer.
+    """
+
+    def __init__(self, controller: Controller | None, makes_steps: bool) -> None:
+        self.controller = controller
+        self.makes_steps = makes_steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.controller is not None:
+            self.controller.expect_steps(state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
+        if self.controller is not None and self.makes_steps and not getattr(optimizer, "step_was_skipped", False):
+            self.controller.step(getattr(optimizer, "optimizer", optimizer))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.controller is None or logs is None:
+            return
+        if any(key.startswith(("loss", "train_loss")) for key in logs):
+            numbers = self.controller.statistics()
+            logs.update(numbers)
+            if state.log_history:
+                state.log_history[-1].update(numbers)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.controller is not None and args.should_save and os.path.isdir(folder):
+            self.controller.save(folder / FOLDER)
+
+
+def make_callback(controller: Controller, *, makes_steps: bool) -> Any:
+    """A ``transformers.TrainerCallback`` that is a :class:`RankCallback`.
 
     Raises:
         ImportError: transformers is not installed.
     """
     from transformers import TrainerCallback
 
-    class RankCallback(TrainerCallback):
-        """Adds the rank statistics to a Trainer's training logs and the controller's state to its checkpoints."""
-
-        def __init__(self, controller: Controller) -> None:
-            self.controller = controller
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.controller.expect_steps(state.max_steps)
-
-        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
-            if not self.controller.auto and not getattr(optimizer, "step_was_skipped", False):
-                self.controller.step(getattr(optimizer, "optimizer", optimizer))
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs is not None and any(key.startswith(("loss", "train_loss")) for key in logs):
-                numbers = self.controller.statistics()
-                logs.update(numbers)
-                if state.log_history:
-                    state.log_history[-1].update(numbers)
-
-        def on_save(self, args, state, control, **kwargs):
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if args.should_save and os.path.isdir(folder):
-                self.controller.save(folder / FOLDER)
-
-    return RankCallback(controller)
+    return type("RankCallback", (RankCallback, TrainerCallback), {})(controller, makes_steps)
 
 
 def join_trainer(controller: Controller) -> int | None:
-    """Put the callback of ``controller`` first in the Trainer that is stepping an optimizer right now.
+    """Put a callback of ``controller`` first in the Trainer that is stepping an optimizer right now.
 
     Returns:
         The Trainer's total number of steps; None without a Trainer.
@@ -89,10 +97,12 @@ def join_trainer(controller: Controller) -> int | None:
     if found is None:
         return None
     trainer, _ = found
-    callbacks = trainer.callback_handler.callbacks
-    ours = [callback for callback in callbacks if getattr(callback, "controller", None) is controller]
-    # First, so that the integrations that report logs see the statistics.
-    callbacks[:] = [*(ours or [make_callback(controller)]), *(other for other in callbacks if other not in ours)]
+    handler = trainer.callback_handler
+    ours = [c for c in handler.callbacks if isinstance(c, RankCallback) and c.controller is controller]
+    others = [callback for callback in handler.callbacks if callback not in ours]
+    # First, so that the integrations that report logs see the statistics. A new list, because the Trainer may be
+    # iterating over the old one. A user who has passed no callback with auto=False makes the steps himself.
+    handler.callbacks = [*(ours or [make_callback(controller, makes_steps=False)]), *others]
     return trainer.state.max_steps
 
 

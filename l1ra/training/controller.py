@@ -218,7 +218,7 @@ class RankController:
         Raises:
             ImportError: transformers is not installed.
         """
-        return make_callback(self)
+        return make_callback(self, makes_steps=not self.auto)
 
     def expect_steps(self, total_steps: int) -> None:
         """Take the number of optimizer steps from a Trainer, unless ``total_steps`` was passed by the user.
@@ -356,7 +356,7 @@ class RankController:
                 warnings.warn(
                     f"the training goes on beyond its {self.total_steps} total_steps: no rank moves any more. Pass the "
                     "optimizer steps of all trainings together as total_steps to l1ra.patch or RankController.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         self._stepped.add(optimizer)
         self._backwards.reset()
@@ -393,7 +393,7 @@ class RankController:
         merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
         if merged is not None:
             warnings.warn(
-                f"ranks wait for the next interval: {merged} is merged. Call its unmerge() to train on.", stacklevel=2
+                f"ranks wait for the next interval: {merged} is merged. Call its unmerge() to train on.", stacklevel=4
             )
             return
         if len(self.history) == 1:
@@ -445,7 +445,7 @@ class RankController:
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
         try:
-            replicas = join_replicas(self._layers, self._optimizers(), {**settings, **numbers, **where})
+            replicas = join_replicas(self.adapters, self._optimizers(), {**settings, **numbers, **where})
         except CannotMoveRanks as why:
             self._ranks_fixed = True
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)

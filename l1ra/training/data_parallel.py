@@ -6,6 +6,7 @@ the same: a single rank that differs would let the replicas diverge.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
 __all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
 
@@ -90,7 +92,7 @@ def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
 
 
 def join_replicas(
-    layers: Sequence[L1RALinear], optimizers: Iterable[Optimizer], same: Mapping[str, Any]
+    adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer], same: Mapping[str, Any]
 ) -> ReplicaGroup:
     """The group of processes that train these adapters with DistributedDataParallel.
 
@@ -103,6 +105,7 @@ def join_replicas(
     Raises:
         CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
     """
+    layers = list(adapters.values())
     wrapper = _wrapper_of(layers)
     if any(layer.reserve is None for layer in layers):
         raise CannotMoveRanks(
@@ -116,7 +119,8 @@ def join_replicas(
     if wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
     replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
-    found = replicas.gather(dict(same))
+    same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
+    found = replicas.gather(same)
     for name in same:
         values = [part[name] for part in found]
         if any(value != values[0] for value in values):
@@ -126,13 +130,14 @@ def join_replicas(
 
 
 # A wrapped model has no reference to its wrapper. torch reports each module that is put into another one, so wrappers
-# are recorded when they are constructed, with the ids of the parameters whose gradients they average.
-_averaged: WeakKeyDictionary[DistributedDataParallel, frozenset[int]] = WeakKeyDictionary()
+# are recorded when they are constructed, with the ids of the parameters that they contained, and whether they required
+# a gradient: only such gradients are averaged.
+_wrapped: WeakKeyDictionary[DistributedDataParallel, dict[int, bool]] = WeakKeyDictionary()
 
 
 def _record_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if isinstance(module, DistributedDataParallel) and name == "module" and submodule is not None:
-        _averaged[module] = frozenset(id(param) for param in submodule.parameters() if param.requires_grad)
+        _wrapped[module] = {id(param): param.requires_grad for param in submodule.parameters()}
 
 
 register_module_module_registration_hook(_record_wrapper)
@@ -140,20 +145,33 @@ register_module_module_registration_hook(_record_wrapper)
 
 def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
     mine = {id(layer) for layer in layers}
-    wrappers = [w for w in _averaged if mine <= {id(module) for module in w.modules()}]
+    wrappers = [w for w in _wrapped if mine <= {id(module) for module in w.modules()}]
     if not wrappers:
         raise CannotMoveRanks(
             "ranks move with DistributedDataParallel, not where adapters are sharded (FSDP, DeepSpeed) or each process "
-            "trains for itself"
+            "trains for itself. Wrap the model anew if its wrapper is a copy or was unpickled"
         )
-    params = {id(param) for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)}
-    averaging = [wrapper for wrapper in wrappers if params <= _averaged[wrapper]]
-    if not averaging:
+    params = [param for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)]
+    there = [w for w in wrappers if all(id(param) in _wrapped[w] for param in params)]
+    if not there:
         raise CannotMoveRanks(
             "DistributedDataParallel was constructed before the adapters, so that it does not average their gradients. "
             "Call l1ra.patch first"
         )
-    return averaging[0]
+    for wrapper in there:
+        if all(_wrapped[wrapper][id(param)] for param in params if param.requires_grad):
+            return wrapper
+    raise CannotMoveRanks(
+        "some adapters were frozen when DistributedDataParallel was constructed, so that it does not average their "
+        "gradients. Construct it when all parameters to be trained require a gradient"
+    )
+
+
+def _held_parameters(adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer]) -> str:
+    """The parameters of the adapters that the optimizers of this process hold, as a number and a checksum."""
+    held = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
+    names = [f"{n}.{part}" for n, a in adapters.items() for part in ADAPTER_PARAMETERS if id(getattr(a, part)) in held]
+    return f"{len(names)} (checksum {zlib.crc32(' '.join(names).encode()):08x})"
 
 
 def _any_is_zero(optimizers: Iterable[Optimizer]) -> bool:

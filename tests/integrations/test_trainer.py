@@ -75,6 +75,45 @@ def test_a_callback_that_is_passed_does_what_happens_by_itself(tmp_path, auto):
     assert len(ours) == 1 and (tmp_path / "passed" / "checkpoint-10" / "l1ra" / "l1ra.json").exists()
 
 
+def test_a_callback_of_the_user_with_a_controller_is_left_alone(tmp_path):
+    class Mine(TrainerCallback):
+        def __init__(self, controller):
+            self.controller = controller
+
+    model = livelier(llama())
+    controller = l1ra.patch(model, 28, interval=3, warmup=0.0)
+    args = TrainingArguments(**arguments(tmp_path, save_strategy="steps", save_steps=10))
+    trainer = Trainer(model, args, train_dataset=sentences(), callbacks=[Mine(controller)])
+    trainer.train()
+    assert any("l1ra/ranks" in entry for entry in trainer.state.log_history)
+    assert (tmp_path / "checkpoint-10" / "l1ra" / "l1ra.json").exists()
+
+
+def test_a_callback_of_the_user_that_makes_the_steps_makes_all_of_them(tmp_path):
+    class Steps(TrainerCallback):
+        def __init__(self, controller):
+            self.mine, self.calls = controller, 0
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.calls += 1
+            self.mine.step(optimizer.optimizer)
+
+    expected, *_ = train(tmp_path)
+    model = livelier(llama())
+    controller = l1ra.patch(model, 28, interval=3, warmup=0.0, auto=False)
+    steps = Steps(controller)
+    Trainer(model, TrainingArguments(**arguments(tmp_path)), train_dataset=sentences(), callbacks=[steps]).train()
+    assert steps.calls == controller.steps == STEPS and controller.history == expected.history
+
+
+def test_a_copy_of_a_callback_does_nothing():
+    copied = copy.deepcopy(l1ra.patch(llama(), 28, auto=False).callback())
+    assert copied.controller is None
+    copied.on_optimizer_step(None, None, None, optimizer=None)
+    copied.on_train_begin(None, None, None)
+    copied.on_log(None, None, None, logs={"loss": 1.0})
+
+
 def test_a_callback_needs_no_trainer_on_the_call_stack(tmp_path, monkeypatch):
     monkeypatch.setattr("l1ra.integrations.trainer.trainer_in", lambda method: None)
     controller, trainer, _ = train(tmp_path, explicit=True, save_strategy="steps", save_steps=10)

@@ -28,6 +28,7 @@ MOVING = {  # name -> settings of patch; None: another value in each process
     "other seeds": {"seed": None},
     "nothing to learn at first": {},
     "wrapped before the controller": {},
+    "with a frozen A": {},
 }
 RESTING = {  # name -> what the warning says
     "no reserve": r"Pass reserve=<rows> to l1ra.patch",
@@ -37,6 +38,8 @@ RESTING = {  # name -> what the warning says
     "other totals": "its processes differ in total_steps: 60 and 61",
     "uneven batches": "under Join",
     "wrapped too early": "was constructed before the adapters",
+    "thawed after it was wrapped": "some adapters were frozen when",
+    "the optimizer within ZeRO": "its processes differ in the adapters' parameters that optimizers hold",
 }
 
 
@@ -48,6 +51,9 @@ def begin(number, name, seed=0):
     settings = {key: number if key == "seed" else value for key, value in settings.items()}
     model, controller, optimizer, x, y = patched(16, **settings)
     replica = model
+    frozen = {"with a frozen A": "lora_A", "thawed after it was wrapped": "lora_B"}.get(name)
+    for layer in controller.adapters.values() if frozen else ():
+        getattr(layer, frozen).requires_grad_(False)
     if name in ("wrapped too early", "wrapped before the controller"):
         controller.close()
         ranks = {"reserve": 12, "total_steps": STEPS}
@@ -67,6 +73,13 @@ def begin(number, name, seed=0):
     elif name != "each for itself":
         replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
     if name == "parts of an optimizer":
+        optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
+    if name == "thawed after it was wrapped":
+        for layer in controller.adapters.values():
+            layer.lora_B.requires_grad_(True)
+    if name == "the optimizer within ZeRO":
+        controller.close()
+        controller = l1ra.RankController(model, 16, auto=False, **{**BRISK, "total_steps": STEPS})
         optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
     return model, controller, optimizer, x[number::2], y[number::2], replica
 
@@ -90,6 +103,8 @@ def train(number, name):
             more = {"nothing to learn at first": -1, "uneven batches": -3 * number}.get(name, 0)
             for _ in range(STEPS + more):
                 step(replica, optimizer, x, y)
+                if not controller.auto:
+                    controller.step(optimizer.optim)
     return told(model, controller, said) if name != "sharded" else told(nn.Module(), controller, said)
 
 
