@@ -27,7 +27,7 @@ quickstart: $(VENV)/quickstart.stamp
 	$(BIN)/python examples/quickstart.py $(QUICKSTART)
 
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Options: make quality QUALITY='--tasks polarity --methods lora l1ra --seeds 3'
 quality: $(VENV)/quality.stamp

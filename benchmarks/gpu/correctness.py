@@ -14,7 +14,7 @@ __all__ = ["TRAININGS", "correctness", "trainings"]
 
 LEAST_WORKERS, MOST_WORKERS = 8, 14
 FEW = 1
-TRAININGS = "tests/whole_trainings/test_circumstances.py"
+TRAININGS = "tests/end_to_end/test_circumstances.py"
 
 Say = Callable[[str], None]
 Save = Callable[[dict[str, Any]], None]
