@@ -10,15 +10,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import triton
 
+from benchmarks import single_launch
 from l1ra_kernels import configs, gate_step, rank_compaction
-from l1ra_kernels.augment import write_behind
-from l1ra_kernels.expand import expand
-from l1ra_kernels.input_backward import input_backward
-from l1ra_kernels.output_backward import output_backward
-from l1ra_kernels.reductions import reduce_hidden, reduce_rows
-from l1ra_kernels.shrink import shrink
+from l1ra_kernels.expand import BIAS, OUTPUT
 
 __all__ = ["BF16", "CALLS", "RAGGED", "REGULAR", "SHORT", "Kind", "Problem", "Shape", "call", "problems"]
 
@@ -86,14 +81,14 @@ def problems() -> list[Problem]:
     found += [Problem("shrink", FP32, w, flag="AUGMENT") for w, _ in SINGLES]
     found += [Problem("input_backward", BF16, w, flag=f) for w in (16, 128) for f in ("no NEEDS_DX", "no NEEDS_DA")]
     for name, flags in (("expand", ("HAS_BIAS", "HAS_OUTPUT")), ("output_backward", ("no NEEDS_D",))):
+        found += [Problem(name, kind, w, g) for kind in (BF16, FP32) for w, g in BUNDLES]
         found += [Problem(name, BF16, w, flag=flag) for w, _ in SINGLES for flag in ("", *flags)]
         found += [Problem(name, kind, w) for kind in (FP32, TF32) for w, _ in SINGLES]
         found += [Problem(name, kind, w) for kind in (FP16, BF16_ADAPTERS) for w in (16, 128)]
         found += [Problem(name, kind, w, shape=RAGGED) for kind in (BF16, FP32) for w in (16, 64)]
-    found += [Problem("reduce_hidden", kind, w) for kind in (BF16, FP32) for w, _ in SINGLES]
-    found += [Problem("reduce_hidden", flag="no NEEDS_DG")]
-    found += [Problem("reduce_rows", BF16, w, flag="GATED") for w, _ in SINGLES]
-    found += [Problem("reduce_rows", kind) for kind in (BF16, BF16_ADAPTERS)]
+    for name in ("reduce_hidden", "reduce_rows"):
+        found += [Problem(name, kind, w, g) for kind in (BF16, FP32) for w, g in SINGLES + BUNDLES]
+    found += [Problem("reduce_hidden", flag="no NEEDS_DG"), Problem("reduce_rows", BF16_ADAPTERS)]
     found += [Problem("write_behind", BF16, w, g) for w, g in SINGLES + BUNDLES]
     found += [Problem("write_behind", kind, 128) for kind in (FP32, FP16, BF16_ADAPTERS)]
     found += [Problem("move_rows", flag=f"UNIT={unit}") for unit in (1, 2, 4, 8)]
@@ -107,54 +102,64 @@ def call(problem: Problem, rank: int | None = None, scaling: float = 2.0) -> Non
 
 
 def _tensors(problem: Problem, rank: int | None) -> SimpleNamespace:
-    kind, width, (tokens, features) = problem.kind, problem.width, problem.shape
+    kind, width, sharing, (tokens, features) = problem.kind, problem.width, problem.sharing, problem.shape
     rank = width if rank is None else rank
-    hidden = torch.empty(tokens, problem.sharing * width, dtype=kind.products)
+    columns = sharing * width
     return SimpleNamespace(
         x=torch.empty(tokens, features, dtype=kind.input),
-        dy=torch.empty(tokens, features, dtype=kind.products),
-        rows=[torch.empty(rank, features, dtype=kind.adapters) for _ in range(problem.sharing)],
-        gates=[torch.ones(rank) for _ in range(problem.sharing)],
-        b=torch.empty(rank, features, dtype=kind.adapters),
+        dys=[torch.empty(tokens, features, dtype=kind.products)] * sharing,
+        rows=[torch.empty(rank, features, dtype=kind.adapters) for _ in range(sharing)],
+        gates=[torch.ones(rank) for _ in range(sharing)],
+        bs=[torch.empty(rank, features, dtype=kind.adapters)] * sharing,
         bias=torch.empty(features, dtype=kind.products),
-        hidden=hidden,
-        h=hidden[:, :width],
+        h=torch.empty(tokens, columns, dtype=kind.products),
         seed=torch.zeros(1, dtype=torch.int64),
-        augmented=torch.empty(tokens, features + width, dtype=kind.products),
-        p=torch.empty(8, tokens, width),
-        d=torch.empty(8, width, features),
-        dg=torch.empty(triton.cdiv(tokens, 32), width),
+        weights=[torch.empty(features, features + columns, dtype=kind.products)] * sharing,
+        wide=torch.empty(tokens, features + columns, dtype=kind.products),
+        parts=torch.empty(4, tokens, columns),
+        p=torch.empty(8 * sharing, tokens, width),
+        d=torch.empty(8, width, sharing * features),
+        da=torch.empty(8, columns, features),
+        dg=torch.empty(-(-tokens // 32), columns),
     )
 
 
 def _shrink(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    shrink(
+    single_launch.shrink(
         t.x,
         t.rows,
         t.gates,
-        t.hidden,
+        dtype=problem.kind.products,
         dropout=problem.dropout,
         seed=t.seed if problem.dropout else None,
-        augmented=t.augmented if problem.flag == "AUGMENT" else None,
+        augment=problem.flag == "AUGMENT",
         precision=problem.kind.precision,
     )
 
 
 def _expand(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    bias = t.bias if problem.flag == "HAS_BIAS" else None
-    output = t.dy if problem.flag == "HAS_OUTPUT" else None
-    expand(t.h, t.gates[0], t.b, scaling, output=output, bias=bias, precision=problem.kind.precision)
+    base = {"HAS_BIAS": (BIAS, t.bias), "HAS_OUTPUT": (OUTPUT, t.dys[0])}.get(problem.flag)
+    single_launch.expand(
+        t.parts,
+        t.gates,
+        t.bs,
+        [scaling] * problem.sharing,
+        dtype=problem.kind.products,
+        bases=None if base is None else [base[1]] * problem.sharing,
+        kinds=None if base is None else [base[0]] * problem.sharing,
+        precision=problem.kind.precision,
+    )
 
 
 def _output_backward(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
     needs_d = problem.flag != "no NEEDS_D"
-    output_backward(t.dy, t.h, t.gates[0], t.b, needs_d=needs_d, precision=problem.kind.precision)
+    single_launch.output_backward(t.dys, t.h, t.gates, t.bs, needs_d=needs_d, precision=problem.kind.precision)
 
 
 def _input_backward(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    input_backward(
+    single_launch.input_backward(
         t.x,
-        t.hidden,
+        t.h,
         t.rows,
         t.gates,
         dropout=problem.dropout,
@@ -166,18 +171,18 @@ def _input_backward(problem: Problem, t: SimpleNamespace, scaling: float) -> Non
 
 
 def _reduce_hidden(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    reduce_hidden(t.p, t.h, t.gates[0], scaling, t.h, needs_dg=problem.flag != "no NEEDS_DG")
+    tiles, needs_dg = [8] * problem.sharing, problem.flag != "no NEEDS_DG"
+    single_launch.reduce_hidden(t.p, tiles, t.h, t.gates, [scaling] * problem.sharing, needs_dg=needs_dg)
 
 
 def _reduce_rows(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    gated = {"scaling": scaling, "dg_parts": t.dg} if problem.flag == "GATED" else {}
-    reduce_rows(t.d, t.gates[0], problem.kind.adapters, **gated)
+    outputs, scalings = [problem.shape.features] * problem.sharing, [scaling] * problem.sharing
+    sizes = {"tokens": problem.shape.tokens, "dtype": problem.kind.adapters}
+    single_launch.reduce_rows(t.da, t.d, t.dg, t.gates, outputs, scalings, **sizes)
 
 
 def _write_behind(problem: Problem, t: SimpleNamespace, scaling: float) -> None:
-    columns = problem.sharing * problem.width
-    memory = torch.empty(problem.shape.features, problem.shape.features + columns, dtype=problem.kind.products)
-    write_behind(memory[:, problem.shape.features :], problem.width, t.gates[0], t.b, scaling)
+    single_launch.write_behind(t.parts, t.gates, t.bs, [scaling] * problem.sharing, t.weights, t.wide)
 
 
 def _move_rows(problem: Problem, t: SimpleNamespace, scaling: float) -> None:

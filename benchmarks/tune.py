@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from benchmarks.common.statistics import ratios, spread
 from benchmarks.common.tables import spread_text
 from benchmarks.gpu.bench import Bench, WrongResult
-from benchmarks.gpu.kernels import Operands, fused, operands
+from benchmarks.gpu.kernels import Operands, operands, single
 from benchmarks.gpu.sizes import Shape
 from benchmarks.gpu.timing import Budget, Work, interleave
 from benchmarks.layer import TypedBench
@@ -46,20 +45,20 @@ LARGE, TINY = (8192, 4096, 4096), (40, 72, 80)
 
 
 def _shrink(bench: Bench, o: Operands, precision: str) -> tuple[Tensor, ...]:
-    fused(bench, "shrink").shrink(o.x, (o.a,), (o.gate,), o.h, precision=precision)
-    return (o.h,)
+    return (single(bench, "shrink")(o.x, (o.a,), (o.gate,), precision=precision)[0],)
 
 
 def _expand(bench: Bench, o: Operands, precision: str) -> tuple[Tensor, ...]:
-    return (fused(bench, "expand").expand(o.h, o.gate, o.b, 2.0, precision=precision),)
+    parts, dtype = o.h.float()[None], o.y.dtype
+    return tuple(single(bench, "expand")(parts, (o.gate,), (o.b,), (2.0,), dtype=dtype, precision=precision)[0])
 
 
 def _output_backward(bench: Bench, o: Operands, precision: str) -> tuple[Tensor, ...]:
-    return fused(bench, "output_backward").output_backward(o.dy, o.h, o.gate, o.b, precision=precision)
+    return single(bench, "output_backward")((o.dy,), o.h, (o.gate,), (o.b,), precision=precision)[:2]
 
 
 def _input_backward(bench: Bench, o: Operands, precision: str) -> tuple[Tensor, ...]:
-    return fused(bench, "input_backward").input_backward(o.x, o.h, (o.a,), (o.gate,), precision=precision)
+    return single(bench, "input_backward")(o.x, o.h, (o.a,), (o.gate,), precision=precision)
 
 
 KERNELS: dict[str, Callable[[Bench, Operands, str], tuple[Tensor, ...]]] = {
@@ -68,10 +67,10 @@ KERNELS: dict[str, Callable[[Bench, Operands, str], tuple[Tensor, ...]]] = {
     "output_backward": _output_backward,
     "input_backward": _input_backward,
 }
-# Tokens, features, warps, stages. Only expand has no loop to pipeline.
+# Tokens, features, warps, stages.
 GRIDS: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4)),
-    "expand": ((32, 64, 128), (64, 128, 256, 512), (4, 8), (1,)),
+    "expand": ((32, 64, 128), (64, 128, 256), (4, 8), (1, 2, 3)),
     "output_backward": ((16, 32, 64), (64, 128, 256, 512), (4, 8), (2, 3, 4)),
     "input_backward": ((16, 32, 64), (64, 128, 256, 512), (4, 8), (2, 3, 4)),
 }
@@ -97,12 +96,17 @@ def using_tile(kernel: str, width: int, tile: Tile, dtype: torch.dtype, device: 
 
 def grid(kernel: str, present: Tile, tiny: bool) -> list[Tile]:
     """The present tile, and all others to try."""
-    tiles = [Tile(*numbers) for numbers in itertools.product(*(TINY_GRID if tiny else GRIDS[kernel]))]
+    sizes = itertools.product(*(TINY_GRID if tiny else GRIDS[kernel]))
+    tiles = [Tile(*numbers, tall=present.tall, blocks=present.blocks) for numbers in sizes]
     return list(dict.fromkeys([present, *tiles]))
 
 
 def show(tile: Tile) -> str:
-    return f"Tile{astuple(tile)}"
+    numbers = [tile.tokens, tile.features, tile.warps, tile.stages]
+    others = [
+        f"{name}={getattr(tile, name)}" for name in ("tall", "blocks") if getattr(tile, name) != getattr(Tile, name)
+    ]
+    return f"Tile({', '.join([*map(str, numbers), *others])})"
 
 
 class Candidate:
@@ -120,8 +124,6 @@ class Candidate:
 
     def result(self, tile: Tile) -> list[Tensor]:
         """The result in float64, partial sums added up. Memory that was not written is NaN."""
-        if self.kernel == "shrink":
-            self.operands.h.fill_(torch.nan)
         with _poisoned():
             found = self.run(tile)
         return [t.double().sum(0) if t.dim() == 3 else t.double() for t in found]

@@ -7,6 +7,7 @@ Function costs a few.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,6 @@ from l1ra_kernels.layer import Layer
 
 __all__ = ["fused"]
 
-PER_LAYER = 7  # tensors per layer: a, gate, b, weight, bias, output, augmented
-
 
 def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The outputs ``(..., N)`` of layers that share the input ``x`` ``(..., K)``, differentiable once.
@@ -29,78 +28,59 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     none.
     """
     dtype = x.dtype if layers[0].output is None else layers[0].output.dtype
-    lead = x.shape[:-1]
-    x = _rows(x)
-    layers = [_with_rows(layer) for layer in layers]
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
     if torch.compiler.is_compiling():
         # The path "aug" writes into the memory behind the weight, which the op would have to declare as a mutation. The
         # path "chain" computes the same without it.
-        outputs = tuple(_traced(x, layer, dtype, dropout, seed) for layer in layers)
-    else:
-        tensors = [
-            t
-            for a, gate, b, _, weight, bias, output, augmented in layers
-            for t in (a, gate, b, weight, bias, output, augmented)
-        ]
-        outputs = _Fused.apply(x, seed, dtype, dropout, [layer.scaling for layer in layers], *tensors)
-    return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
+        lead, rows = x.shape[:-1], op.as_rows(x)
+        return tuple(_traced(rows, layer, dropout, seed).view(*lead, layer.b.shape[1]) for layer in layers)
+    tensors = [t for layer in layers for t in layer[:3]]
+    outputs = [layer.output for layer in layers if layer.output is not None]
+    return _Fused.apply(_Call(layers, dtype, dropout, seed), x, *tensors, *outputs)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """``t`` as ``(M, F)`` with last stride 1; a view if possible."""
-    flat = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(t.shape[:-1].numel(), t.shape[-1])
-    return op._contiguous_rows(flat)
+class _Call(NamedTuple):
+    """What the Function needs besides the tensors that may need a gradient, whose number its cost depends on."""
 
-
-def _with_rows(layer: Layer) -> Layer:
-    # torch.compile can't trace Layer._replace in torch 2.7.
-    *others, output, augmented = layer
-    return Layer(*others, None if output is None else _rows(output), augmented)
-
-
-def _layers(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Layer]:
-    per_layer = zip(*[iter(tensors)] * PER_LAYER, strict=True)
-    return [Layer(a, g, b, s, *base) for (a, g, b, *base), s in zip(per_layer, scalings, strict=True)]
+    layers: Sequence[Layer]
+    dtype: torch.dtype
+    dropout: float
+    seed: Tensor | None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seed, dtype, dropout, scalings, *tensors):
-        layers = _layers(tensors, scalings)
+    def forward(ctx, call, x, *tensors):
+        layers, dtype, dropout, seed = call
         with on_device(x.device):
             outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
         # The backward does not need the base layer's output, so it is not saved and its memory can be freed.
-        kept = [t for i, t in enumerate(tensors) if i % PER_LAYER < 4]
-        ctx.save_for_backward(x, hidden, seed, *kept)
-        ctx.scalings, ctx.dropout = scalings, dropout
+        ctx.save_for_backward(x, hidden, seed, *tensors[: 3 * len(layers)], *[layer.weight for layer in layers])
+        ctx.scalings = [layer.scaling for layer in layers]
+        ctx.has_output = [layer.output is not None for layer in layers]
+        ctx.dropout = dropout
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        x, hidden, seed, *kept = ctx.saved_tensors
-        layers = [
-            Layer(a, g, b, s, w)
-            for (a, g, b, w), s in zip(zip(*[iter(kept)] * 4, strict=True), ctx.scalings, strict=True)
-        ]
-        wanted = ctx.needs_input_grad[5:]
-        needs = [Needs(*wanted[i : i + 3]) for i in range(0, len(wanted), PER_LAYER)]
+        x, hidden, seed, *saved = ctx.saved_tensors
+        count = len(ctx.scalings)
+        layers = [Layer(*saved[3 * i : 3 * i + 3], ctx.scalings[i], saved[3 * count + i]) for i in range(count)]
+        _, needs_dx, *wanted = ctx.needs_input_grad
+        needs = [Needs(*wanted[3 * i : 3 * i + 3]) for i in range(count)]
         with on_device(x.device):
-            dx, grads = op.backward(dys, x, hidden, layers, ctx.needs_input_grad[0], needs, ctx.dropout, seed)
-        flat = []
-        for i, ((da, dg, db), dy) in enumerate(zip(grads, dys, strict=True)):
-            output_needs = wanted[i * PER_LAYER + 5]
-            flat += [da, dg, db, None, None, dy if output_needs else None, None]
-        return dx, None, None, None, None, *flat
+            dx, grads = op.backward(dys, x, hidden, layers, needs_dx, needs, ctx.dropout, seed)
+        base_grads = [dy for dy, has_output in zip(dys, ctx.has_output, strict=True) if has_output]
+        base_grads = [dy if need else None for dy, need in zip(base_grads, wanted[3 * count :], strict=True)]
+        return None, dx, *[grad for each in grads for grad in each], *base_grads
 
 
-def _traced(x: Tensor, layer: Layer, dtype: torch.dtype, dropout: float, seed: Tensor | None) -> Tensor:
-    y, _ = gated_linear_op(
-        x, layer.a, layer.gate, layer.b, layer.weight, layer.bias, layer.output, seed, layer.scaling, dropout
-    )
-    return y
+def _traced(x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Tensor:
+    output = None if layer.output is None else op.as_rows(layer.output)
+    tensors = (layer.a, layer.gate, layer.b, layer.weight, layer.bias, output, seed)
+    return gated_linear_op(x, *tensors, layer.scaling, dropout)[0]
 
 
 @torch.library.custom_op("l1ra_kernels::gated_linear", mutates_args=())
@@ -117,10 +97,10 @@ def gated_linear_op(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """The fused forward of one layer as a custom op: y ``(M, N)`` and H, which the backward reads."""
-    layer = Layer(a, gate, b, scaling, weight, bias, None if output is None else _rows(output))
+    layer = Layer(a, gate, b, scaling, weight, bias, output)
     dtype = x.dtype if output is None else output.dtype
     with on_device(x.device):
-        (y,), hidden = op.forward(_rows(x), [layer], dtype, dropout, seed)
+        (y,), hidden = op.forward(x, [layer], dtype, dropout, seed)
     return y, hidden
 
 
@@ -151,7 +131,7 @@ def gated_linear_backward_op(
     """
     layer = Layer(a, gate, b, scaling, weight)
     with on_device(x.device):
-        dx, (grads,) = op.backward([dy], _rows(x), hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)
+        dx, (grads,) = op.backward([dy], x, hidden, [layer], needs[0], [Needs(*needs[1:])], dropout, seed)
     return [x.new_empty(0) if grad is None else grad for grad in (dx, *grads)]
 
 

@@ -12,12 +12,14 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["RANK_TILES", "Tile", "architecture", "rank_tile", "split_tokens", "tile"]
+__all__ = ["RANK_TILES", "Tile", "architecture", "rank_tile", "splits", "tile"]
 
 # A rank tile is the size of the kernels' rank dimension. Ranks with the same rank tile use the same compiled kernel.
 RANK_TILES = (16, 32, 64, 128)
 # Number of multiprocessors that is assumed if there is no GPU: in the interpreter and in the cross-compiler.
 PROCESSORS = 132
+WAVES = 4  # the largest number of waves into which a sum is split
+FULL = 0.94  # share of the last wave's slots that is good enough
 
 
 @dataclass(frozen=True)
@@ -28,40 +30,54 @@ class Tile:
         tokens, features: the size of the block that a program processes in one iteration.
         warps: ``num_warps``.
         stages: ``num_stages``, the depth of the software pipeline of loads.
+        tall: accumulate the gradients of A and B as (features, ranks) instead of (ranks, features). The tensor cores of
+            sm_90 and later then take both factors from shared memory, which saves registers. On sm_80 it costs some.
+        blocks: programs that a multiprocessor runs at a time, as registers and shared memory allow on an sm_90. With
+            two or more, one computes while another one waits for memory.
     """
 
     tokens: int
     features: int
     warps: int = 4
     stages: int = 3
+    tall: bool = False
+    blocks: int = 2
 
 
 # Tiles for 2-byte dtypes. In shrink and input_backward the key is the sum of the rank tiles of all layers that share
-# the input.
+# the input; a sum that is no key uses the next larger rank tile.
 HALF: dict[str, dict[int, Tile]] = {
     "shrink": {
-        16: Tile(64, 128, 8, 4),
-        32: Tile(64, 128, 4, 4),
+        16: Tile(128, 64, 8, 4),
+        32: Tile(128, 64, 8, 4),
+        48: Tile(128, 64, 8, 4),
         64: Tile(64, 64, 8, 4),
         128: Tile(64, 64, 8, 3),
     },
     "expand": {
-        16: Tile(64, 256, 8, 1),
-        32: Tile(64, 256, 8, 1),
-        64: Tile(64, 128, 8, 1),
-        128: Tile(64, 128, 8, 1),
+        16: Tile(64, 128, 8, 2, blocks=3),
+        32: Tile(64, 128, 8, 2),
+        64: Tile(64, 128, 8, 2),
+        128: Tile(64, 128, 8, 1, blocks=1),
     },
     "output_backward": {
-        16: Tile(32, 512, 8, 3),
-        32: Tile(32, 512, 8, 3),
-        64: Tile(32, 256, 8, 3),
+        16: Tile(32, 512, 4, 3, tall=True),
+        32: Tile(32, 512, 8, 3, tall=True),
+        64: Tile(32, 256, 8, 3, blocks=1),
         128: Tile(32, 64, 8, 3),
     },
     "input_backward": {
+        16: Tile(64, 128, 4, 4, tall=True),
+        32: Tile(64, 128, 4, 4, tall=True),
+        48: Tile(64, 128, 4, 4, tall=True),
+        64: Tile(64, 128, 4, 3, tall=True),
+        128: Tile(64, 64, 8, 3, tall=True),
+    },
+    "input_backward_dropout": {
         16: Tile(16, 128, 8, 6),
-        32: Tile(32, 256, 8, 3),
-        64: Tile(32, 128, 8, 3),
-        128: Tile(32, 64, 8, 3),
+        32: Tile(32, 256, 8, 3, blocks=1),
+        64: Tile(32, 128, 8, 3, blocks=1),
+        128: Tile(32, 64, 8, 3, blocks=1),
     },
 }
 # Tiles for float32. Its products run on the CUDA cores, or on the tensor cores as tf32, and need twice the registers.
@@ -91,9 +107,35 @@ SINGLE: dict[str, dict[int, Tile]] = {
         128: Tile(16, 32, 4, 3),
     },
 }
-# sm_80 has no warp-group matrix instructions. Without them, the default tile for two layers of rank 64 with dropout
-# needs more registers than there are.
-HALF_80 = {**HALF, "input_backward": {**HALF["input_backward"], 128: Tile(32, 32, 8, 3)}}
+SINGLE["input_backward_dropout"] = SINGLE["input_backward"]
+# sm_80 has no warp-group matrix instructions, which take their factors from shared memory.
+HALF_80: dict[str, dict[int, Tile]] = {
+    "shrink": {
+        16: Tile(64, 128, 8, 4),
+        32: Tile(64, 128, 4, 4),
+        64: Tile(64, 64, 8, 4),
+        128: Tile(64, 64, 8, 3),
+    },
+    "expand": {
+        16: Tile(64, 256, 8, 1),
+        32: Tile(64, 256, 8, 1),
+        64: Tile(64, 128, 8, 1),
+        128: Tile(64, 128, 8, 1),
+    },
+    "output_backward": {
+        16: Tile(32, 512, 8, 3),
+        32: Tile(32, 512, 8, 3),
+        64: Tile(32, 256, 8, 3),
+        128: Tile(32, 64, 8, 3),
+    },
+    "input_backward": {
+        16: Tile(16, 128, 8, 6),
+        32: Tile(32, 256, 8, 3),
+        64: Tile(32, 128, 8, 3),
+        128: Tile(32, 32, 8, 3),
+    },
+}
+HALF_80["input_backward_dropout"] = HALF_80["input_backward"]
 # GPUs with 99 KB of shared memory per thread block; sm_80 has 163 KB, sm_90 227 KB.
 HALF_SMALL = {
     **HALF_80,
@@ -103,7 +145,7 @@ HALF_SMALL = {
         64: Tile(64, 64, 8, 3),
         128: Tile(64, 64, 8, 2),
     },
-    "output_backward": {**HALF["output_backward"], 32: Tile(32, 512, 8, 2)},
+    "output_backward": {**HALF_80["output_backward"], 32: Tile(32, 512, 8, 2)},
 }
 # architecture -> (tiles for 2-byte dtypes, tiles for float32)
 TILES: dict[str, tuple[dict, dict]] = {
@@ -136,7 +178,8 @@ def architecture(device: torch.device) -> str:
 def tile(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile of ``kernel`` for products in ``dtype`` and a rank dimension of size ``width``."""
     half, single = TILES.get(architecture(device), (HALF, SINGLE))
-    return (half if dtype.itemsize == 2 else single)[kernel][rank_tile(width)]
+    tiles = (half if dtype.itemsize == 2 else single)[kernel]
+    return tiles[width] if width in tiles else tiles[rank_tile(width)]
 
 
 @lru_cache
@@ -147,22 +190,39 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split_tokens(tokens: int, block: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Divide ``tokens`` into splits. One program accumulates the partial sum of one split.
+def splits(
+    blocks: int, tiles: int, device: torch.device, *, resident: int = 2, most: int | None = None
+) -> tuple[int, int]:
+    """Divide the ``blocks`` over which a kernel sums into splits, each summed by programs of its own.
 
-    There are as many splits as needed to occupy all multiprocessors with ``columns`` tiles of features. More splits
-    would only add partial sums. The result depends on shapes and the device only, so that sums are accumulated in the
-    same order in every run.
+    A split more occupies more multiprocessors, but leaves more partial sums. The smallest number of splits is chosen
+    that keeps the multiprocessors occupied to the end: with ``resident`` programs on each, the programs fill whole
+    waves to at least ``FULL``, or as far as possible within ``WAVES`` waves. The result depends on shapes and the
+    device only, so sums are taken in the same order in every run.
 
     Args:
-        tokens: M.
-        block: tokens per iteration of a program, ``Tile.tokens``.
-        columns: the number of feature tiles.
+        blocks: the number of blocks of tokens or features that are summed.
+        tiles: the number of programs for each split.
+        resident: programs that a multiprocessor runs at a time, ``Tile.blocks``.
+        most: the largest number of splits; None: ``blocks``.
 
     Returns:
-        The number of tokens per split, and the number of splits.
+        The number of blocks of each split but the last, which may have fewer, and the number of splits.
     """
-    blocks = -(-tokens // block)
-    wanted = max(1, min(blocks, -(-processors(device) // columns)))
-    run = block * max(1, -(-blocks // wanted))
-    return run, -(-tokens // run)
+    if blocks == 0 or tiles == 0:
+        return max(1, blocks), min(1, blocks)
+    slots = resident * processors(device)
+    most = max(1, min(blocks, most or blocks, max(1, WAVES * slots // max(1, tiles))))
+    best, best_filled = 1, 0.0
+    for count in range(1, most + 1):
+        run = -(-blocks // count)
+        if -(-blocks // run) != count:
+            continue  # rounding leaves fewer splits
+        # The share of the time of all waves in which a slot is busy. Each split takes as long as the longest one.
+        filled = tiles * blocks / run / (slots * -(-tiles * count // slots))
+        if filled > best_filled + 1e-9:
+            best, best_filled = count, filled
+        if best_filled >= FULL:
+            break
+    run = -(-blocks // best)
+    return run, -(-blocks // run)

@@ -3,77 +3,36 @@
     y_i = x @ W_i.T + bias_i + s_i * ((dropout(x) @ A_i.T) * g_i) @ B_i        or output_i + s_i * ...
 
 Forward:
-    shrink           x -> H, for all layers in one pass over x
-    expand           H -> y, for each layer
+    shrink           x -> parts of H, for all layers in one pass over x
+    expand           H -> y, for all layers
     cuBLAS           y += x @ W.T (beta = 1), for each layer
-    A layer whose weight has memory for the adapter behind its columns (see augment) needs only one product of
-    ``[x | H]`` in place of expand and cuBLAS.
+    Layers whose weight has memory for the adapter behind its columns (see augment) need only write_behind and one
+    product of ``[x | H]`` each in place of expand and cuBLAS.
 
 Backward:
-    output_backward  dY -> partial sums of P and D, for each layer in one pass over dY
+    output_backward  dY -> partial sums of P and D, for all layers in one pass over each dY
     reduce_hidden    P -> Q, the gradient of H, and partial sums of dg
-    reduce_rows      D -> dB, and dg
     input_backward   x, Q -> dX and partial sums of dA, for all layers in one pass over x
-    reduce_rows      dA
+    reduce_rows      dA, dB and dg
     cuBLAS           dX += dY @ W (beta = 1), for each layer
 
-The backward needs x and H from the forward. Adapters are grouped in bundles; shrink and input_backward are launched
-once per bundle. All adapters of a bundle use the same rank tile, and the sum of their rank tiles is at most the largest
-rank tile. A rank above the largest rank tile is split into pieces, which are processed like separate adapters.
+The backward needs x and H from the forward. Each of these launches serves one bundle of adapters, see bundle.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from l1ra_kernels import choice
-from l1ra_kernels.augment import write_behind
-from l1ra_kernels.configs import RANK_TILES, rank_tile
-from l1ra_kernels.expand import expand
-from l1ra_kernels.input_backward import input_backward
+from l1ra_kernels.bundle import LARGEST_RANK_TILE, MAX_BUNDLE, three
+from l1ra_kernels.configs import rank_tile
+from l1ra_kernels.expand import BIAS, OUTPUT
 from l1ra_kernels.layer import Layer
-from l1ra_kernels.output_backward import output_backward
-from l1ra_kernels.reductions import reduce_hidden, reduce_rows
-from l1ra_kernels.shrink import shrink
+from l1ra_kernels.plans import Needs, backward_plan, backward_signature, forward_plan, forward_signature
 
-__all__ = ["Needs", "backward", "forward", "hidden_width"]
-
-LARGEST_RANK_TILE = RANK_TILES[-1]
-MAX_BUNDLE = 3  # the largest number of adapters in a bundle
-
-
-class Needs(NamedTuple):
-    """Which gradients of a layer's adapter are needed."""
-
-    a: bool
-    gate: bool
-    b: bool
-
-
-class _Piece(NamedTuple):
-    layer: int
-    rows: slice
-
-
-def _bundles(ranks: Sequence[int]) -> list[tuple[int, list[_Piece]]]:
-    """The rank tile and the pieces of each bundle, for layers with these ranks."""
-    bundles: list[tuple[int, list[_Piece]]] = []
-    for layer, rank in enumerate(ranks):
-        for start in range(0, max(rank, 1), LARGEST_RANK_TILE):
-            piece = _Piece(layer, slice(start, min(start + LARGEST_RANK_TILE, rank)))
-            width = rank_tile(piece.rows.stop - start)
-            if bundles:
-                widest = max(width, bundles[-1][0])
-                if len(bundles[-1][1]) < MAX_BUNDLE and (len(bundles[-1][1]) + 1) * widest <= LARGEST_RANK_TILE:
-                    bundles[-1] = (widest, [*bundles[-1][1], piece])
-                    continue
-            bundles.append((width, [piece]))
-    return bundles
+__all__ = ["MAX_BUNDLE", "Needs", "as_rows", "backward", "forward", "hidden_width"]
 
 
 def hidden_width(rank: int) -> int:
@@ -88,62 +47,65 @@ def hidden_width(rank: int) -> int:
     return width + rank_tile(rank)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and choice.tf32_allowed() else "ieee"
-
-
 def forward(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float, seed: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
     """The forward of all layers.
 
     Args:
-        x: ``(M, K)``, last stride 1.
+        x: ``(..., K)``, any strides. M is the product of the leading dimensions.
         layers: the layers that share x.
         dtype: of the matrix products and the results.
         dropout: probability that an element of x is dropped in the adapters.
         seed: of the dropout mask, int64 ``(1,)`` on the device of x; None without dropout.
 
     Returns:
-        The output ``(M, N)`` of each layer, and H, which contains the columns of all bundles. For a single layer H is
-        ``(M, hidden_width(r))``.
+        The output ``(..., N)`` of each layer, contiguous, and H, which contains the columns of all bundles. For a
+        single layer H is ``(M, hidden_width(r))``.
     """
-    precision = _precision(dtype)
-    layers = [_readable(layer) for layer in layers]
-    bundles = _bundles([layer.a.shape[0] for layer in layers])
-    hidden = x.new_empty(x.shape[0], sum(width * len(pieces) for width, pieces in bundles), dtype=dtype)
-    outputs: list[Tensor | None] = [None] * len(layers)
-    wide = x.shape[1] + hidden.shape[1]
-    augmented = [len(bundles) == 1 and t.augmented is not None and t.augmented.shape[1] >= wide for t in layers]
-    x_and_h = x.new_empty(x.shape[0], wide) if any(augmented) else None
-    column = 0
-    for width, pieces in bundles:
-        rows = [layers[i].a[cut] for i, cut in pieces]
-        gates = [layers[i].gate[cut] for i, cut in pieces]
-        h = hidden[:, column : column + width * len(pieces)]
-        column += h.shape[1]
-        shrink(x, rows, gates, h, dropout=dropout, seed=seed, augmented=x_and_h, precision=precision)
-        for n, ((i, cut), gate) in enumerate(zip(pieces, gates, strict=True)):
-            layer = layers[i]
-            if augmented[i]:
-                whole = layer.augmented[:, :wide]
-                write_behind(whole[:, x.shape[1] :], n * width, gate, layer.b, layer.scaling)
-                outputs[i] = F.linear(x_and_h, whole, layer.bias)
-                continue
-            first = outputs[i] is None
-            outputs[i] = expand(
-                h[:, n * width : (n + 1) * width],
-                gate,
-                layer.b[cut],
-                layer.scaling,
-                output=layer.output if first else outputs[i],
-                bias=layer.bias if first else None,
-                precision=precision,
-            )
-    for layer, y, done in zip(layers, outputs, augmented, strict=True):
-        if layer.weight is not None and not done:
+    lead, x = x.shape[:-1], as_rows(x)
+    tokens, features = x.shape
+    layers = [_readable(layer, dtype) for layer in layers]
+    steps = forward_plan(forward_signature(x, layers, dtype, dropout))
+    columns = steps[-1].part.before + steps[-1].part.bundle.columns
+    hidden = x.new_empty(tokens, columns, dtype=dtype)
+    ys = [x.new_empty(*lead, layer.b.shape[1], dtype=dtype) for layer in layers]
+    seed = hidden if seed is None else seed
+    for step in steps:
+        bundle, pieces = step.part.bundle, step.part.pieces
+        rows, gates, bs = step.part.operands(layers)
+        h = step.part.columns(hidden)
+        parts = x.new_empty(step.parts, tokens, bundle.columns, dtype=torch.float32)
+        x_and_h = h if step.write_behind is None else x.new_empty(tokens, features + bundle.columns)
+        step.shrink(x, *rows, *gates, parts, x_and_h, seed)
+        if step.write_behind is not None:
+            pairs = zip(pieces, step.augments, strict=True)
+            wholes = [layers[i].augmented if behind else x_and_h for (i, _), behind in pairs]
+            step.write_behind(parts, *gates, *bs, *three(wholes), h, x_and_h)
+        if step.expand is not None:
+            pairs = zip(pieces, step.bases, strict=True)
+            base = [_base_of(layers[i], kind, ys[i]) for (i, _), kind in pairs]
+            step.expand(parts, *gates, *bs, *three(base), *three([ys[i] for i, _ in pieces]), h)
+    for i, layer in enumerate(layers):
+        if layer.weight is None:
+            continue
+        y = ys[i] if len(lead) == 1 else ys[i].view(tokens, layer.b.shape[1])
+        if steps[0].write_behind is not None and steps[0].augments[i]:
+            whole = layer.augmented[:, : x_and_h.shape[1]].t()
+            if layer.bias is None:
+                torch.mm(x_and_h, whole, out=y)
+            else:
+                torch.addmm(layer.bias, x_and_h, whole, out=y)
+        else:
             y.addmm_(x, layer.weight.t())
-    return outputs, hidden
+    return ys, hidden
+
+
+def _base_of(layer: Layer, kind: int, y: Tensor) -> Tensor:
+    """What is added to the output of a piece of ``layer``; where there is nothing, a tensor that is not read."""
+    if kind == BIAS:
+        return layer.bias
+    return layer.output if kind == OUTPUT else y
 
 
 def backward(
@@ -159,97 +121,88 @@ def backward(
     """The backward of all layers.
 
     Args:
-        dys: the gradient ``(M, N)`` of each output; None for an output that was not used.
+        dys: the gradient ``(..., N)`` of each output; None for an output that was not used.
         x, layers, dropout, seed: as in :func:`forward`.
         hidden: H, as returned by :func:`forward`.
         needs_dx: whether dX is needed.
         needs: which gradients of each adapter are needed.
 
     Returns:
-        dX ``(M, K)`` in the dtype of x, and ``(dA, dg, dB)`` of each layer; None for gradients that are not needed.
+        dX ``(..., K)`` in the dtype of x, contiguous, and ``(dA, dg, dB)`` of each layer; None for
+        gradients that are not needed.
     """
-    precision = _precision(hidden.dtype)
-    layers = [_readable(layer) for layer in layers]
+    shape, x = x.shape, as_rows(x)
+    tokens, features = x.shape
+    dtype, single = hidden.dtype, torch.float32
+    layers = [_readable(layer, dtype) for layer in layers]
+    dys = [None if dy is None else as_rows(dy if dy.dtype == dtype else dy.to(dtype)) for dy in dys]
+    hidden = hidden.contiguous()
+    steps = backward_plan(backward_signature(x, hidden, dys, layers, dropout, needs_dx, needs))
     grads: list[list[tuple]] = [[] for _ in layers]
     dx = None
-    column = 0
-    dys = [None if dy is None else _contiguous_rows(dy.to(hidden.dtype)) for dy in dys]
-    for width, pieces in _bundles([layer.a.shape[0] for layer in layers]):
-        h = hidden[:, column : column + width * len(pieces)]
-        column += h.shape[1]
-        rows = [layers[i].a[cut] for i, cut in pieces]
-        gates = [layers[i].gate[cut] for i, cut in pieces]
-        q = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        found = []
-        for n, ((i, cut), gate) in enumerate(zip(pieces, gates, strict=True)):
-            mine = slice(n * width, (n + 1) * width)
-            if dys[i] is None:
-                q[:, mine] = 0
-                found.append((None, None))
-            else:
-                layer = layers[i]._replace(gate=gate, b=layers[i].b[cut])
-                found.append(_output_gradients(dys[i], h[:, mine], layer, needs[i], q[:, mine], precision))
-        needs_da = any(needs[i].a for i, _ in pieces)
-        part, das = None, None
-        if needs_dx or needs_da:
-            part, das = input_backward(
-                x,
-                q,
-                rows,
-                gates,
-                dropout=dropout,
-                seed=seed,
-                needs_dx=needs_dx,
-                needs_da=needs_da,
-                precision=precision,
-            )
-        for n, ((i, _), gate, (dg, db)) in enumerate(zip(pieces, gates, found, strict=True)):
-            da = None
-            if needs[i].a and dys[i] is not None:
-                da, _ = reduce_rows(das[:, n * width : (n + 1) * width], gate, layers[i].a.dtype)
-            grads[i].append((da, dg, db))
-        if part is not None:
-            dx = part if dx is None else dx.add_(part)
+    seed = hidden if seed is None else seed
+    for step in steps:
+        bundle, pieces = step.part.bundle, step.part.pieces
+        rows, gates, bs = step.part.operands(layers)
+        h = step.part.columns(hidden)
+        mine = three([h if dys[i] is None else dys[i] for i, _ in pieces])
+        p = x.new_empty(step.tiles, tokens, bundle.width, dtype=single)
+        d = x.new_empty(step.splits, bundle.width, step.outputs, dtype=single)
+        step.output_backward(*mine, h, *gates, *bs, p, d)
+        q = x.new_empty(tokens, bundle.columns, dtype=dtype)
+        dg = x.new_empty(step.blocks, bundle.columns, dtype=single)
+        step.reduce_hidden(p, h, *gates, q, dg)
+        da = dg
+        if step.input_backward is not None:
+            del p  # its memory may serve dA
+            da = x.new_empty(step.a_parts, bundle.columns, features, dtype=single)
+            part = x.new_empty(shape) if needs_dx else q
+            step.input_backward(x, q, *rows, *gates, part, da, seed)
+            if needs_dx:
+                dx = part if dx is None else dx.add_(part)
+        if step.reduce_rows is None:
+            for i, _ in pieces:
+                grads[i].append((None, None, None))
+            continue
+        # In place of a gradient that is not needed stands a tensor of its dtype, which is not written.
+        outs = []
+        for k, ((i, _), need) in enumerate(zip(pieces, step.needs, strict=True)):
+            a = torch.empty_like(rows[k]) if need.a else rows[k]
+            gate = torch.empty_like(gates[k]) if need.gate else gates[k]
+            b = torch.empty_like(bs[k]) if need.b else bs[k]
+            outs.append((a, gate, b))
+            grads[i].append((a if need.a else None, gate if need.gate else None, b if need.b else None))
+        out_a, out_gate, out_b = zip(*three(outs), strict=True)
+        step.reduce_rows(da, d, dg, *gates, *out_a, *out_b, *out_gate)
     if needs_dx:
+        flat = dx if len(shape) == 2 else dx.view(tokens, features)
         for dy, layer in zip(dys, layers, strict=True):
             if dy is not None and layer.weight is not None:
-                dx.addmm_(dy, layer.weight)
-    return dx, [_join(pieces) for pieces in grads]
-
-
-def _output_gradients(
-    dy: Tensor, h: Tensor, layer: Layer, needs: Needs, q: Tensor, precision: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """The pass over dY of one adapter, with its reductions. Write Q into ``q``.
-
-    Returns:
-        dg and dB; None if not needed.
-    """
-    gate = layer.gate
-    p, d = output_backward(dy, h, gate, layer.b, needs_d=needs.b, precision=precision)
-    dg_parts = reduce_hidden(p, h, gate, layer.scaling, q, needs_dg=needs.gate)
-    if needs.b:
-        db, dg = reduce_rows(d, gate, layer.b.dtype, scaling=layer.scaling, dg_parts=dg_parts)
-        return dg, db
-    if needs.gate:
-        return torch.where(gate != 0, dg_parts.sum(0)[: gate.shape[0]], 0.0).to(gate.dtype), None
-    return None, None
+                flat.addmm_(dy, layer.weight)
+    return dx, [each[0] if len(each) == 1 else _join(each) for each in grads]
 
 
 def _join(pieces: list[tuple]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if len(pieces) == 1:
-        return pieces[0]
     return tuple(None if grads[0] is None else torch.cat(grads) for grads in zip(*pieces, strict=True))
 
 
-def _readable(layer: Layer) -> Layer:
-    """The layer with last stride 1 in A, gate, B and bias, which the kernels require."""
-    a, gate, b, bias = layer.a, layer.gate, layer.b, layer.bias
-    if a.stride(1) == gate.stride(0) == b.stride(1) == 1 and (bias is None or bias.stride(0) == 1):
+def _readable(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The layer with contiguous A, gate, B and bias, and an output ``(M, N)`` in ``dtype``, as kernels take them."""
+    a, gate, b, _, _, bias, output, _ = layer
+    contiguous = a.is_contiguous() and gate.is_contiguous() and b.is_contiguous()
+    if contiguous and output is None and (bias is None or bias.is_contiguous()):
         return layer
-    bias = None if bias is None else bias.contiguous()
-    return layer._replace(a=_contiguous_rows(a), gate=gate.contiguous(), b=_contiguous_rows(b), bias=bias)
+    return layer._replace(
+        a=a.contiguous(),
+        gate=gate.contiguous(),
+        b=b.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        output=None if output is None else as_rows(output.to(dtype)),
+    )
 
 
-def _contiguous_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def as_rows(t: Tensor) -> Tensor:
+    """``t`` ``(..., F)`` as ``(M, F)`` with last stride 1; a view if possible."""
+    if t.dim() != 2:
+        t = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

@@ -7,16 +7,13 @@ Writes dX (M, K), to which cuBLAS then adds the frozen layers' part (beta = 1), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from l1ra_kernels.configs import split_tokens, tile
+from l1ra_kernels.bundle import Bundle, three
+from l1ra_kernels.configs import splits, tile
 from l1ra_kernels.dropout import keep_mask, threshold
-from l1ra_kernels.launch import launch
+from l1ra_kernels.launch import PreparedLaunch
 
 __all__ = ["input_backward"]
 
@@ -25,25 +22,29 @@ __all__ = ["input_backward"]
 def _input_backward(
     p_x,  # (M, K)
     p_q,  # (M, G * R)
-    p_as,  # G tensors (r, K)
-    p_gates,  # G tensors (r,)
+    p_a0,  # (r_i, K)
+    p_a1,
+    p_a2,
+    p_gate0,  # (r_i,)
+    p_gate1,
+    p_gate2,
     p_dx,  # (M, K)
     p_da,  # (splits, G * R, K) float32
     p_seed,  # (1,) int64
     M,
     K,
-    rank0,  # not in a tuple: Triton would specialise on its numbers, and recompile for the ranks 1 and 16
+    s_x,
+    rank0,
     rank1,
     rank2,
     run,  # tokens per split
-    s_x,
-    s_as,
     inverse_keep,
     limit,
     G: tl.constexpr,
     R: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    TALL: tl.constexpr,
     DROPOUT: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DA: tl.constexpr,
@@ -51,28 +52,31 @@ def _input_backward(
 ):
     kind = p_q.dtype.element_ty
     i_k = tl.program_id(0).to(tl.int64)
-    i_s = tl.program_id(1).to(tl.int64)
+    i_split = tl.program_id(1).to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
     o_r = tl.arange(0, R)
     m_k = o_k < K
+    p_as = (p_a0, p_a1, p_a2)
+    p_gates = (p_gate0, p_gate1, p_gate2)
+    ranks = (rank0, rank1, rank2)
     rows = ()
     sums = ()
     live = 0
-    ranks = (rank0, rank1, rank2)
     for i in tl.static_range(G):
         b_g = tl.load(p_gates[i] + o_r, mask=o_r < ranks[i], other=0.0)
         m_r = b_g != 0
         live = tl.maximum(live, tl.max(m_r.to(tl.int32)))
         b_a = tl.load(
-            p_as[i] + o_r.to(tl.int64)[:, None] * s_as[i] + o_k[None, :],
-            mask=m_r[:, None] & m_k[None, :],
-            other=0.0,
+            p_as[i] + o_r.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0
         )
         rows = rows + (b_a.to(kind),)
-        sums = sums + (tl.zeros((R, BK), tl.float32),)
+        if TALL:
+            sums = sums + (tl.zeros((BK, R), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((R, BK), tl.float32),)
     if DROPOUT:
         seed = tl.load(p_seed)
-    start = i_s * run
+    start = i_split * run
     end = tl.minimum(start + run, M)
     # If all gates are 0, x is not read.
     stop = tl.where(live > 0, end, start)
@@ -94,7 +98,10 @@ def _input_backward(
             if NEEDS_DX:
                 b_dx = tl.dot(b_q, rows[i], b_dx, input_precision=PRECISION)
             if NEEDS_DA:
-                new = new + (tl.dot(tl.trans(b_q), b_x, sums[i], input_precision=PRECISION),)
+                if TALL:
+                    new = new + (tl.dot(tl.trans(b_x), b_q, sums[i], input_precision=PRECISION),)
+                else:
+                    new = new + (tl.dot(tl.trans(b_q), b_x, sums[i], input_precision=PRECISION),)
             else:
                 new = new + (sums[i],)
         sums = new
@@ -107,66 +114,44 @@ def _input_backward(
             b_da = sums[i]
             if DROPOUT:
                 b_da *= inverse_keep
-            tl.store(p_da + (i_s * (G * R) + i * R + o_r[:, None]) * K + o_k[None, :], b_da, mask=m_k[None, :])
+            p_rows = p_da + (i_split * (G * R) + i * R) * K
+            if TALL:
+                tl.store(p_rows + o_r[None, :] * K + o_k[:, None], b_da, mask=m_k[:, None])
+            else:
+                tl.store(p_rows + o_r[:, None] * K + o_k[None, :], b_da, mask=m_k[None, :])
 
 
-def input_backward(
-    x: Tensor,
-    q: Tensor,
-    rows: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    *,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    needs_dx: bool = True,
-    needs_da: bool = True,
-    precision: str = "ieee",
-) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the kernel.
+def input_backward(bundle: Bundle, needs_dx: bool = True, needs_da: bool = True) -> tuple[PreparedLaunch, int]:
+    """The launch for a bundle, and the number of partial sums of dA.
+
+    The launch takes the tensors ``x, q, a0, a1, a2, gate0, gate1, gate2, dx, da, seed``. All are contiguous, except
+    that the rows of x may lie apart. ``dx`` is ``(M, K)`` in any floating dtype, ``da`` is ``(splits, G * R, K)``
+    float32; they are written only if they are needed. ``seed`` is read only with dropout.
 
     Args:
-        x: ``(M, K)``, last stride 1.
-        q: ``(M, G * R)`` contiguous, the gradient of H.
-        rows, gates, dropout, seed, precision: as in ``shrink``.
         needs_dx, needs_da: whether dX and dA are needed.
-
-    Returns:
-        dX ``(M, K)`` in the dtype of x, and partial sums of dA ``(splits, G * R, K)`` float32; None if not needed.
     """
-    tokens, features = x.shape
-    t = tile("input_backward", q.shape[1], q.dtype, x.device)
-    columns = triton.cdiv(features, t.features)
-    run, count = split_tokens(tokens, t.tokens, columns, x.device)
-    dx = x.new_empty(tokens, features) if needs_dx else None
-    da = x.new_empty(count, q.shape[1], features, dtype=torch.float32) if needs_da else None
-    ranks = [a.shape[0] for a in rows] + [0] * (3 - len(rows))
-    launch(
-        _input_backward,
-        (columns, count),
-        x,
-        q,
-        tuple(rows),
-        tuple(gates),
-        x if dx is None else dx,
-        q if da is None else da,
-        q if seed is None else seed,
-        tokens,
-        features,
-        *ranks,
-        run,
-        x.stride(0),
-        tuple(a.stride(0) for a in rows),
-        1 / (1 - dropout),
-        threshold(dropout),
-        G=len(rows),
-        R=q.shape[1] // len(rows),
-        BM=t.tokens,
-        BK=t.features,
-        DROPOUT=dropout > 0,
-        NEEDS_DX=needs_dx,
-        NEEDS_DA=needs_da,
-        PRECISION=precision,
-        num_warps=t.warps,
-        num_stages=t.stages,
+    t = tile(
+        "input_backward_dropout" if bundle.dropout else "input_backward", bundle.columns, bundle.dtype, bundle.device
     )
-    return dx, da
+    columns = -(-bundle.features // t.features)
+    run, count = splits(-(-bundle.tokens // t.tokens), columns, bundle.device, resident=t.blocks)
+    numbers = (
+        *(bundle.tokens, bundle.features, bundle.x_stride),
+        *three(bundle.ranks),
+        *(run * t.tokens, 1 / (1 - bundle.dropout), threshold(bundle.dropout)),
+    )
+    meta = {
+        "G": bundle.adapters,
+        "R": bundle.width,
+        "BM": t.tokens,
+        "BK": t.features,
+        "TALL": t.tall,
+        "DROPOUT": bundle.dropout > 0,
+        "NEEDS_DX": needs_dx,
+        "NEEDS_DA": needs_da,
+        "PRECISION": bundle.precision,
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
+    return PreparedLaunch(_input_backward, (columns, count), numbers, meta, bundle.kind), count

@@ -1,14 +1,24 @@
-"""Kernel launches. All launches go through :func:`launch`, so that they can be intercepted, e.g. to count them."""
+"""Kernel launches. All of them can be intercepted with :func:`redirected`, e.g. to count them.
+
+Triton's own launch (``kernel[grid](...)``) inspects every argument to find the compiled kernel, which takes the host
+longer than all the rest of a small layer. A :class:`PreparedLaunch` does that once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["launch", "on_device", "redirected"]
+try:
+    from triton.runtime import driver
+except ImportError:
+    driver = None
+
+__all__ = ["PreparedLaunch", "launch", "on_device", "redirected"]
 
 _instead: Callable[..., None] | None = None
 
@@ -18,7 +28,12 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
     Triton launches on the current device, whatever the devices of the arguments are.
     """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -30,9 +45,85 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             _instead(kernel, grid, *args, **meta)
 
 
+class _Compiled:
+    """A kernel that Triton has compiled for one kind of arguments.
+
+    Attributes:
+        kernel: None before the first launch, and always in the interpreter.
+        warm: architecture -> the kernel compiled for it without being launched, see ``PreparedLaunch.warmup``.
+    """
+
+    __slots__ = ("kernel", "warm")
+
+    def __init__(self) -> None:
+        self.kernel: Any = None
+        self.warm: dict[Any, Any] = {}
+
+
+# What Triton would compile one kernel for -> the compiled kernel. Launches that differ in sizes only share it.
+_compiled: dict[Hashable, _Compiled] = {}
+
+
+class PreparedLaunch:
+    """A launch that is repeated with other tensors of the same kind: grid, numbers and constants are fixed.
+
+    It has the attributes of a kernel that code for :func:`redirected` uses: ``fn``, ``warmup`` and ``[grid]``.
+    """
+
+    __slots__ = ("_compiled", "_constants", "grid", "kernel", "meta", "numbers")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], meta: dict[str, Any], kind: Hashable
+    ) -> None:
+        """
+        Args:
+            kernel: a ``triton.jit`` function, whose parameters are tensors, then numbers, then constants.
+            grid: number of programs, up to three dimensions. If it is empty, calls do nothing.
+            numbers: values of its numeric parameters.
+            meta: its constants by name, and options of the compiler such as ``num_warps``.
+            kind: the same for any two launches whose tensors agree in device, dtype, and divisibility of the address
+                by 16. Triton compiles a kernel for these properties.
+        """
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.numbers = numbers
+        self.meta = meta
+        # In the order of the kernel's parameters. Options of the compiler come last and are no parameters.
+        self._constants = tuple(value for name, value in meta.items() if name.isupper())
+        specialised = tuple((n == 1, n % 16 == 0, n > 2**31 - 1) for n in numbers if isinstance(n, int))
+        key = (kernel, kind, specialised, tuple(meta.items()))
+        self._compiled = _compiled.setdefault(key, _Compiled())
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch the kernel with these tensors."""
+        if 0 in self.grid:
+            return
+        if _instead is not None:
+            _instead(self, self.grid, *tensors, *self.numbers, **self.meta)
+        elif self._compiled.kernel is None:
+            self._compiled.kernel = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+        else:
+            self._compiled.kernel[self.grid](*tensors, *self.numbers, *self._constants)
+
+    @property
+    def fn(self) -> Any:
+        """The Python function of the kernel."""
+        return self.kernel.fn
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self.kernel[grid]
+
+    def warmup(self, *args: Any, grid: tuple[int, ...], **meta: Any) -> Any:
+        """The compiled kernel, which is compiled if it has not been, but not launched."""
+        target, warm = driver.active.get_current_target().arch, self._compiled.warm
+        if target not in warm:
+            warm[target] = self.kernel.warmup(*args, grid=grid, **meta)
+        return warm[target]
+
+
 @contextmanager
 def redirected(instead: Callable[..., None]) -> Iterator[None]:
-    """A context manager in which :func:`launch` calls ``instead(kernel, grid, *args, **meta)`` and launches nothing."""
+    """A context manager in which ``instead(kernel, grid, *args, **meta)`` is called in place of each launch."""
     global _instead
     before, _instead = _instead, instead
     try:

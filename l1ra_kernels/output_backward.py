@@ -1,8 +1,9 @@
-"""Output backward: ``P = dY @ B.T`` and ``D = H.T @ dY`` in one pass over dY.
+"""Output backward: ``P_i = dY_i @ B_i.T`` and ``D_i = H_i.T @ dY_i`` in one pass over the dY_i of G adapters.
 
-Reads dY (M, N), H (M, R), the columns of one adapter, g (r,) and B (r, N). Writes partial sums of P ``(tiles, M, R)``
-and D ``(splits, R, N)`` in float32, which the kernels in reductions.py add in a fixed order. Gate and scaling are not
-applied to P and D. In P the columns of ranks whose gate is 0 are 0.
+Reads dY_i (M, N_i), H (M, G * R), g_i (r_i,) and B_i (r_i, N_i). Writes partial sums of P ``(tiles, M, R)`` and D
+``(splits, R, N_0 + N_1 + N_2)`` in float32, which the kernels in reductions.py add in a fixed order. The tiles of the
+first adapter come first, then those of the next one. Gate and scaling are not applied to P and D. In P the columns of
+ranks whose gate is 0 are 0.
 
 P is a sum over N, D is a sum over M. A program processes one tile of features for one split of the tokens. It
 accumulates D in registers while it iterates over the tokens, and stores its tile's part of P in each iteration.
@@ -10,50 +11,76 @@ accumulates D in registers while it iterates over the tokens, and stores its til
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from l1ra_kernels.configs import split_tokens, tile
-from l1ra_kernels.launch import launch
+from l1ra_kernels.bundle import Bundle, three
+from l1ra_kernels.configs import splits, tile
+from l1ra_kernels.launch import PreparedLaunch
+from l1ra_kernels.pick import pick
 
-__all__ = ["output_backward"]
+__all__ = ["OutputParts", "output_backward"]
 
 
-@triton.jit(do_not_specialize=["M", "rank", "run"])
+@triton.jit(do_not_specialize=["M", "rank0", "rank1", "rank2", "run"])
 def _output_backward(
-    p_dy,  # (M, N)
-    p_h,  # (M, *), its R columns
-    p_gate,  # (r,)
-    p_b,  # (r, N)
+    p_dy0,  # (M, N_i)
+    p_dy1,
+    p_dy2,
+    p_h,  # (M, G * R)
+    p_gate0,  # (r_i,)
+    p_gate1,
+    p_gate2,
+    p_b0,  # (r_i, N_i)
+    p_b1,
+    p_b2,
     p_p,  # (tiles, M, R) float32
-    p_d,  # (splits, R, N) float32
+    p_d,  # (splits, R, N0 + N1 + N2) float32
     M,
-    N,
-    rank,
+    N0,
+    N1,
+    N2,
+    s_dy0,
+    s_dy1,
+    s_dy2,
+    rank0,
+    rank1,
+    rank2,
     run,  # tokens per split
-    s_dy,
-    s_h,
-    s_b,
+    G: tl.constexpr,
     R: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    TALL: tl.constexpr,
     NEEDS_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kind = p_h.dtype.element_ty
-    i_n = tl.program_id(0).to(tl.int64)
-    i_s = tl.program_id(1).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)
+    i_tile = tl.program_id(0)
+    i_split = tl.program_id(1).to(tl.int64)
+    tiles0 = tl.cdiv(N0, BN)
+    tiles1 = tiles0 + tl.cdiv(N1, BN)
+    i = (i_tile >= tiles0).to(tl.int32) + (i_tile >= tiles1).to(tl.int32)
+    N = pick(i, N0, N1, N2, G)
+    p_dy = pick(i, p_dy0, p_dy1, p_dy2, G)
+    s_dy = pick(i, s_dy0, s_dy1, s_dy2, G)
+    p_gate = pick(i, p_gate0, p_gate1, p_gate2, G)
+    p_b = pick(i, p_b0, p_b1, p_b2, G)
+    o_n = (i_tile - pick(i, 0, tiles0, tiles1, G)).to(tl.int64) * BN + tl.arange(0, BN)
     o_r = tl.arange(0, R)
     m_n = o_n < N
-    b_g = tl.load(p_gate + o_r, mask=o_r < rank, other=0.0)
+    b_g = tl.load(p_gate + o_r, mask=o_r < pick(i, rank0, rank1, rank2, G), other=0.0)
     m_r = b_g != 0
-    b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * s_b + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
+    b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * N + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
     b_bt = tl.trans(b_b.to(kind))
-    b_d = tl.zeros((R, BN), tl.float32)
-    start = i_s * run
+    if TALL:
+        b_d = tl.zeros((BN, R), tl.float32)
+    else:
+        b_d = tl.zeros((R, BN), tl.float32)
+    start = i_split * run
     end = tl.minimum(start + run, M)
     # If all gates are 0, dY and H are not read and P is not written; reduce_hidden then does not read P.
     stop = tl.where(tl.max(m_r.to(tl.int32)) > 0, end, start)
@@ -62,58 +89,67 @@ def _output_backward(
         m_m = o_m < end
         b_dy = tl.load(p_dy + o_m[:, None] * s_dy + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
         b_p = tl.dot(b_dy, b_bt, input_precision=PRECISION)
-        tl.store(p_p + (i_n * M + o_m[:, None]) * R + o_r[None, :], b_p, mask=m_m[:, None])
+        tl.store(p_p + (i_tile.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :], b_p, mask=m_m[:, None])
         if NEEDS_D:
-            b_h = tl.load(p_h + o_m[:, None] * s_h + o_r[None, :], mask=m_m[:, None], other=0.0)
-            b_d = tl.dot(tl.trans(b_h), b_dy, b_d, input_precision=PRECISION)
+            b_h = tl.load(p_h + o_m[:, None] * (G * R) + i * R + o_r[None, :], mask=m_m[:, None], other=0.0)
+            if TALL:
+                b_d = tl.dot(tl.trans(b_dy), b_h, b_d, input_precision=PRECISION)
+            else:
+                b_d = tl.dot(tl.trans(b_h), b_dy, b_d, input_precision=PRECISION)
     if NEEDS_D:
-        tl.store(p_d + (i_s * R + o_r[:, None]) * N + o_n[None, :], b_d, mask=m_n[None, :])
+        o_column = pick(i, 0, N0, N0 + N1, G) + o_n
+        p_row = p_d + i_split * R * (N0 + N1 + N2)
+        if TALL:
+            tl.store(p_row + o_r[None, :] * (N0 + N1 + N2) + o_column[:, None], b_d, mask=m_n[:, None])
+        else:
+            tl.store(p_row + o_r[:, None] * (N0 + N1 + N2) + o_column[None, :], b_d, mask=m_n[None, :])
+
+
+class OutputParts(NamedTuple):
+    """The partial sums that the kernel leaves.
+
+    Attributes:
+        tiles: of features, for each adapter: parts of P.
+        splits: of the tokens: parts of D.
+    """
+
+    tiles: tuple[int, ...]
+    splits: int
 
 
 def output_backward(
-    dy: Tensor, h: Tensor, gate: Tensor, b: Tensor, *, needs_d: bool = True, precision: str = "ieee"
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel.
+    bundle: Bundle, strides: Sequence[int], used: Sequence[bool], needs_d: bool = True
+) -> tuple[PreparedLaunch, OutputParts]:
+    """The launch for a bundle, and the partial sums that it leaves.
+
+    The launch takes the tensors ``dy0, dy1, dy2, h, gate0, gate1, gate2, b0, b1, b2, p, d``. All are contiguous, except
+    that the rows of a dY may lie apart. dY is in the dtype of H.
 
     Args:
-        dy: ``(M, N)`` in the dtype of ``h``, last stride 1.
-        h: ``(M, R)``, this adapter's columns of H.
-        gate, b: ``(r,)`` and ``(r, N)``, last stride 1.
+        strides: from one row of each dY to the next.
+        used: the adapters that have a dY. The features of the others have no columns in ``d``.
         needs_d: whether D is needed.
-        precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
-
-    Returns:
-        Partial sums of P ``(tiles, M, R)`` and of D ``(splits, R, N)``, float32; None in place of D if not needed.
     """
-    tokens, features = dy.shape
-    width = h.shape[1]
-    t = tile("output_backward", width, h.dtype, h.device)
-    columns = triton.cdiv(features, t.features)
-    run, count = split_tokens(tokens, t.tokens, columns, h.device)
-    p = h.new_empty(columns, tokens, width, dtype=torch.float32)
-    d = h.new_empty(count, width, features, dtype=torch.float32) if needs_d else None
-    launch(
-        _output_backward,
-        (columns, count),
-        dy,
-        h,
-        gate,
-        b,
-        p,
-        p if d is None else d,
-        tokens,
-        features,
-        b.shape[0],
-        run,
-        dy.stride(0),
-        h.stride(0),
-        b.stride(0),
-        R=width,
-        BM=t.tokens,
-        BN=t.features,
-        NEEDS_D=needs_d,
-        PRECISION=precision,
-        num_warps=t.warps,
-        num_stages=t.stages,
+    t = tile("output_backward", bundle.width, bundle.dtype, bundle.device)
+    tiles = bundle.columns_of(t.features, used)
+    run, count = splits(-(-bundle.tokens // t.tokens), sum(tiles), bundle.device, resident=t.blocks)
+    numbers = (
+        bundle.tokens,
+        *three([n if use else 0 for n, use in zip(bundle.outputs, used, strict=True)], 0),
+        *three(strides),
+        *three(bundle.ranks),
+        run * t.tokens,
     )
-    return p, d
+    meta = {
+        "G": bundle.adapters,
+        "R": bundle.width,
+        "BM": t.tokens,
+        "BN": t.features,
+        "TALL": t.tall,
+        "NEEDS_D": needs_d,
+        "PRECISION": bundle.precision,
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
+    launch = PreparedLaunch(_output_backward, (sum(tiles), count), numbers, meta, bundle.kind)
+    return launch, OutputParts(tuple(tiles), count)

@@ -1,9 +1,9 @@
 """Reductions: sum the partial sums of the backward passes, ``Q = s * g * P``, ``dB = s * g * D``, dA and dg.
 
-``reduce_hidden`` reads the partial sums of P ``(tiles, M, R)``, and H (M, R). It writes ``Q = s * g * P`` (M, R), the
-gradient of H, and partial sums of dg ``(blocks, R)``: ``s * sum of P * H`` over a block of tokens.
-``reduce_rows`` reads partial sums ``(parts, R, N)`` and writes ``out[k] = factor[k] * sum of parts[:, k]``. It computes
-dB from D with the factor ``s * g``, and dA with the factor 1. It also sums the partial sums of dg.
+``reduce_hidden`` reads the partial sums of P ``(tiles, M, R)``, and H (M, G * R). It writes ``Q = s * g * P``
+(M, G * R), the gradient of H, and partial sums of dg ``(blocks, G * R)``: ``s * sum of P * H`` over a block of tokens.
+``reduce_rows`` sums, for all adapters of a bundle, the partial sums of dA ``(parts, G * R, K)``, of D
+``(parts, R, N_0 + N_1 + N_2)`` and of dg, and writes dA, ``dB = s * g * D`` and dg.
 
 Partial sums are added in a fixed order. The results for ranks whose gate is 0 are exactly 0; their partial sums may
 be uninitialised memory.
@@ -11,182 +11,227 @@ be uninitialised memory.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from l1ra_kernels.launch import launch
+from l1ra_kernels.bundle import Bundle, three
+from l1ra_kernels.launch import PreparedLaunch
+from l1ra_kernels.output_backward import OutputParts
+from l1ra_kernels.pick import pick
 
-__all__ = ["reduce_hidden", "reduce_rows"]
+__all__ = ["hidden_blocks", "reduce_hidden", "reduce_rows"]
 
 TOKENS = 32  # per program of reduce_hidden, at rank tile 16
 FEATURES = 256  # per program of reduce_rows
+TOGETHER = 8  # parts that are loaded together, so that their latencies overlap
 
 
-@triton.jit(do_not_specialize=["tiles", "M", "rank", "scaling"])
+@triton.jit(
+    do_not_specialize=["M", "tiles0", "tiles1", "tiles2", "rank0", "rank1", "rank2", "scaling0", "scaling1", "scaling2"]
+)
 def _reduce_hidden(
-    p_p,  # (tiles, M, R) float32
-    p_h,  # (M, *), its R columns
-    p_gate,  # (r,)
-    p_q,  # (M, *), its R columns
-    p_dg,  # (blocks, R) float32
-    tiles,
+    p_p,  # (tiles0 + tiles1 + tiles2, M, R) float32
+    p_h,  # (M, G * R)
+    p_gate0,  # (r_i,)
+    p_gate1,
+    p_gate2,
+    p_q,  # (M, G * R)
+    p_dg,  # (blocks, G * R) float32
     M,
-    rank,
-    s_p,
-    s_h,
-    s_q,
-    scaling,
+    tiles0,
+    tiles1,
+    tiles2,
+    rank0,
+    rank1,
+    rank2,
+    scaling0,
+    scaling1,
+    scaling2,
+    G: tl.constexpr,
     R: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
     NEEDS_DG: tl.constexpr,
 ):
     i_m = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
     o_r = tl.arange(0, R)
     m_m = (o_m < M)[:, None]
-    b_g = tl.load(p_gate + o_r, mask=o_r < rank, other=0.0).to(tl.float32)
+    p_gate = pick(i, p_gate0, p_gate1, p_gate2, G)
+    scaling = pick(i, scaling0, scaling1, scaling2, G)
+    b_g = tl.load(p_gate + o_r, mask=o_r < pick(i, rank0, rank1, rank2, G), other=0.0).to(tl.float32)
     m_r = b_g != 0
-    b_p = tl.zeros((BM, R), tl.float32)
-    p_tile = p_p + o_m[:, None] * R + o_r[None, :]
     # If all gates are 0, output_backward has not written P.
-    for _ in range(tl.where(tl.max(m_r.to(tl.int32)) > 0, tiles, 0)):
-        b_p += tl.load(p_tile, mask=m_m, other=0.0)
-        p_tile += s_p
-    b_p = tl.where(m_r[None, :], b_p, 0.0)
+    tiles = tl.where(tl.max(m_r.to(tl.int32)) > 0, pick(i, tiles0, tiles1, tiles2, G), 0)
+    first = pick(i, 0, tiles0, tiles0 + tiles1, G)
+    # The rows of P for a block of tokens are contiguous.
+    o_flat = tl.arange(0, BM * R)
+    m_flat = i_m * BM * R + o_flat < M.to(tl.int64) * R
+    o_part = tl.arange(0, PARTS)
+    b_sum = tl.zeros((BM * R,), tl.float32)
+    for t in range(0, tiles, PARTS):
+        p_tile = p_p + ((first + t + o_part).to(tl.int64)[:, None] * M + i_m * BM) * R + o_flat[None, :]
+        b_sum += tl.sum(tl.load(p_tile, mask=(t + o_part < tiles)[:, None] & m_flat[None, :], other=0.0), 0)
+    b_p = tl.where(m_r[None, :], tl.reshape(b_sum, (BM, R)), 0.0)
+    o_h = o_m[:, None] * (G * R) + i * R + o_r[None, :]
     b_q = b_p * (scaling * b_g)[None, :]
-    tl.store(p_q + o_m[:, None] * s_q + o_r[None, :], b_q.to(p_q.dtype.element_ty), mask=m_m)
+    tl.store(p_q + o_h, b_q.to(p_q.dtype.element_ty), mask=m_m)
     if NEEDS_DG:
-        b_h = tl.load(p_h + o_m[:, None] * s_h + o_r[None, :], mask=m_m, other=0.0).to(tl.float32)
-        tl.store(p_dg + i_m * R + o_r, scaling * tl.sum(b_p * b_h, 0))
+        b_h = tl.load(p_h + o_h, mask=m_m, other=0.0).to(tl.float32)
+        tl.store(p_dg + i_m * (G * R) + i * R + o_r, scaling * tl.sum(b_p * b_h, 0))
 
 
-def reduce_hidden(
-    p: Tensor, h: Tensor, gate: Tensor, scaling: float, q: Tensor, *, needs_dg: bool = True
-) -> Tensor | None:
-    """Launch the kernel, which writes Q into ``q``.
+def _tokens_per_block(bundle: Bundle) -> int:
+    return max(8, TOKENS * 16 // bundle.width)
+
+
+def hidden_blocks(bundle: Bundle) -> int:
+    """The number of partial sums of dg that ``reduce_hidden`` leaves."""
+    return -(-bundle.tokens // _tokens_per_block(bundle))
+
+
+def reduce_hidden(bundle: Bundle, tiles: Sequence[int], needs_dg: bool = True) -> PreparedLaunch:
+    """The launch for a bundle.
+
+    The launch takes the tensors ``p, h, gate0, gate1, gate2, q, dg``, all contiguous.
 
     Args:
-        p: ``(tiles, M, R)`` from output_backward.
-        h, q: ``(M, R)``, this adapter's columns of H and Q.
-        gate: ``(r,)``.
-        scaling: s.
+        tiles: parts of P of each adapter.
         needs_dg: whether dg is needed.
-
-    Returns:
-        Partial sums of dg ``(blocks, R)`` float32; None if not needed.
     """
-    tiles, tokens, width = p.shape
-    block = max(8, TOKENS * 16 // width)
-    blocks = triton.cdiv(tokens, block)
-    dg = p.new_empty(blocks, width) if needs_dg else None
-    launch(
-        _reduce_hidden,
-        (blocks,),
-        p,
-        h,
-        gate,
-        q,
-        p if dg is None else dg,
-        tiles,
-        tokens,
-        gate.shape[0],
-        p.stride(0),
-        h.stride(0),
-        q.stride(0),
-        scaling,
-        R=width,
-        BM=block,
-        NEEDS_DG=needs_dg,
-        num_warps=4,
-    )
-    return dg
+    numbers = (bundle.tokens, *three(tiles, 0), *three(bundle.ranks), *three(bundle.scalings))
+    meta = {
+        "G": bundle.adapters,
+        "R": bundle.width,
+        "BM": _tokens_per_block(bundle),
+        "PARTS": TOGETHER,
+        "NEEDS_DG": needs_dg,
+        "num_warps": 4,
+    }
+    return PreparedLaunch(_reduce_hidden, (hidden_blocks(bundle), bundle.adapters), numbers, meta, bundle.kind)
 
 
-@triton.jit(do_not_specialize=["parts", "dg_parts", "rank", "scaling"])
+@triton.jit
+def _sum_row(p_part, parts, s_part, m_n, BN: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of a row (BN,) over all parts."""
+    o_part = tl.arange(0, PARTS)
+    b_sum = tl.zeros((BN,), tl.float32)
+    for part in range(0, parts, PARTS):
+        p_rows = p_part[None, :] + (part + o_part).to(tl.int64)[:, None] * s_part
+        b_sum += tl.sum(tl.load(p_rows, mask=(part + o_part < parts)[:, None] & m_n[None, :], other=0.0), 0)
+    return b_sum
+
+
+@triton.jit(
+    do_not_specialize=["rank0", "rank1", "rank2", "scaling0", "scaling1", "scaling2"]
+    + ["a_parts", "d_parts", "g_parts", "wanted"]
+)
 def _reduce_rows(
-    p_parts,  # (parts, *, N) float32, its R rows
-    p_gate,  # (r,)
-    p_dg_parts,  # (dg_parts, R) float32
-    p_out,  # (r, N)
-    p_dg,  # (r,)
-    parts,
-    dg_parts,
-    N,
-    rank,
-    s_parts,
-    scaling,
+    p_da_parts,  # (a_parts, G * R, K) float32
+    p_d_parts,  # (d_parts, R, N0 + N1 + N2) float32
+    p_dg_parts,  # (g_parts, G * R) float32
+    p_gate0,  # (r_i,)
+    p_gate1,
+    p_gate2,
+    p_da0,  # (r_i, K)
+    p_da1,
+    p_da2,
+    p_db0,  # (r_i, N_i)
+    p_db1,
+    p_db2,
+    p_dg0,  # (r_i,)
+    p_dg1,
+    p_dg2,
+    K,
+    N0,
+    N1,
+    N2,
+    rank0,
+    rank1,
+    rank2,
+    scaling0,
+    scaling1,
+    scaling2,
+    a_parts,
+    d_parts,
+    g_parts,
+    wanted,  # bits 0 to 2: dA of each adapter, 3 to 5: dB, 6 to 8: dg
+    G: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
-    GATED: tl.constexpr,
-    NEEDS_DG: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    i_r = tl.program_id(1)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_n = o_n < N
-    b_g = tl.load(p_gate + i_r).to(tl.float32)
-    b_sum = tl.zeros((BN,), tl.float32)
-    if b_g != 0:
-        p_part = p_parts + i_r.to(tl.int64) * N + o_n
-        for _ in range(parts):
-            b_sum += tl.load(p_part, mask=m_n, other=0.0)
-            p_part += s_parts
-        if GATED:
-            b_sum *= scaling * b_g
-    tl.store(p_out + i_r.to(tl.int64) * N + o_n, b_sum.to(p_out.dtype.element_ty), mask=m_n)
-    if NEEDS_DG:
-        if i_n == 0:
-            b_dg = tl.zeros((BN,), tl.float32)
-            for i in range(0, dg_parts, BN):
-                o_i = i + tl.arange(0, BN)
-                b_dg += tl.load(p_dg_parts + o_i * R + i_r, mask=o_i < dg_parts, other=0.0)
-            tl.store(p_dg + i_r, tl.where(b_g != 0, tl.sum(b_dg, 0), 0.0).to(p_dg.dtype.element_ty))
+    i_row = tl.program_id(1)
+    is_a = i_row < G * R
+    i_row = tl.where(is_a, i_row, i_row - G * R)
+    i = i_row // R
+    i_r = (i_row % R).to(tl.int64)
+    if i_r < pick(i, rank0, rank1, rank2, G):
+        o_n = i_n * BN + tl.arange(0, BN)
+        b_g = tl.load(pick(i, p_gate0, p_gate1, p_gate2, G) + i_r).to(tl.float32)
+        if is_a:
+            if (wanted >> i) & 1:
+                m_n = o_n < K
+                p_part = p_da_parts + i_row.to(tl.int64) * K + o_n
+                b_da = _sum_row(
+                    p_part, tl.where(b_g != 0, a_parts, 0), tl.full([], G * R, tl.int64) * K, m_n, BN, PARTS
+                )
+                p_da = pick(i, p_da0, p_da1, p_da2, G) + i_r * K + o_n
+                tl.store(p_da, b_da.to(p_da.dtype.element_ty), mask=m_n)
+        else:
+            if (wanted >> (3 + i)) & 1:
+                N = pick(i, N0, N1, N2, G)
+                m_n = o_n < N
+                total = N0 + N1 + N2
+                p_part = p_d_parts + i_r * total + pick(i, 0, N0, N0 + N1, G) + o_n
+                b_db = _sum_row(
+                    p_part, tl.where(b_g != 0, d_parts, 0), tl.full([], R, tl.int64) * total, m_n, BN, PARTS
+                )
+                b_db *= pick(i, scaling0, scaling1, scaling2, G) * b_g
+                p_db = pick(i, p_db0, p_db1, p_db2, G) + i_r * N + o_n
+                tl.store(p_db, b_db.to(p_db.dtype.element_ty), mask=m_n)
+            if ((wanted >> (6 + i)) & 1) & (i_n == 0):
+                b_dg = tl.zeros((BN,), tl.float32)
+                for start in range(0, g_parts, BN):
+                    o_part = start + tl.arange(0, BN)
+                    b_dg += tl.load(p_dg_parts + o_part * (G * R) + i_row, mask=o_part < g_parts, other=0.0)
+                p_dg = pick(i, p_dg0, p_dg1, p_dg2, G) + i_r
+                tl.store(p_dg, tl.where(b_g != 0, tl.sum(b_dg, 0), 0.0).to(p_dg.dtype.element_ty))
 
 
 def reduce_rows(
-    parts: Tensor,
-    gate: Tensor,
-    dtype: torch.dtype,
-    *,
-    scaling: float | None = None,
-    dg_parts: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel.
+    bundle: Bundle,
+    a_parts: int,
+    parts: OutputParts,
+    needs_a: Sequence[bool],
+    needs_b: Sequence[bool],
+    needs_gate: Sequence[bool],
+) -> PreparedLaunch:
+    """The launch for a bundle.
+
+    The launch takes the tensors ``da_parts, d_parts, dg_parts``, then for each of three adapters its gate, for each its
+    dA, for each its dB, for each its dg; all contiguous.
 
     Args:
-        parts: ``(parts, R, N)`` float32, this adapter's rows.
-        gate: ``(r,)``.
-        dtype: of the result.
-        scaling: s, if the result is multiplied by ``s * gate``; None: the factor is 1.
-        dg_parts: ``(blocks, R)`` from reduce_hidden; None if dg is not needed.
-
-    Returns:
-        out ``(r, N)`` in ``dtype``, and dg ``(r,)`` in the dtype of the gate; None if not needed.
+        a_parts: parts of dA.
+        parts: of P and D. An adapter without tiles has no columns in D.
+        needs_a, needs_b, needs_gate: of each adapter, the gradients to be written.
     """
-    count, _, features = parts.shape
-    rank = gate.shape[0]
-    out = parts.new_empty(rank, features, dtype=dtype)
-    dg = None if dg_parts is None else torch.empty_like(gate)
-    launch(
-        _reduce_rows,
-        (triton.cdiv(features, FEATURES), rank),
-        parts,
-        gate,
-        parts if dg_parts is None else dg_parts,
-        out,
-        out if dg is None else dg,
-        count,
-        0 if dg_parts is None else dg_parts.shape[0],
-        features,
-        rank,
-        parts.stride(0),
-        0.0 if scaling is None else scaling,
-        R=1 if dg_parts is None else dg_parts.shape[1],
-        BN=FEATURES,
-        GATED=scaling is not None,
-        NEEDS_DG=dg_parts is not None,
-        num_warps=4,
+    needs = (needs_a, needs_b, needs_gate)
+    wanted = sum(need << (3 * kind + i) for kind, each in enumerate(needs) for i, need in enumerate(each))
+    outputs = [n if tiles else 0 for n, tiles in zip(bundle.outputs, parts.tiles, strict=True)]
+    longest = max(bundle.features * any(needs_a), *(n * need for n, need in zip(outputs, needs_b, strict=True)), 1)
+    numbers = (
+        bundle.features,
+        *three(outputs, 0),
+        *three(bundle.ranks),
+        *three(bundle.scalings),
+        *(a_parts, parts.splits, hidden_blocks(bundle), wanted),
     )
-    return out, dg
+    meta = {"G": bundle.adapters, "R": bundle.width, "BN": FEATURES, "PARTS": TOGETHER, "num_warps": 4}
+    grid = (-(-longest // FEATURES), 2 * bundle.columns)
+    return PreparedLaunch(_reduce_rows, grid, numbers, meta, bundle.kind)

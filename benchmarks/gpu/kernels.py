@@ -101,35 +101,42 @@ def reference_forward(bench: Bench, shape: Shape) -> KernelCase:
     return KernelCase("torch: adapter forward", lambda: op(y, x, a, gate, b, SCALING), floor)
 
 
+def single(bench: Bench, name: str) -> Callable[..., Any]:
+    """The kernel called by itself, see ``benchmarks/single_launch.py``."""
+    fused(bench, name)
+    return getattr(importlib.import_module("benchmarks.single_launch"), name)
+
+
 def shrink(bench: Bench, shape: Shape) -> KernelCase:
-    op, o = fused(bench, "shrink").shrink, operands(bench, shape)
-    return KernelCase("shrink", lambda: op(o.x, (o.a,), (o.gate,), o.h), size_of(o.x, o.a) + o.hidden_bytes)
+    op, o = single(bench, "shrink"), operands(bench, shape)
+    return KernelCase("shrink", lambda: op(o.x, (o.a,), (o.gate,)), size_of(o.x, o.a) + o.hidden_bytes)
 
 
 def expand(bench: Bench, shape: Shape) -> KernelCase:
     """Writes the adapter's output, onto which the product of the base layer is then added."""
-    op, o = fused(bench, "expand").expand, operands(bench, shape)
-    floor = o.hidden_bytes + size_of(o.b, o.y)
-    return KernelCase("expand", lambda: op(o.h, o.gate, o.b, SCALING), floor)
+    op, o = single(bench, "expand"), operands(bench, shape)
+    floor, parts = o.hidden_bytes + size_of(o.b, o.y), o.h.float()[None]
+    return KernelCase("expand", lambda: op(parts, (o.gate,), (o.b,), (SCALING,), dtype=o.y.dtype), floor)
 
 
 def expand_onto(bench: Bench, shape: Shape) -> KernelCase:
     """Adds the adapter's output to that of a foreign base layer."""
-    op, o = fused(bench, "expand").expand, operands(bench, shape)
-    floor = o.hidden_bytes + size_of(o.b, o.y, o.y)
-    return KernelCase("expand onto an output", lambda: op(o.h, o.gate, o.b, SCALING, output=o.y), floor)
+    op, o = single(bench, "expand"), operands(bench, shape)
+    floor, parts = o.hidden_bytes + size_of(o.b, o.y, o.y), o.h.float()[None]
+    base = {"dtype": o.y.dtype, "bases": (o.y,), "kinds": (fused(bench, "expand").OUTPUT,)}
+    return KernelCase("expand onto an output", lambda: op(parts, (o.gate,), (o.b,), (SCALING,), **base), floor)
 
 
 def output_backward(bench: Bench, shape: Shape) -> KernelCase:
     """The one pass over dY: the gradients of H and of B."""
-    op, o = fused(bench, "output_backward").output_backward, operands(bench, shape)
+    op, o = single(bench, "output_backward"), operands(bench, shape)
     floor = size_of(o.dy, o.b, o.b) + 2 * o.hidden_bytes
-    return KernelCase("output backward", lambda: op(o.dy, o.h, o.gate, o.b), floor)
+    return KernelCase("output backward", lambda: op((o.dy,), o.h, (o.gate,), (o.b,)), floor)
 
 
 def input_backward(bench: Bench, shape: Shape) -> KernelCase:
     """The one pass over x: dX of the adapter, and the gradient of A."""
-    op, o = fused(bench, "input_backward").input_backward, operands(bench, shape)
+    op, o = single(bench, "input_backward"), operands(bench, shape)
     floor = size_of(o.x, o.x, o.a, o.a) + o.hidden_bytes
     return KernelCase("input backward", lambda: op(o.x, o.h, (o.a,), (o.gate,)), floor)
 

@@ -19,6 +19,7 @@ __all__ = [
     "is_conv1d",
     "main_tensor",
     "prevent_packing",
+    "tensor_of",
 ]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -89,9 +90,20 @@ def main_tensor(base: nn.Module) -> Tensor:
     return weight if isinstance(weight, Tensor) else next(itertools.chain(base.parameters(), base.buffers()))
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter ``name`` of ``module``, which may be None.
+
+    For the code that runs at each forward: it avoids the search of ``nn.Module.__getattr__``. In a replica of
+    ``nn.DataParallel``, parameters are plain attributes.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name, None)
+
+
 def dense_weight(base: nn.Module) -> Tensor:
     """The weight of a plain layer as ``(out_features, in_features)``, without a copy."""
-    return base.weight.t() if is_conv1d(base) else base.weight
+    weight = tensor_of(base, "weight")
+    return weight.t() if type(base) is not nn.Linear and is_conv1d(base) else weight
 
 
 def prevent_packing(base: nn.Module) -> bool:
@@ -150,7 +162,7 @@ def fallback_reason(base: nn.Module, device: torch.device, dtype: torch.dtype) -
     kind = type(base).__name__
     if type(base) is not nn.Linear and not (kind == "Conv1D" and is_conv1d(base)):
         return f"a {kind} has a forward of its own"
-    weight, bias = getattr(base, "weight", None), base.bias
+    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if weight is None:
         return "it has no weight of its own"
     if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2:

@@ -19,6 +19,7 @@ from l1ra.layers.base_layers import (
     is_conv1d,
     main_tensor,
     prevent_packing,
+    tensor_of,
 )
 from l1ra.layers.gradient_probe import Probe
 from l1ra.layers.low_rank import GatedLowRank
@@ -222,9 +223,12 @@ class L1RALinear(GatedLowRank):
             x: the input. None stands for an input with the dtype and device of the weight, outside of autocast.
             reason: why the base layer has to compute the product with the weight itself; empty if there is no reason.
         """
-        like = main_tensor(self.base_layer) if x is None else x
-        dtype = like.dtype if like.dtype in FLOATS else self.lora_A.dtype
-        path = dispatch.path_for(like.device, dtype, reason or fallback_reason(self.base_layer, like.device, dtype))
+        base = self._modules["base_layer"]
+        like = main_tensor(base) if x is None else x
+        device, dtype = like.device, like.dtype
+        if dtype not in FLOATS:
+            dtype = self.lora_A.dtype
+        path = dispatch.path_for(device, dtype, reason or fallback_reason(base, device, dtype))
         return path if self.padded_weight is None or path.name != "chain" else dispatch.AUG
 
     @property
@@ -243,7 +247,8 @@ class L1RALinear(GatedLowRank):
     @property
     def dropout_p(self) -> float:
         """The dropout probability of the adapter's input in the current mode: 0 in evaluation."""
-        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+        dropout = self._modules["dropout"]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def kernel_inputs(self, output: Tensor | None = None) -> dispatch.Layer:
         """The tensors of the layer for the kernels.
@@ -251,14 +256,14 @@ class L1RALinear(GatedLowRank):
         Args:
             output: the output of the base layer. None: the kernels compute it, and get the weight and bias instead.
         """
-        a, gate, b = self.lora_A, self.gate, self.lora_B
+        a, gate, b = tensor_of(self, "lora_A"), tensor_of(self, "gate"), tensor_of(self, "lora_B")
         if self.probe is not None and torch.is_grad_enabled():
             a, gate, b = self.probe.append_to(a, gate, b)
         if output is not None:
             return dispatch.Layer(a, gate, b, self.scaling, output=output)
-        base, padded = self.base_layer, self.padded_weight
+        base, padded = self._modules["base_layer"], self.padded_weight
         augmented = None if padded is None or torch.compiler.is_compiling() else padded.storage(base)
-        return dispatch.Layer(a, gate, b, self.scaling, dense_weight(base), base.bias, augmented=augmented)
+        return dispatch.Layer(a, gate, b, self.scaling, dense_weight(base), tensor_of(base, "bias"), None, augmented)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

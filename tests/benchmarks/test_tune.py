@@ -59,14 +59,14 @@ def test_tiles_that_fail_or_give_another_result_are_named_and_left_out(monkeypat
     assert tune.main(["--dry-run", "--kernel", "expand", "--rank-tile", "16"]) == 0
     said = capsys.readouterr().err
     assert "1 tiles are right, 2 left out" in said
-    assert "left out: Tile(16, 32, 4, 2): RuntimeError: out of resource: shared memory" in said
-    assert "left out: Tile(32, 32, 4, 2): its result differs by nan" in said
+    assert "left out: Tile(16, 32, 4, 2, blocks=3): RuntimeError: out of resource: shared memory" in said
+    assert "left out: Tile(32, 32, 4, 2, blocks=3): its result differs by nan" in said
 
 
 @interpreted
 def test_the_fastest_right_tile_is_taken_and_all_are_named(monkeypatch, capsys):
-    slow, fast = tune.Tile(32, 32, 4, 1), tune.Tile(64, 64, 4, 1)
     present = configs.HALF["expand"][16]
+    slow, fast = (tune.Tile(size, size, 4, 1, blocks=present.blocks) for size in (32, 64))
     monkeypatch.setitem(tune.GRIDS, "expand", ((32, 64), (32, 64), (4,), (1,)))
     ms = {tune.show(tile): 2.0 for tile in tune.grid("expand", present, tiny=False)} | {tune.show(fast): 1.0}
     monkeypatch.setattr(
@@ -82,14 +82,14 @@ def test_the_fastest_right_tile_is_taken_and_all_are_named(monkeypatch, capsys):
 
 
 def test_the_launcher_takes_the_tile_that_is_tried():
-    from l1ra_kernels.expand import expand
+    from benchmarks.single_launch import expand
 
     seen = []
-    h, gate, b = torch.zeros(64, 16), torch.ones(16), torch.zeros(16, 64)
+    arguments = torch.zeros(1, 64, 16), [torch.ones(16)], [torch.zeros(16, 64)], [1.0]
     with redirected(lambda kernel, grid, *args, **meta: seen.append((meta["BM"], meta["BN"], meta["num_warps"]))):
         with tune.using_tile("expand", 16, Tile(16, 32, 2, 1), torch.float32, CPU):
-            expand(h, gate, b, 1.0)
-        expand(h, gate, b, 1.0)
+            expand(*arguments, dtype=torch.float32)
+        expand(*arguments, dtype=torch.float32)
     present = configs.SINGLE["expand"][16]
     assert seen == [(16, 32, 2), (present.tokens, present.features, present.warps)]
 

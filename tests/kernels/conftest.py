@@ -63,5 +63,5 @@ def poison():
 
 @pytest.fixture
 def few_processors(monkeypatch):
-    """As if the device had three: so that a program walks down several blocks of tokens already in small cases."""
-    monkeypatch.setattr(configs, "processors", lambda device: 3)
+    """As if the device had one: so that a program walks down several blocks of tokens already in small cases."""
+    monkeypatch.setattr(configs, "processors", lambda device: 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE, HALF, SINGLE, case
 
-from l1ra_kernels.augment import write_behind
+from benchmarks.single_launch import write_behind
 from l1ra_kernels.autograd import fused
 
 
@@ -48,10 +48,14 @@ def test_only_the_columns_of_the_adapter_are_not_zero_behind_the_weight(dtype):
     gate = torch.tensor([0.5, 0.0, 1.0], device=DEVICE)
     b = torch.randn(3, 70, device=DEVICE)
     b[1] = torch.nan
-    memory = torch.full((70, 60), torch.nan, dtype=dtype, device=DEVICE)
-    write_behind(memory[:, 8:56], 16, gate, b, 2.0)
-    expected = torch.zeros(70, 48, dtype=dtype, device=DEVICE)
-    expected[:, 16] = b[0].to(dtype)
-    expected[:, 18] = (2 * b[2]).to(dtype)
-    assert torch.equal(memory[:, 8:56], expected)
-    assert memory[:, :8].isnan().all() and memory[:, 56:].isnan().all()
+    memories = [torch.full((70, 60), torch.nan, dtype=dtype, device=DEVICE) for _ in range(3)]
+    parts, wide = torch.randn(3, 90, 48, device=DEVICE), torch.full((90, 56), torch.nan, dtype=dtype, device=DEVICE)
+    h = write_behind(parts, [gate] * 3, [b] * 3, [1.0, 2.0, 3.0], memories, wide)
+    for i, memory in enumerate(memories):
+        expected = torch.zeros(70, 48, dtype=dtype, device=DEVICE)
+        expected[:, 16 * i] = ((i + 1) * 0.5 * b[0]).to(dtype)
+        expected[:, 16 * i + 2] = ((i + 1) * b[2]).to(dtype)
+        assert torch.equal(memory[:, 8:56], expected)
+        assert memory[:, :8].isnan().all() and memory[:, 56:].isnan().all()
+    assert torch.equal(wide[:, 8:], h) and wide[:, :8].isnan().all()
+    torch.testing.assert_close(h, parts.sum(0).to(dtype))

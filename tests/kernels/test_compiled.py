@@ -35,10 +35,8 @@ def _usual(problem: Problem) -> bool:
 
 # One problem of each kernel, with all that it can do besides.
 FIRST = (
-    *(Problem(kernel) for kernel in ("expand", "output_backward")),
+    *(Problem(kernel, sharing=3) for kernel in ("expand", "output_backward", "reduce_hidden", "reduce_rows")),
     *(Problem(kernel, sharing=3, dropout=0.1) for kernel in ("shrink", "input_backward")),
-    Problem("reduce_hidden"),
-    Problem("reduce_rows", flag="GATED"),
     Problem("write_behind", sharing=3),
     Problem("move_rows", flag="UNIT=4"),
     *(p for p in problems() if p.flag == "HAS_SEEN"),

@@ -69,8 +69,8 @@ def test_shapes_of_a_language_model(ranks, outs, lead):
 def test_a_program_that_walks_down_several_blocks_of_tokens(ranks, dtypes, few_processors):
     tokens = 150
     assert_as_exact_as_torch(case(ranks, (150, 33)[: len(ranks)], (tokens,), dtypes=dtypes))
-    run, count = configs.split_tokens(tokens, 32, 1, torch.device(DEVICE))
-    assert run > 32 and count > 1
+    run, count = configs.splits(-(-tokens // 32), 1, torch.device(DEVICE))
+    assert run > 1 and count > 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE, SINGLE, case
 
-from l1ra_kernels.input_backward import input_backward
+from benchmarks.single_launch import input_backward
 
 
 def arguments(dead):

@@ -4,39 +4,50 @@ import pytest
 import torch
 from cases import DEVICE
 
-from l1ra_kernels.reductions import reduce_hidden, reduce_rows
+from benchmarks.single_launch import reduce_hidden, reduce_rows
 
 DEAD = [0, 3, 9]
 
 
-def gates():
-    gate = torch.rand(10, device=DEVICE) + 0.1
+def gates(rank=10):
+    gate = torch.rand(rank, device=DEVICE) + 0.1
     gate[DEAD] = 0.0
     return gate, gate != 0
 
 
 @pytest.mark.parametrize("blocks", [1, 255, 600])
-def test_rows_and_gate_gradients_are_sums_over_all_parts(blocks):
-    gate, live = gates()
-    parts, dg_parts = torch.randn(7, 16, 300, device=DEVICE), torch.randn(blocks, 16, device=DEVICE)
-    parts[:, DEAD], dg_parts[:, DEAD] = torch.nan, torch.nan
-    out, dg = reduce_rows(parts, gate, torch.float32, scaling=0.7, dg_parts=dg_parts)
-    assert not out[~live].any() and not dg[~live].any()
-    torch.testing.assert_close(out[live], (0.7 * gate[:, None] * parts.sum(0)[:10])[live], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dg[live], dg_parts.sum(0)[:10][live], rtol=1e-5, atol=1e-4)
-    plain, none = reduce_rows(parts, gate, torch.float32)
-    assert none is None and not plain[~live].any()
-    torch.testing.assert_close(plain[live], parts.sum(0)[:10][live], rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("splits", [1, 7, 8, 21])
+def test_rows_and_gate_gradients_are_sums_over_all_parts(blocks, splits):
+    (first, live), (second, live_too) = gates(), gates(13)
+    outputs, scalings = [300, 40], [0.7, 1.5]
+    da, d = torch.randn(splits, 32, 270, device=DEVICE), torch.randn(splits + 1, 16, 340, device=DEVICE)
+    dg = torch.randn(blocks, 32, device=DEVICE)
+    for i in (0, 16):
+        dead = [i + row for row in DEAD]
+        da[:, dead], dg[:, dead] = torch.nan, torch.nan
+    d[:, DEAD] = torch.nan
+    das, dbs, dgs = reduce_rows(da, d, dg, [first, second], outputs, scalings, tokens=32 * blocks)
+    for i, (gate, alive, scaling) in enumerate(zip((first, second), (live, live_too), scalings, strict=True)):
+        rank = len(gate)
+        assert not any(out[~alive].any() for out in (das[i], dbs[i], dgs[i]))
+        mine = slice(16 * i, 16 * i + rank)
+        factor = scaling * gate[:, None]
+        expected = factor * d.sum(0)[:rank].split(outputs, 1)[i]
+        torch.testing.assert_close(dbs[i][alive], expected[alive], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(das[i][alive], da.sum(0)[mine][alive], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dgs[i][alive], dg.sum(0)[mine][alive], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("tiles", [1, 5])
+@pytest.mark.parametrize("tiles", [[1, 1], [5, 9], [0, 8], [16, 0]])
 def test_the_gradient_of_the_hidden_columns_is_the_scaled_sum_over_tiles(tiles):
-    gate, live = gates()
-    p, h = torch.randn(tiles, 70, 16, device=DEVICE), torch.randn(70, 16, device=DEVICE)
+    (first, live), (second, live_too) = gates(), gates(13)
+    p, h = torch.randn(sum(tiles), 70, 16, device=DEVICE), torch.randn(70, 32, device=DEVICE)
     p[:, :, DEAD] = torch.nan
-    q = torch.full((70, 32), 7.0, device=DEVICE)
-    dg = reduce_hidden(p, h, gate, 0.7, q[:, 16:])
-    assert (q[:, :16] == 7).all() and not q[:, 26:].any() and not q[:, 16:26][:, ~live].any()
-    torch.testing.assert_close(q[:, 16:26][:, live], (0.7 * gate * p.sum(0)[:, :10])[:, live], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dg.sum(0)[:10][live], 0.7 * (p.sum(0) * h).sum(0)[:10][live], rtol=1e-5, atol=1e-4)
-    assert not dg[:, :10][:, ~live].any() and not dg[:, 10:].any()
+    q, dg = reduce_hidden(p, tiles, h, [first, second], [0.7, 1.5])
+    for i, (gate, alive, scaling) in enumerate(zip((first, second), (live, live_too), (0.7, 1.5), strict=True)):
+        mine, sums = slice(16 * i, 16 * i + len(gate)), p.split(tiles)[i].sum(0)[:, : len(gate)]
+        assert not q[:, 16 * i + len(gate) : 16 * (i + 1)].any() and not q[:, mine][:, ~alive].any()
+        torch.testing.assert_close(q[:, mine][:, alive], (scaling * gate * sums)[:, alive], rtol=1e-5, atol=1e-4)
+        expected = scaling * (sums * h[:, mine]).sum(0)
+        torch.testing.assert_close(dg.sum(0)[mine][alive], expected[alive], rtol=1e-5, atol=1e-4)
+        assert not dg[:, mine][:, ~alive].any()

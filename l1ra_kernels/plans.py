@@ -1,0 +1,294 @@
+"""What a forward or a backward of adapted layers decides: bundles, tiles, grids and strides of its launches.
+
+All of this follows from the shapes, strides, dtypes and alignment of the tensors of a call: its :class:`Signature`. The
+decisions are made once for a signature and kept, because they would take the host longer than the launches themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l1ra_kernels import choice, configs
+from l1ra_kernels.augment import write_behind
+from l1ra_kernels.bundle import Bundle, Piece, bundles_of, three
+from l1ra_kernels.expand import BIAS, LEFT, NOTHING, OUTPUT, expand
+from l1ra_kernels.input_backward import input_backward
+from l1ra_kernels.launch import PreparedLaunch
+from l1ra_kernels.layer import Layer
+from l1ra_kernels.output_backward import output_backward
+from l1ra_kernels.reductions import hidden_blocks, reduce_hidden, reduce_rows
+from l1ra_kernels.shrink import shrink
+
+__all__ = [
+    "BackwardStep",
+    "ForwardStep",
+    "Needs",
+    "Part",
+    "Signature",
+    "backward_plan",
+    "backward_signature",
+    "forward_plan",
+    "forward_signature",
+]
+
+PLANS = 4096  # kept for as many signatures; batches of changing lengths have many
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer's adapter are needed."""
+
+    a: bool
+    gate: bool
+    b: bool
+
+
+class Signature(NamedTuple):
+    """What all decisions of a call depend on. Alignment: the address modulo 16.
+
+    Attributes:
+        device, architecture, processors: where the call runs.
+        dtype, precision, dropout: of the products, and of the adapters' input.
+        x: shape, row stride, dtype and alignment of x.
+        adapters: for each layer the rank, outputs, scaling, dtypes and alignments, see :func:`_adapter`.
+        bases: in the forward, for each layer the kind of its base, its row stride and alignment.
+        augmented: in the forward, for each layer columns, row stride and alignment of its augmented weight, None
+            without one.
+        dys: in the backward, for each layer columns, row stride and alignment of dY, None without one.
+        hidden: in the backward, the alignment of H.
+        needs_dx, needs: in the backward, which gradients are needed.
+    """
+
+    device: torch.device
+    architecture: str
+    processors: int
+    dtype: torch.dtype
+    precision: str
+    dropout: float
+    x: tuple
+    adapters: tuple
+    bases: tuple = ()
+    augmented: tuple = ()
+    dys: tuple = ()
+    hidden: int = 0
+    needs_dx: bool = False
+    needs: tuple[Needs, ...] = ()
+
+
+def forward_signature(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float) -> Signature:
+    """The signature of a forward, for x ``(M, K)`` and layers that the kernels can read."""
+    adapters, bases, augmented = [], [], []
+    for layer in layers:
+        adapters.append(_adapter(layer))
+        bases.append(_base(layer))
+        augmented.append(None if layer.augmented is None else _matrix(layer.augmented))
+    return _signature(x, tuple(adapters), dtype, dropout, tuple(bases), tuple(augmented))
+
+
+def backward_signature(
+    x: Tensor,
+    hidden: Tensor,
+    dys: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    dropout: float,
+    needs_dx: bool,
+    needs: Sequence[Needs],
+) -> Signature:
+    """The signature of a backward; dYs ``(M, N)``."""
+    adapters = tuple([_adapter(layer) for layer in layers])
+    kinds = tuple([None if dy is None else _matrix(dy) for dy in dys])
+    alignment = hidden.data_ptr() % 16
+    return _signature(x, adapters, hidden.dtype, dropout, (), (), kinds, alignment, needs_dx, tuple(needs))
+
+
+def _signature(x: Tensor, adapters: tuple, dtype: torch.dtype, dropout: float, *more: object) -> Signature:
+    """``x``: ``(M, K)``."""
+    device = x.device
+    return Signature(
+        device,
+        configs.architecture(device),
+        configs.processors(device),
+        dtype,
+        "tf32" if dtype == torch.float32 and choice.tf32_allowed() else "ieee",
+        dropout,
+        (x.shape, x.stride(0), x.dtype, x.data_ptr() % 16),
+        adapters,
+        *more,
+    )
+
+
+def _adapter(layer: Layer) -> tuple:
+    a, gate, b, scaling = layer[:4]
+    dtypes = a.dtype, gate.dtype, b.dtype
+    return a.shape[0], b.shape[1], scaling, dtypes, (a.data_ptr() % 16, gate.data_ptr() % 16, b.data_ptr() % 16)
+
+
+def _base(layer: Layer) -> tuple[int, int, int]:
+    """What the adapter's output is added to, its row stride and its alignment."""
+    if layer.output is not None:
+        return OUTPUT, layer.output.stride(0), layer.output.data_ptr() % 16
+    return (NOTHING, 0, 0) if layer.bias is None else (BIAS, 0, layer.bias.data_ptr() % 16)
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    """Columns, row stride and alignment."""
+    return t.shape[1], t.stride(0), t.data_ptr() % 16
+
+
+class Part(NamedTuple):
+    """A bundle of a call, the pieces of its adapters, and the columns of H before its own."""
+
+    bundle: Bundle
+    pieces: tuple[Piece, ...]
+    before: int
+
+    def operands(self, layers: Sequence[Layer]) -> tuple[tuple[Tensor, ...], ...]:
+        """A, the gate and B of the adapters, each of them as three."""
+        if self.bundle.adapters == 1 and self.pieces[0].rows is None:
+            a, gate, b = layers[self.pieces[0].layer][:3]
+            return (a, a, a), (gate, gate, gate), (b, b, b)
+        cut = [layers[i][:3] if rows is None else [t[slice(*rows)] for t in layers[i][:3]] for i, rows in self.pieces]
+        return tuple(three(tensors) for tensors in zip(*cut, strict=True))
+
+    def columns(self, hidden: Tensor) -> Tensor:
+        """The columns ``(M, G * R)`` of this bundle in H."""
+        if hidden.shape[1] == self.bundle.columns:
+            return hidden
+        tokens, width = hidden.shape[0], self.bundle.columns
+        return hidden.view(-1)[tokens * self.before : tokens * (self.before + width)].view(tokens, width)
+
+
+def _parts(s: Signature) -> list[Part]:
+    (tokens, features), x_stride, *x_kind = s.x
+    ranks, outputs, scalings, dtypes, alignments = zip(*s.adapters, strict=True)
+    kind = (s.device, s.dtype, *x_kind, dtypes, alignments, s.bases, s.augmented, s.dys, s.hidden)
+    parts, before = [], 0
+    for width, pieces in bundles_of(ranks, dtypes):
+        bundle = Bundle(
+            s.device,
+            (kind, tuple(pieces)),
+            s.dtype,
+            s.precision,
+            tokens,
+            features,
+            x_stride,
+            width,
+            tuple([ranks[layer] if rows is None else rows[1] - rows[0] for layer, rows in pieces]),
+            tuple([outputs[layer] for layer, _ in pieces]),
+            tuple([scalings[layer] for layer, _ in pieces]),
+            s.dropout,
+        )
+        parts.append(Part(bundle, tuple(pieces), before))
+        before += bundle.columns
+    return parts
+
+
+class ForwardStep(NamedTuple):
+    """The launches of one bundle.
+
+    Attributes:
+        parts: of H.
+        bases: what each adapter's output is added to.
+        augments: for each adapter whether it is behind the columns of its weight.
+    """
+
+    part: Part
+    parts: int
+    shrink: PreparedLaunch
+    expand: PreparedLaunch | None
+    write_behind: PreparedLaunch | None
+    bases: list[int]
+    augments: list[bool]
+
+
+@lru_cache(PLANS)
+def forward_plan(s: Signature) -> list[ForwardStep]:
+    """The launches of a forward, one step for each bundle."""
+    parts, steps, begun = _parts(s), [], set()
+    wide = s.x[0][1] + sum(part.bundle.columns for part in parts)
+    for part in parts:
+        bundle, layers = part.bundle, [layer for layer, _ in part.pieces]
+        behind = [s.augmented[i] for i in layers]
+        augments = [len(parts) == 1 and room is not None and room[0] >= wide for room in behind]
+        bases = [(LEFT, s.adapters[i][1]) if i in begun else s.bases[i][:2] for i in layers]
+        begun.update(layers)
+        kinds, strides = zip(*bases, strict=True)
+        first, count = shrink(bundle, augment=any(augments))
+        others = [not augment for augment in augments]
+        strides_behind = [room[1] if augment else 0 for room, augment in zip(behind, augments, strict=True)]
+        steps.append(
+            ForwardStep(
+                part,
+                count,
+                first,
+                expand(bundle, count, kinds, strides, others) if any(others) else None,
+                write_behind(bundle, count, strides_behind, augments) if any(augments) else None,
+                list(kinds),
+                augments,
+            )
+        )
+    return steps
+
+
+class BackwardStep(NamedTuple):
+    """The launches of one bundle.
+
+    Attributes:
+        tiles, splits: parts of P, and of D.
+        outputs: columns of D.
+        a_parts: of dA.
+        blocks: parts of dg.
+        needs: which gradients of each adapter are needed.
+    """
+
+    part: Part
+    output_backward: PreparedLaunch
+    reduce_hidden: PreparedLaunch
+    input_backward: PreparedLaunch | None
+    reduce_rows: PreparedLaunch | None
+    tiles: int
+    splits: int
+    outputs: int
+    a_parts: int
+    blocks: int
+    needs: list[Needs]
+
+
+@lru_cache(PLANS)
+def backward_plan(s: Signature) -> list[BackwardStep]:
+    """The launches of a backward, one step for each bundle."""
+    steps = []
+    for part in _parts(s):
+        bundle, layers = part.bundle, [layer for layer, _ in part.pieces]
+        dys = [s.dys[i] for i in layers]
+        used = [dy is not None for dy in dys]
+        needs = [s.needs[i] if use else Needs(False, False, False) for i, use in zip(layers, used, strict=True)]
+        needs_a, needs_gate, needs_b = map(list, zip(*needs, strict=True))
+        strides = [0 if dy is None else dy[1] for dy in dys]
+        first, left = output_backward(bundle, strides, used, needs_d=any(needs_b))
+        second, a_parts = None, 0
+        if s.needs_dx or any(needs_a):
+            second, a_parts = input_backward(bundle, s.needs_dx, any(needs_a))
+        last = None
+        if any(map(any, needs)):
+            last = reduce_rows(bundle, a_parts, left, needs_a, needs_b, needs_gate)
+        steps.append(
+            BackwardStep(
+                part,
+                first,
+                reduce_hidden(bundle, left.tiles, any(needs_gate)),
+                second,
+                last,
+                sum(left.tiles),
+                left.splits if any(needs_b) else 0,
+                sum(n for n, use in zip(bundle.outputs, used, strict=True) if use),
+                a_parts if any(needs_a) else 0,
+                hidden_blocks(bundle) if any(needs_gate) else 0,
+                needs,
+            )
+        )
+    return steps
