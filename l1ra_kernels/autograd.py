@@ -1,13 +1,14 @@
-"""Autograd for the fused layers: an autograd Function in eager mode, a custom op under ``torch.compile``.
+"""Autograd for the fused layers: an autograd Function in eager mode, library ops under ``torch.compile``.
 
-Only the custom op can be traced. In eager mode it would cost some tens of microseconds of CPU time per call, where the
-Function costs a few.
+Only library ops can be traced. They are opaque to the compiler: what they decide (tiles, grids) follows the real
+sizes, so a graph stays valid for any number of tokens and for all ranks of a rank tile. They are registered with
+``torch.library.define`` and ``impl``: the wrapper of ``torch.library.custom_op`` would cost some 30 us a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +84,15 @@ def _traced(x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Ten
     return gated_linear_op(x, *tensors, layer.scaling, dropout)[0]
 
 
-@torch.library.custom_op("l1ra_kernels::gated_linear", mutates_args=())
-def gated_linear_op(
+def _library_op(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``function``, whose annotations are the schema, and return the op."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(f"l1ra_kernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"l1ra_kernels::{name}", "default", function)
+    return getattr(torch.ops.l1ra_kernels, name).default
+
+
+def _gated_linear(
     x: Tensor,
     a: Tensor,
     gate: Tensor,
@@ -96,7 +104,7 @@ def gated_linear_op(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The fused forward of one layer as a custom op: y ``(M, N)`` and H, which the backward reads."""
+    """The fused forward of one layer: y ``(M, N)`` and H, which the backward reads."""
     layer = Layer(a, gate, b, scaling, weight, bias, output)
     dtype = x.dtype if output is None else output.dtype
     with on_device(x.device):
@@ -104,15 +112,17 @@ def gated_linear_op(
     return y, hidden
 
 
-@gated_linear_op.register_fake
+gated_linear_op = _library_op("gated_linear", _gated_linear)
+
+
+@torch.library.register_fake("l1ra_kernels::gated_linear")
 def _(x, a, gate, b, weight, bias, output, seed, scaling, dropout):
     dtype = x.dtype if output is None else output.dtype
     y = x.new_empty(x.shape[0], b.shape[1], dtype=dtype)
     return y, x.new_empty(x.shape[0], op.hidden_width(a.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("l1ra_kernels::gated_linear_backward", mutates_args=())
-def gated_linear_backward_op(
+def _gated_linear_backward(
     dy: Tensor,
     x: Tensor,
     hidden: Tensor,
@@ -125,9 +135,9 @@ def gated_linear_backward_op(
     dropout: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The fused backward of one layer as a custom op: ``[dx, da, dg, db]``.
+    """The fused backward of one layer: ``[dx, da, dg, db]``.
 
-    A gradient that is not needed is replaced by an empty tensor, because a custom op can't return None.
+    A gradient that is not needed is replaced by an empty tensor, because a library op can't return None.
     """
     layer = Layer(a, gate, b, scaling, weight)
     with on_device(x.device):
@@ -135,7 +145,10 @@ def gated_linear_backward_op(
     return [x.new_empty(0) if grad is None else grad for grad in (dx, *grads)]
 
 
-@gated_linear_backward_op.register_fake
+gated_linear_backward_op = _library_op("gated_linear_backward", _gated_linear_backward)
+
+
+@torch.library.register_fake("l1ra_kernels::gated_linear_backward")
 def _(dy, x, hidden, a, gate, b, weight, seed, scaling, dropout, needs):
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
@@ -159,4 +172,4 @@ def _backward(ctx, dy, _):
     return *found, None, None, dy if ctx.needs_input_grad[6] else None, None, None, None
 
 
-gated_linear_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("l1ra_kernels::gated_linear", _backward, setup_context=_save)
