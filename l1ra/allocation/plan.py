@@ -6,10 +6,11 @@ If two adapters are equally entitled to a rank, the first one in order receives 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 __all__ = ["LayerPlan", "Plan", "allocate", "ranks_given_back", "ranks_to_prune", "spread_evenly"]
 
@@ -76,16 +77,16 @@ def spread_evenly(budget: int, costs: Sequence[int], caps: Sequence[int]) -> lis
             f"a budget of {budget} is below one rank for each of the {len(costs)} adapters: "
             f"write a budget of at least {sum(costs)}, or name fewer target_modules."
         )
-    ranks = [0] * len(costs)
-    while True:
-        growable = [i for i, cap in enumerate(caps) if ranks[i] < cap]
-        round_cost = sum(costs[i] for i in growable)
-        if not growable or round_cost > budget:
-            break
-        rounds = min(budget // round_cost, min(caps[i] - ranks[i] for i in growable))
-        for i in growable:
-            ranks[i] += rounds
+    level, round_cost = 0, sum(costs)  # of the adapters below their caps: their rank so far, and one more rank for each
+    for i in sorted(range(len(costs)), key=lambda i: caps[i]):
+        rounds = min(budget // round_cost, caps[i] - level)
         budget -= rounds * round_cost
+        level += rounds
+        if level < caps[i]:
+            break
+        round_cost -= costs[i]
+    ranks = [min(level, cap) for cap in caps]
+    growable = [i for i, cap in enumerate(caps) if level < cap]
     # The remainder pays for a part of one more round. Every n-th adapter receives a rank, not the first ones ...
     remainder, credit, passed_over = budget, 0, []
     for i in growable:
@@ -150,11 +151,12 @@ def allocate(
     """
     keep: list[tuple[int, ...]] = []
     grow = [0] * len(gates)
-    loses_rank = []
+    receivers = []
     for i, row in enumerate(gates):
         pruned = [k for k, gate in enumerate(row) if gate < prune_threshold]
-        kept = sorted(set(range(len(row))) - set(pruned))
-        loses_rank.append(bool(pruned))
+        kept = [k for k, gate in enumerate(row) if not gate < prune_threshold]
+        if not (exclude_pruned and pruned):
+            receivers.append(i)
         missing = max(0, min(min_rank, len(row)) - len(kept))
         if missing and importance is None:
             kept = sorted(kept + pruned[-missing:])
@@ -166,29 +168,42 @@ def allocate(
     def fits(i: int) -> bool:
         return costs[i] <= spare and len(keep[i]) + grow[i] < caps[i]
 
-    receivers = [i for i in range(len(gates)) if not (exclude_pruned and loses_rank[i])]
+    # Once an adapter can't take a rank, it can't take a later one: each look at an adapter gives it a rank or is the
+    # last one.
     if importance is None:
         receivers.sort(key=lambda i: -min(gates[i]))
-        while any(fits(i) for i in receivers):
-            for i in receivers:
+        while receivers:
+            growable, receivers = receivers, []
+            for i in growable:
                 if fits(i):
                     grow[i] += 1
                     spare -= costs[i]
+                    receivers.append(i)
     else:
-        survivors = [[row[k] for k in kept] for row, kept in zip(importance, keep, strict=True)]
+        weakest = [_weakest(row[k] for k in kept) for row, kept in zip(importance, keep, strict=True)]
         back = given_back or [0] * len(gates)
         learners = [i for i in receivers if learning is None or learning[i]]
-        groups = (learners, receivers, range(len(gates)))
-        while growable := next(filter(None, ([i for i in group if fits(i)] for group in groups)), []):
-            neediest = max(growable, key=lambda i: (_need(survivors[i], costs[i], back[i], grow[i]), -i))
-            grow[neediest] += 1
-            spare -= costs[neediest]
+        for group in (learners, receivers, range(len(gates))):
+            needs = [(-_need(weakest[i], costs[i], back[i], grow[i]), i) for i in group]  # a heap, as below
+            heapq.heapify(needs)
+            while needs:
+                i = needs[0][1]
+                if not fits(i):
+                    heapq.heappop(needs)
+                    continue
+                grow[i] += 1
+                spare -= costs[i]
+                heapq.heapreplace(needs, (-_need(weakest[i], costs[i], back[i], grow[i]), i))
     return Plan(tuple(LayerPlan(k, g) for k, g in zip(keep, grow, strict=True)), spare)
 
 
-def _need(importance: Sequence[float | None], cost: int, given_back: int, received: float = 0) -> float:
-    """The need of an adapter for one more rank, see :func:`allocate`. ``importance`` is that of its ranks."""
-    weakest = min((value for value in importance if value is not None), default=0.0)
+def _weakest(importance: Iterable[float | None]) -> float:
+    """The importance of an adapter's least important rank; 0 if no rank can be judged."""
+    return min((value for value in importance if value is not None), default=0.0)
+
+
+def _need(weakest: float, cost: int, given_back: int, received: float = 0) -> float:
+    """The need of an adapter for one more rank, see :func:`allocate`. ``weakest`` is that of its surviving ranks."""
     return weakest / cost / math.sqrt((1 + received) * (1 + given_back))
 
 
@@ -196,7 +211,7 @@ def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
     """For each adapter the number of ranks that it received at a reallocation and lost again at a later one.
 
     Args:
-        history: the ranks of all adapters, in order: at the start and after each reallocation.
+        history: the ranks of all adapters, in order: at the start and after each reallocation. Not empty.
 
     Returns:
         One number for each adapter.
@@ -204,14 +219,12 @@ def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
     Raises:
         ValueError: the entries of ``history`` have different lengths.
     """
-    found = []
-    for ranks in zip(*history, strict=True):
-        received = given_back = 0
-        for before, after in itertools.pairwise(ranks):
-            received += max(0, after - before)
-            given_back += min(max(0, before - after), received - given_back)
-        found.append(given_back)
-    return found
+    ranks = np.array(history)
+    received = given_back = np.zeros(ranks.shape[1], dtype=int)
+    for change in np.diff(ranks, axis=0):
+        received = received + change.clip(min=0)
+        given_back = given_back + np.minimum(-change.clip(max=0), received - given_back)
+    return given_back.tolist()
 
 
 def ranks_to_prune(
@@ -248,7 +261,8 @@ def ranks_to_prune(
     """
     back = given_back or [0] * len(costs)
     learners = [i for i in range(len(costs)) if learning is None or learning[i]]
-    needs = [(-_need(importance[i], costs[i], back[i]), i) for i in learners]  # a heap, the neediest adapter first
+    weakest = [_weakest(row) for row in importance]
+    needs = [(-_need(weakest[i], costs[i], back[i]), i) for i in learners]  # a heap, the neediest adapter first
     heapq.heapify(needs)
     received = [0.0] * len(costs)  # in ranks of the receiving adapter
     chosen: list[list[int]] = [[] for _ in costs]
@@ -270,6 +284,6 @@ def ranks_to_prune(
         chosen[i].append(k)
         max_count -= 1
         received[receiver] += costs[i] / costs[receiver]
-        need = _need(importance[receiver], costs[receiver], back[receiver], received[receiver])
+        need = _need(weakest[receiver], costs[receiver], back[receiver], received[receiver])
         heapq.heapreplace(needs, (-need, receiver))
     return [tuple(sorted(rows)) for rows in chosen]
