@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CONCATENATED_BYTES = 1 << 26  # of tensors whose rows are moved together: a copy of them is held meanwhile
+
 
 def gated_lora(y0: Tensor, x: Tensor, a: Tensor, gate: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``y = y0 + s * ((x @ A.T) * g) @ B``, computed in the dtype of ``y0``.
@@ -81,18 +83,34 @@ def move_rows(rows: Tensor, keep: Sequence[int], grow: int, fill: float = 0.0) -
 
 @torch.no_grad()
 def move_rows_many(tensors: Sequence[Tensor], sources: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Tensor]:
-    """New tensors whose row i is row ``sources[i]`` of the old tensor ``(r, ...)``, or ``fill`` if that is -1."""
-    indices: dict[tuple, tuple[Tensor, Tensor]] = {}
-    moved = []
+    """New tensors whose row i is row ``sources[i]`` of the old tensor ``(r, ...)``, or ``fill`` if that is -1.
+
+    Tensors with rows of the same shape are concatenated, so that they take one op together.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for i, rows in enumerate(tensors):
+        alike.setdefault((rows.device, rows.dtype, rows.shape[1:]), []).append(i)
+    moved: dict[int, Tensor] = {}
+    for chosen in alike.values():
+        count = max(1, CONCATENATED_BYTES // max(1, *(tensors[i].nbytes for i in chosen)))
+        for start in range(0, len(chosen), count):
+            part = chosen[start : start + count]
+            results = _move_alike(*([values[i] for i in part] for values in (tensors, sources, fills)))
+            moved.update(zip(part, results, strict=True))
+    return [moved[i] for i in range(len(tensors))]
+
+
+def _move_alike(tensors: list[Tensor], sources: list[Sequence[int]], fills: list[float]) -> tuple[Tensor, ...]:
+    first, index, start = tensors[0], [], 0
+    fills = [float(fill).hex() for fill in fills]  # -0.0 and 0.0 differ
+    new_rows = {fill: sum(map(len, tensors)) + i for i, fill in enumerate(dict.fromkeys(fills))}  # behind the old ones
     for rows, source, fill in zip(tensors, sources, fills, strict=True):
-        key = (*source, rows.device)
-        if key not in indices:
-            old = torch.as_tensor(source, dtype=torch.long, device=rows.device)
-            indices[key] = old.clamp(min=0), (old < 0).nonzero()[:, 0]
-        old, new = indices[key]
-        moved.append(rows.index_select(0, old) if len(rows) else rows.new_empty((len(source), *rows.shape[1:])))
-        moved[-1].index_fill_(0, new, fill)
-    return moved
+        index += [new_rows[fill] if row < 0 else start + row for row in source]
+        start += len(rows)
+    filled = [first.new_full((1, *first.shape[1:]), float.fromhex(fill)) for fill in new_rows]
+    rows = torch.cat([*tensors, *filled])
+    moved = rows.index_select(0, torch.tensor(index, dtype=torch.long, device=first.device))
+    return torch.split_with_sizes_copy(moved, [len(source) for source in sources])
 
 
 @torch.no_grad()
