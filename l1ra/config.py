@@ -78,8 +78,8 @@ class L1RAConfig:
             optimizer state can't be rotated are left unchanged. Only used by the adaptive rule. Default True.
         min_coherence: an adapter receives no ranks while the gradients of different batches agree less than this, or
             less than half as much as in the adapter where they agree most: a new rank would learn noise. A cosine, see
-            ``Probe.coherence``, from -1 (all adapters may receive ranks) to 1. Only used by the adaptive rule. Default
-            0.1.
+            ``gradient_probe.coherence``, from -1 (all adapters may receive ranks) to 1. Only used by the adaptive rule.
+            Default 0.1.
         turnover: largest share of all ranks that are pruned in an interval, from 0 to 1. Only used by the adaptive
             rule. Default 0.3.
         total_steps: number of optimizer steps of the whole training. None (default) takes it from the Trainer.

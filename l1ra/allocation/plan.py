@@ -6,11 +6,10 @@ If two adapters are equally entitled to a rank, the first one in order receives 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 __all__ = ["LayerPlan", "Plan", "allocate", "ranks_given_back", "ranks_to_prune", "spread_evenly"]
 
@@ -211,7 +210,7 @@ def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
     """For each adapter the number of ranks that it received at a reallocation and lost again at a later one.
 
     Args:
-        history: the ranks of all adapters, in order: at the start and after each reallocation. Not empty.
+        history: the ranks of all adapters, in order: at the start and after each reallocation.
 
     Returns:
         One number for each adapter.
@@ -219,12 +218,14 @@ def ranks_given_back(history: Sequence[Sequence[int]]) -> list[int]:
     Raises:
         ValueError: the entries of ``history`` have different lengths.
     """
-    ranks = np.array(history)
-    received = given_back = np.zeros(ranks.shape[1], dtype=int)
-    for change in np.diff(ranks, axis=0):
-        received = received + change.clip(min=0)
-        given_back = given_back + np.minimum(-change.clip(max=0), received - given_back)
-    return given_back.tolist()
+    found = []
+    for ranks in zip(*history, strict=True):
+        received = given_back = 0
+        for before, after in itertools.pairwise(ranks):
+            received += max(0, after - before)
+            given_back += min(max(0, before - after), received - given_back)
+        found.append(given_back)
+    return found
 
 
 def ranks_to_prune(

@@ -1,7 +1,7 @@
 """Gradient probe: auxiliary ranks beside an adapter that collect a random sketch of the layer's weight gradient.
 
 The sketch provides directions for new ranks, and an estimate of whether a new rank would learn anything, see
-:attr:`Probe.coherence`.
+:func:`coherence`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Probe", "least_coherence", "update_sketches"]
+from l1ra.layers.tensor_lists import batches, grouped, transferred
+
+__all__ = ["Probe", "coherence", "least_coherence", "start_probes", "update_sketches"]
 
 MIN_NORM = 1e-18  # the square of a smaller norm vanishes in float32
 # The coherence of all adapters falls as the training proceeds, with a higher learning rate, and with smaller batches.
@@ -24,7 +26,7 @@ def least_coherence(coherences: Collection[float], floor: float) -> float:
     """The smallest coherence at which an adapter may receive ranks.
 
     Args:
-        coherences: :attr:`Probe.coherence` of all adapters.
+        coherences: :func:`coherence` of all adapters.
         floor: ``L1RAConfig.min_coherence``. The result is at least this; -1 allows all adapters.
     """
     return floor if floor <= -1 else max(floor, SHARE_OF_LARGEST * max(coherences, default=floor))
@@ -43,50 +45,26 @@ class Probe:
         seen: float32 scalar, the number of steps in ``sketch``.
     """
 
-    def __init__(self, mix: Tensor, sketch: Tensor, seen: Tensor) -> None:
+    def __init__(self, mix: Tensor, sketch: Tensor, seen: Tensor, zeros: tuple[Tensor, Tensor] | None = None) -> None:
+        """
+        Args:
+            mix, sketch, seen: see above.
+            zeros: memory for A and for its gradient, each of the shape of ``sketch`` in the dtype of ``mix``.
+        """
         self.mix = mix
         self.sketch = sketch
         self.seen = seen
-        self._reset_a()
+        self._reset_a(zeros)
 
-    def _reset_a(self) -> None:
-        self._a = self.mix.new_zeros(self.sketch.shape, requires_grad=True)
-        self._a.grad = torch.zeros_like(self._a)
-
-    @classmethod
-    def start(cls, count: int, a: Tensor, b: Tensor, generator: torch.Generator) -> Probe:
-        """A new probe, with an empty sketch.
-
-        Args:
-            count: number of ranks.
-            a, b: A ``(r, in_features)`` and B ``(r, out_features)`` of the adapter, which determine shapes, dtype and
-                device.
-            generator: a CPU generator, for ``mix``.
-        """
-        mix = torch.randn(count, b.shape[1], generator=generator, device="cpu").to(a) / math.sqrt(count)
-        sketch = torch.zeros(count, a.shape[1], dtype=torch.float32, device=a.device)
-        return cls(mix, sketch, sketch.new_zeros(()))
+    def _reset_a(self, zeros: tuple[Tensor, Tensor] | None = None) -> None:
+        a, grad = zeros or (self.mix.new_zeros(self.sketch.shape) for _ in range(2))
+        self._a = a.requires_grad_()
+        self._a.grad = grad
 
     def move_to(self, a: Tensor) -> None:
         """Adopt the device and the dtype of ``a``, A of the adapter. A gradient not yet in the sketch is dropped."""
         self.mix, self.sketch, self.seen = self.mix.to(a), self.sketch.to(a.device), self.seen.to(a.device)
         self._reset_a()
-
-    @property
-    def coherence(self) -> Tensor:
-        """How much the gradients of the n observed steps agree, a float32 scalar on the probe's device.
-
-        Let c be the mean cosine between the gradients of two steps. The coherence is the cosine to be expected between
-        the sum over one half of the steps and the sum over the other half, ``m c / (1 + (m - 1) c)`` with m = n / 2.
-
-        It is near 1 where the layer still has something to learn, near 0 where the gradients are noise, and negative
-        where the training overshoots, so that successive gradients have opposite directions. It is 0 without any
-        gradient, and not finite after a single one.
-        """
-        half = self.seen / 2
-        cosine = (self.sketch.square().sum() - self.seen) / (self.seen * (self.seen - 1))
-        agreement = half * cosine / (1 + (half - 1) * cosine)
-        return torch.where(self.seen > 0, agreement.clamp(min=-1.0), 0.0)
 
     @property
     def gradient(self) -> Tensor:
@@ -107,6 +85,33 @@ class Probe:
         return {name: getattr(self, name).clone() for name in ("mix", "sketch", "seen")}
 
 
+def start_probes(count: int, adapters: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> list[Probe]:
+    """New probes with empty sketches. Those of one device and dtype share the memory of each of their tensors.
+
+    Args:
+        count: number of ranks.
+        adapters: A ``(r, in_features)`` and B ``(r, out_features)`` of each adapter, which determine shapes, dtype and
+            device.
+        generator: a CPU generator, for ``mix``, from which the probes draw in order.
+    """
+    numbers = torch.empty(count * sum(b.shape[1] for _, b in adapters), device="cpu")
+    mixes = [part.view(count, -1) for part in numbers.split([count * b.shape[1] for _, b in adapters])]
+    for mix in mixes:
+        mix.normal_(generator=generator)
+    probes: dict[int, Probe] = {}
+    for (device, dtype), alike in grouped(adapters, lambda pair: (pair[0].device, pair[0].dtype)).items():
+        there = torch.cat([mixes[i].view(-1) for i in alike]).to(device, dtype) / math.sqrt(count)
+        sizes = [adapters[i][0].shape[1] for i in alike]
+        zeros = [torch.zeros(count * sum(sizes), dtype=d, device=device) for d in (torch.float32, dtype, dtype)]
+        seen = torch.zeros(len(alike), dtype=torch.float32, device=device)
+        parts = zip(*(flat.split([count * size for size in sizes]) for flat in zeros), strict=True)
+        own = zip(alike, there.split([mixes[i].numel() for i in alike]), seen, parts, strict=True)
+        for i, mix, steps, (sketch, *a) in own:
+            a, grad = (part.view(count, -1) for part in a)
+            probes[i] = Probe(mix.view(count, -1), sketch.view(count, -1), steps, (a, grad))
+    return [probes[i] for i in range(len(adapters))]
+
+
 @torch.no_grad()
 def update_sketches(probes: Sequence[Probe]) -> None:
     """Add the gradients of an optimizer step to the sketches, and reset them. Call it once after each step.
@@ -115,11 +120,44 @@ def update_sketches(probes: Sequence[Probe]) -> None:
     A gradient that is not finite or almost 0 is skipped. No value is copied to the host.
     """
     pending = [probe.gradient for probe in probes]
-    gradients = [gradient.float() for gradient in pending]
-    for probe, gradient, norm in zip(probes, gradients, torch._foreach_norm(gradients), strict=True):
-        usable = (norm > MIN_NORM) & (norm < torch.inf)
-        probe.sketch += torch.where(usable, gradient / norm, 0.0)
-        probe.seen += usable
     for gradient in pending:
-        gradient.detach_()  # backward(create_graph=True) leaves a graph
+        if gradient.requires_grad:
+            gradient.detach_()  # backward(create_graph=True) leaves a graph
+    kinds = grouped(pending, lambda gradient: (gradient.device, gradient.dtype, gradient.shape))
+    for (_, _, shape), alike in kinds.items():
+        for chosen in batches(alike, shape.numel()):
+            _add_directions([probes[i] for i in chosen])
+
+
+def _add_directions(probes: list[Probe]) -> None:
+    """As :func:`update_sketches`, for probes that are alike."""
+    pending = [probe.gradient for probe in probes]
+    gradients = torch.stack(pending).float()
+    norms = torch.linalg.vector_norm(gradients, dim=(1, 2), keepdim=True)
+    usable = (norms > MIN_NORM) & (norms < torch.inf)
+    directions = torch.where(usable, gradients.div_(norms), 0.0)
+    torch._foreach_add_([probe.sketch for probe in probes], list(directions))
+    torch._foreach_add_([probe.seen for probe in probes], list(usable.flatten().float()))
     torch._foreach_zero_(pending)
+
+
+@torch.no_grad()
+def coherence(probes: Sequence[Probe]) -> Tensor:
+    """How much the gradients of the n steps that each probe has observed agree: ``(len(probes),)`` float32 on the CPU.
+
+    Let c be the mean cosine between the gradients of two steps. The coherence is the cosine to be expected between the
+    sum over one half of the steps and the sum over the other half, ``m c / (1 + (m - 1) c)`` with m = n / 2.
+
+    It is near 1 where the layer still has something to learn, near 0 where the gradients are noise, and negative where
+    the training overshoots, so that successive gradients have opposite directions. It is 0 without any gradient, and
+    not finite after a single one.
+    """
+    norms: dict[int, Tensor] = {}
+    for alike in grouped(probes, lambda probe: probe.sketch.device).values():
+        norms |= zip(alike, torch._foreach_norm([probes[i].sketch for i in alike]), strict=True)
+    numbers = [number for i, probe in enumerate(probes) for number in (norms[i], probe.seen)]
+    norm, seen = torch.stack(transferred(numbers, torch.device("cpu"), torch.float32)).view(-1, 2).unbind(1)
+    half = seen / 2
+    cosine = (norm.square() - seen) / (seen * (seen - 1))
+    agreement = half * cosine / (1 + (half - 1) * cosine)
+    return torch.where(seen > 0, agreement.clamp(min=-1.0), 0.0)

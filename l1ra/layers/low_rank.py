@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from functools import partial
 from typing import Any
 
@@ -121,7 +122,8 @@ class GatedLowRank(nn.Module):
         if not self.scale_with_rank:
             return 1.0
         # Rounded to float32, the dtype of the gates: B is divided by exactly the factor by which they are multiplied.
-        return torch.tensor(math.sqrt(self.initial_rank / rank), dtype=torch.float32).item()
+        (rounded,) = struct.unpack("f", struct.pack("f", math.sqrt(self.initial_rank / rank)))
+        return rounded
 
     def gate_factor(self, rank: int) -> float:
         """The factor by which the gates and B's gradient are multiplied, and B is divided, if the rank becomes
@@ -156,29 +158,24 @@ class GatedLowRank(nn.Module):
             raise ValueError(f"the plan leaves rank {plan.rank}: at least 1 must stay.")
         if self.reserve is not None and plan.rank > self.reserve:
             raise ValueError(f"the plan makes rank {plan.rank}: no more than {self.reserve} are reserved.")
-        rows = self.initial_rows(grow) if new_rows is None else new_rows
-        if rows.shape != (grow, self.in_features):
-            raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(rows.shape)}.")
+        if new_rows is not None and new_rows.shape != (grow, self.in_features):
+            raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(new_rows.shape)}.")
         if grow == 0 and len(keep) == self.rank:
             return
+        new_gates = None
+        if grow:
+            new_rows = self.initial_rows(grow) if new_rows is None else new_rows
+            new_gates = torch.full((grow,), self.rank_scaling, dtype=torch.float32, device="cpu")
         new = slice(len(keep), plan.rank)
         sources = self.row_sources(plan)
-        moves.add_parameter(self.lora_A, sources, new, rows)
-        moves.add_parameter(self.gate, sources, new, self.gate.new_full((grow,), self.rank_scaling))
+        moves.add_parameter(self.lora_A, sources, new, new_rows)
+        moves.add_parameter(self.gate, sources, new, new_gates)
         moves.add_parameter(self.lora_B, sources)
         factor = self.gate_factor(plan.rank)
         if factor != 1:
-            moves.afterwards(partial(self._rescale, factor))
+            moves.rescale(self.gate, self.lora_B, factor)
         if self.reserve is not None:
             moves.afterwards(partial(setattr, self, "_reserved_rank", plan.rank))
-
-    @torch.no_grad()
-    def _rescale(self, factor: float) -> None:
-        self.gate.mul_(factor)
-        self.lora_B.div_(factor)
-        for param, change in ((self.gate, 1 / factor), (self.lora_B, factor)):
-            if param.grad is not None:
-                param.grad.mul_(change)
 
     def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
         """For each row of the parameters after ``plan`` its index before, -1 for new rows and rows beyond the rank."""

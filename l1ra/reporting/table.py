@@ -25,9 +25,9 @@ class ReportRow:
         in_features, out_features: of the layer.
         rank, initial_rank: the rank now and at the start.
         smallest_gate: the smallest gate of its ranks.
-        coherence: how much its gradients agreed in the interval before the last reallocation, see ``Probe.coherence``.
-            Below ``Report.least_coherence`` the adapter received only ranks that no other adapter could take. None
-            before the first measurement.
+        coherence: how much its gradients agreed in the interval before the last reallocation, see
+            ``gradient_probe.coherence``. Below ``Report.least_coherence`` the adapter received only ranks that no other
+            adapter could take. None before the first measurement.
         params: the number of adapter parameters now, including gates.
         path: the implementation that runs. ``"fused (chain)"`` and ``"fused (aug)"``: Triton kernels around the matrix
             product of cuBLAS. ``"fused (add)"``: Triton kernels around the base layer's own forward. ``"torch"``: plain

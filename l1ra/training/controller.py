@@ -64,7 +64,7 @@ class RankController:
         history: one dict for the start and one for each reallocation: ``step``, ``ranks`` (name -> int), ``pruned``,
             ``moved``, ``spare``, ``gates`` (a dict with ``min``, ``mean``, ``zero``, the share of gates at 0, and
             ``skipped``, the number of skipped steps), ``coherence`` (name -> agreement
-            of the adapter's gradients in the interval before, see ``Probe.coherence``; empty without probes).
+            of the adapter's gradients in the interval before, see ``gradient_probe.coherence``; empty without probes).
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+from l1ra.layers.tensor_lists import copy_all_, transferred, views_like
 
 __all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
 
@@ -66,10 +67,10 @@ class ReplicaGroup:
         """Replace each tensor by its sum over all processes, in place."""
         if self._group is None or not tensors:
             return
-        flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+        first = tensors[0]
+        flat = torch.cat([part.reshape(-1) for part in transferred(tensors, first.device, first.dtype)])
         distributed.all_reduce(flat, group=self._group)
-        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+        copy_all_(tensors, views_like(flat, tensors))
 
     def _on_device(self) -> AbstractContextManager:
         # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +14,8 @@ from l1ra.allocation.plan import Plan
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
+from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
+from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
 __all__ = ["GateBank"]
@@ -45,7 +48,7 @@ class GateBank:
     def _read_layers(self) -> None:
         device = self.layers[0].gate.device
         self._read_ranks(device)
-        gates = torch.cat([layer.gate.detach()[: layer.rank].to(device, torch.float32) for layer in self.layers])
+        gates = torch.cat(transferred(self._gates_of(self.layers), device, torch.float32))
         self.value = (gates / self._rank_scaling).to(gates)
         for name, fill in STATE.items():
             if name != "value":
@@ -55,8 +58,8 @@ class GateBank:
     def _read_ranks(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
         # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
-        factors = [layer.rank_scaling for layer in self.layers for _ in range(layer.rank)]
-        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device)).to(device)
+        factors = torch.tensor([layer.rank_scaling for layer in self.layers], dtype=widest_float(device))
+        self._rank_scaling = factors.repeat_interleave(torch.tensor(self.ranks)).to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
@@ -78,15 +81,13 @@ class GateBank:
             layer.gate.grad = None
         self._move_to(self.layers[0].gate.device)
         device, dtype = self.value.device, self.value.dtype
-        parts = [
-            torch.zeros(rank, device=device, dtype=dtype) if grad is None else grad[:rank].to(device, dtype)
-            for grad, rank in zip(grads, self.ranks, strict=True)
-        ]
-        seen = None
+        seen = none = None
         if any(grad is None for grad in grads):
+            none = torch.zeros(max(self.ranks), device=device, dtype=dtype)
             had = torch.tensor([grad is not None for grad in grads])
             seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        return _unscaled((torch.cat(parts) * self._rank_scaling).to(dtype), optimizer), seen
+        parts = [(none if grad is None else grad)[:rank] for grad, rank in zip(grads, self.ranks, strict=True)]
+        return _unscaled((torch.cat(transferred(parts, device, dtype)) * self._rank_scaling).to(dtype), optimizer), seen
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over the new state that a rule has returned; see ``Rule.step``.
@@ -104,43 +105,51 @@ class GateBank:
     @torch.no_grad()
     def write_to_layers(self) -> None:
         """Copy the master gates into the layers, which undoes whatever an optimizer did to them."""
-        gates = [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in self.layers]
-        torch._foreach_copy_(gates, self._layer_gates())
+        copy_all_(self._gates_of(self.layers), self._layer_gates())
 
-    def _layer_gates(self) -> list[Tensor]:
-        return list((self.value * self._rank_scaling).split(self.ranks))
+    def _layer_gates(self) -> tuple[Tensor, ...]:
+        return (self.value * self._rank_scaling).split(self.ranks)
+
+    def _gates_of(self, layers: Sequence[L1RALinear]) -> list[Tensor]:
+        return [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in layers]
 
     def refresh(self) -> None:
         """Start again from the layers if one of them was resized, or has loaded other gates, without this bank."""
         if self._stale():
             self._read_layers()
 
+    @torch.no_grad()
     def _stale(self) -> bool:
-        loaded = [layer.gate_loaded for layer in self.layers]
-        for layer in self.layers:
-            layer.gate_loaded = False
+        loaded = [i for i, layer in enumerate(self.layers) if layer.gate_loaded]
+        for i in loaded:
+            self.layers[i].gate_loaded = False
         if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
             return True
-        return any(loaded) and any(
-            new and not torch.equal(layer.gate[: layer.rank], gate.to(layer.gate))
-            for new, layer, gate in zip(loaded, self.layers, self._layer_gates(), strict=True)
-        )
+        gates, own = self._gates_of([self.layers[i] for i in loaded]), self._layer_gates() if loaded else ()
+        for (device, dtype), alike in grouped(gates, lambda gate: (gate.device, gate.dtype)).items():
+            there = transferred([own[loaded[k]] for k in alike], device, dtype)
+            if not torch.equal(torch.cat([gates[k] for k in alike]), torch.cat(there)):
+                return True
+        return False
 
     def penalise(self, chosen: Sequence[Sequence[int]]) -> None:
         """From now on apply the L1 penalty to these rows of each adapter, and to no others."""
+        rows = [start + row for start, rows in zip(self._starts(), chosen, strict=True) for row in rows]
         weight = torch.zeros(len(self.value))
-        start = 0
-        for rows, rank in zip(chosen, self.ranks, strict=True):
-            weight[[start + row for row in rows]] = self.PENALTY_WEIGHT
-            start += rank
+        weight[torch.tensor(rows, dtype=torch.long)] = self.PENALTY_WEIGHT
         self.weight = weight.to(self.weight)
+
+    def _starts(self) -> Iterator[int]:
+        """The first row of each adapter."""
+        return itertools.accumulate(self.ranks[:-1], initial=0)
 
     def plan_move(self, moves: RowMoves, plan: Plan) -> None:
         """Add the state to ``moves``, by a plan that the layers will follow."""
-        flat, start = [], 0
-        for layer, rank in zip(plan.layers, self.ranks, strict=True):
-            flat += [start + row if row >= 0 else row for row in row_sources(layer)]
-            start += rank
+        flat = [
+            start + row if row >= 0 else row
+            for start, layer in zip(self._starts(), plan.layers, strict=True)
+            for row in row_sources(layer)
+        ]
         for name, fill in STATE.items():
             moves.add(getattr(self, name), flat, fill, partial(setattr, self, name))
         moves.afterwards(lambda: self._read_ranks(self.value.device))
@@ -156,27 +165,20 @@ class GateBank:
         The gradients of different gates are taken as uncorrelated: the squares of the rotated ones are then means of
         the squares.
         """
-        start = 0
-        for some, rotation, rank in zip(rows, rotations, self.ranks, strict=True):
-            if rotation is not None:
-                index = torch.tensor(some, device=self.value.device) + start
-                matrix = rotation.square().to(self.importance_sq)
-                self.importance_sq[index] = matrix @ self.importance_sq[index]
-            start += rank
+        parts = zip(self.importance_sq.split(self.ranks), rows, rotations, strict=True)
+        rotate_rows([RowRotation(*part, squared=True) for part in parts if part[2] is not None])
 
     def by_adapter(self, flat: Tensor) -> list[list[float]]:
         """A flat tensor as one list an adapter."""
-        return [part.tolist() for part in flat.cpu().split(self.ranks)]
+        values = flat.tolist()
+        return [values[start : start + rank] for start, rank in zip(self._starts(), self.ranks, strict=True)]
 
     def summary(self) -> dict[str, float]:
         """The smallest and the mean gate, the share of gates at exactly 0, and the number of skipped steps."""
         value = self.value
-        return {
-            "min": value.min().item(),
-            "mean": value.mean().item(),
-            "zero": (value == 0).float().mean().item(),
-            "skipped": self.skipped.item(),
-        }
+        numbers = torch.stack([value.min(), value.mean(), (value == 0).float().mean()])
+        least, mean, zero, skipped = torch.cat([numbers.to(self._rank_scaling), self.skipped[None]]).tolist()
+        return {"min": least, "mean": mean, "zero": zero, "skipped": int(skipped)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from l1ra.config import L1RAConfig
@@ -94,9 +95,9 @@ class AdaptiveL1:
         return dict(zip(("value", "importance_sq", "age", "skipped"), new, strict=True))
 
     def importance(self, bank: GateBank, stage: Stage) -> list[list[float | None]]:
-        judged = bank.by_adapter((bank.age >= stage.min_age) & (bank.value > 0))
-        values = bank.by_adapter(bank.importance_sq.sqrt())
-        return [[v if ok else None for v, ok in zip(*row, strict=True)] for row in zip(values, judged, strict=True)]
+        judged = (bank.age >= stage.min_age) & (bank.value > 0)
+        values = bank.by_adapter(torch.where(judged, bank.importance_sq.sqrt(), -1.0))
+        return [[None if value == -1 else value for value in row] for row in values]
 
     def _fading_lr(self, stage: Stage) -> float:
         # From 1 to 0 within half an interval. Half a step less, since a sum of fractions may fall short of 1.

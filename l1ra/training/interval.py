@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +12,12 @@ from torch.optim import Optimizer
 
 from l1ra.allocation.costs import rank_cap
 from l1ra.allocation.new_rows import leading_rows
-from l1ra.allocation.plan import LayerPlan, Plan, allocate, ranks_to_prune
+from l1ra.allocation.plan import Plan, allocate, ranks_to_prune
 from l1ra.config import L1RAConfig
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.row_moves import row_runs
+from l1ra.layers.tensor_lists import transferred
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
@@ -118,7 +121,7 @@ class Interval:
         """
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
-        done = move_ranks(self._adapters, plan, self._bank, optimizers, self._new_rows)
+        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan))
         self._bank.penalise([()] * len(self._layers))
         if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
@@ -162,10 +165,28 @@ class Interval:
         """The largest rank that each adapter may have after the next reallocation."""
         return [min(cap, MAX_GROWTH * layer.rank) for cap, layer in zip(self._caps, self._layers, strict=True)]
 
-    def _new_rows(self, name: str, change: LayerPlan) -> Tensor:
-        layer = self._adapters[name]
-        rows = layer.initial_rows(change.grow, self.generator)
-        if change.grow and self._config.new_rows == "gradient":
-            rows = leading_rows(self.probes.sketch(name), layer.lora_A.detach()[list(change.keep)], rows)
-            rows = self._replicas.broadcast(rows)
+    def _new_rows(self, plan: Plan) -> list[Tensor | None]:
+        """For each adapter A of its new ranks, ``(grow, in_features)`` float32 on the CPU; None if it grows by none."""
+        changes = list(zip(self._layers, plan.layers, strict=True))
+        rows = [layer.initial_rows(change.grow, self.generator) if change.grow else None for layer, change in changes]
+        if self._config.new_rows == "gradient":
+            sketches = [self.probes.sketch(name) for name in self._adapters]
+            chosen = [i for i, sketch in enumerate(sketches) if sketch is not None and rows[i] is not None]
+            some = [(sketches[i], changes[i][0].lora_A, changes[i][1].keep, rows[i]) for i in chosen]
+            for i, new in zip(chosen, self._replicas.broadcast(_along_the_gradient(some)), strict=True):
+                rows[i] = new
         return rows
+
+
+def _along_the_gradient(adapters: Sequence[tuple[Tensor, Tensor, Sequence[int], Tensor]]) -> list[Tensor]:
+    """:func:`leading_rows` for the sketch, A and its kept rows, and the random rows of each adapter.
+
+    They are computed on the CPU after one transfer from each device: singular vectors of wide matrices take a GPU
+    longer.
+    """
+    kept = [[a[run] for run in row_runs(keep) or [slice(0)]] for _, a, keep, _ in adapters]
+    sketches = [sketch for sketch, *_ in adapters]
+    there = iter(transferred([*sketches, *itertools.chain(*kept)], torch.device("cpu"), torch.float32))
+    sketches = list(itertools.islice(there, len(adapters)))
+    present = [torch.cat(list(itertools.islice(there, len(runs)))) for runs in kept]
+    return leading_rows(sketches, present, [random for *_, random in adapters])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.layers.row_moves import RowMoves
+from l1ra.layers.tensor_lists import multiply_all_, transferred
 from l1ra.training.quantised_state import COMPANIONS, is_quantised, read_values, write_values
+from l1ra.training.row_rotation import RowRotation, rotate_rows
 
-__all__ = ["can_rotate", "plan_state", "rotate_state", "scale_state"]
+__all__ = ["can_rotate", "plan_state", "rotate_states", "scale_states"]
 
 # Factored second moments: one number for each row of the parameter, and one for each column, shared by all rows.
 PER_ROW = ("row_var", "exp_avg_sq_row")
@@ -66,12 +69,14 @@ def plan_state(
         for name in state:
             if _kind(state, name, old_shape) == "rows":
                 start = groups.get(param, {}).get(STARTS[name], 0.0) if name in STARTS else 0.0
-                store = partial(_write_average, param, sources) if name in AVERAGES else write_values
-                moves.add(read_values(state, name), sources, float(start), partial(store, state, name))
+                store, own = partial(write_values, state, name), not is_quantised(state, name)
+                if name in AVERAGES:
+                    store, own = partial(_write_average, param, sources, state, name), False
+                moves.add(read_values(state, name), sources, float(start), store, in_place=own)
 
 
 def can_rotate(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
-    """Whether :func:`rotate_state` can rotate the state of the parameter."""
+    """Whether the state of the parameter can be rotated, see :func:`rotate_states`."""
     state = optimizer.state.get(param)
     if not state:
         return True
@@ -84,52 +89,84 @@ def can_rotate(optimizer: Optimizer, param: torch.nn.Parameter) -> bool:
     )
 
 
-def rotate_state(optimizer: Optimizer, param: torch.nn.Parameter, rows: Tensor, rotation: Tensor) -> None:
-    """Rotate the state of a parameter as its rows were rotated.
+class _Values(NamedTuple):
+    """State with one row for each rank: ``values`` are the tensor ``state[name]`` itself or dequantised from it."""
+
+    state: dict
+    name: str
+    values: Tensor
+
+    def write(self) -> None:
+        """Quantise ``values`` again, if need be, after they were changed in place."""
+        if self.values is not self.state[self.name]:
+            write_values(self.state, self.name, self.values)
+
+
+def rotate_states(
+    optimizers: Sequence[Optimizer], rotations: Mapping[torch.nn.Parameter, tuple[Sequence[int], Tensor]]
+) -> None:
+    """Rotate the state of parameters as their rows were rotated.
 
     State that is linear in the gradient is rotated like the rows. Squares become means weighted by the squares of the
     rotation, as if the gradients of different rows were uncorrelated.
 
     Args:
-        rows: ``(n,)``, the indices of the rotated rows.
-        rotation: ``(n, n)``, orthogonal, in the widest dtype of the device.
+        rotations: parameter -> the ascending indices of its n rotated rows, and their rotation as in
+            :func:`rotate_rows`.
     """
-    state = optimizer.state.get(param, {})
-    for name in state:
-        if _kind(state, name, param.shape) == "rows":
-            values = read_values(state, name)
-            matrix = rotation.square() if _never_negative(name, values) else rotation
-            values.index_copy_(0, rows, (matrix @ values[rows].to(matrix)).to(values.dtype))
-            write_values(state, name, values)
+    found, turns = [], []
+    for optimizer in optimizers:
+        for param, turn in rotations.items():
+            state = optimizer.state.get(param, {})
+            rows = [name for name in state if _kind(state, name, param.shape) == "rows"]
+            found += [_Values(state, name, read_values(state, name)) for name in rows]
+            turns += [turn] * len(rows)
+    squares = _never_negative(found)
+    rotate_rows([RowRotation(v.values, *turn, s) for v, turn, s in zip(found, turns, squares, strict=True)])
+    for values in found:
+        values.write()
 
 
-def scale_state(optimizer: Optimizer, param: torch.nn.Parameter, factor: float) -> None:
-    """Rescale the state of a parameter that was divided by ``factor``: its gradient grows by this factor.
+def scale_states(optimizers: Sequence[Optimizer], factors: Mapping[torch.nn.Parameter, float]) -> None:
+    """Rescale the state of parameters that were divided by ``factors``: their gradients grow by these factors.
 
     Step sizes are not rescaled.
     """
-    state = optimizer.state.get(param, {})
     # The momentum of RMSprop and of transformers' Adafactor averages steps, that of all others gradients.
     momentum = {"square_avg": "momentum_buffer", "exp_avg_sq_row": "exp_avg"}
-    steps = (*STEPS, *(name for squares, name in momentum.items() if squares in state))
-    for name in state:
-        if name in steps or not (name in SHARED or _kind(state, name, param.shape) == "rows"):
-            continue
-        values = read_values(state, name)
-        if values.is_floating_point():
-            squares = name in SHARED or (name != "exp_inf" and _never_negative(name, values))
-            write_values(state, name, values.mul_(1 / factor if name in AVERAGES else factor**2 if squares else factor))
+    found, numbers = [], []
+    for optimizer in optimizers:
+        for param, factor in factors.items():
+            state = optimizer.state.get(param, {})
+            steps = (*STEPS, *(name for squares, name in momentum.items() if squares in state))
+            for name in state:
+                if name not in steps and (name in SHARED or _kind(state, name, param.shape) == "rows"):
+                    values = read_values(state, name)
+                    if values.is_floating_point():
+                        found.append(_Values(state, name, values))
+                        numbers.append(factor)
+    scales = []
+    for (_, name, _), factor, never_negative in zip(found, numbers, _never_negative(found), strict=True):
+        squares = name in SHARED or (name != "exp_inf" and never_negative)
+        scales.append(1 / factor if name in AVERAGES else factor**2 if squares else factor)
+    multiply_all_([values.values for values in found], scales)
+    for values in found:
+        values.write()
 
 
 def _write_average(param: torch.nn.Parameter, sources: Sequence[int], state: dict, name: str, moved: Tensor) -> None:
-    new = [row for row, source in enumerate(sources) if source < 0]
-    moved[new] = param.detach()[new].to(moved)  # its new rows are there already
+    if -1 in sources:
+        new = slice(sources.index(-1), None)  # no old row comes behind a new one
+        moved[new] = param.detach()[new].to(moved)  # its new rows are there already
     write_values(state, name, moved)
 
 
-def _never_negative(name: str, values: Tensor) -> bool:
+def _never_negative(found: Sequence[_Values]) -> list[bool]:
     # Under unknown names the values decide: optimizers take the root of squares, which must not become negative.
-    return name in SQUARES or (name not in LINEAR and bool((values >= 0).all()))
+    unknown = [v for v in found if v.name not in (*SQUARES, *LINEAR)]
+    least = transferred([v.values.min() for v in unknown], torch.device("cpu"), torch.float64)
+    signs = iter(torch.stack(least).tolist() if least else ())
+    return [v.name in SQUARES or (v.name not in LINEAR and next(signs) >= 0) for v in found]
 
 
 def _is_plain(value: Tensor) -> bool:

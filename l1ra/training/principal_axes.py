@@ -14,48 +14,57 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.precision import widest_float
-from l1ra.training.optimizer_state import can_rotate, rotate_state
+from l1ra.layers.tensor_lists import grouped
+from l1ra.training.optimizer_state import can_rotate, rotate_states
+from l1ra.training.row_rotation import RowRotation, grams, rotate_rows
 
-__all__ = ["principal_rotation", "rotate_to_principal_axes"]
+__all__ = ["principal_rotations", "rotate_to_principal_axes"]
+
+Rotations = list[tuple[list[int], Tensor]]  # adapters that rotate as many ranks, and their rotations (k, n, n)
 
 
-def principal_rotation(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """The rotation of ranks onto their principal axes, strongest first.
+def principal_rotations(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+    """The rotations of the ranks of k adapters onto their principal axes, strongest first.
 
     Args:
-        gram_a, gram_b: ``A @ A.T`` and ``B @ B.T``, each ``(r, r)``, float64, finite.
+        gram_a, gram_b: ``A @ A.T`` and ``B @ B.T`` of each adapter, each ``(k, r, r)``, float64, finite, not 0.
 
     Returns:
-        Orthogonal ``(r, r)`` Q, float64. Among all rotations it brings the rows of ``Q @ A`` and ``Q @ B`` nearest to
-        the singular vectors of ``B.T @ A``, weighted by the singular values (orthogonal Procrustes problem: Schönemann
-        1966). If A's rows are orthogonal and equally long, as nearly at the start, they are met exactly.
+        Orthogonal Q of each adapter, ``(k, r, r)`` float64. Among all rotations it brings the rows of ``Q @ A`` and
+        ``Q @ B`` nearest to the singular vectors of ``B.T @ A``, weighted by the singular values (orthogonal Procrustes
+        problem: Schönemann 1966). If A's rows are orthogonal and equally long, as nearly at the start, they are met
+        exactly.
     """
     # A.T = U @ root(A A.T) with orthonormal columns of U, so the r x r core has the singular values of B.T @ A.
     root_a, root_b = _root(gram_a), _root(gram_b)
     left, values, right = torch.linalg.svd(root_b @ root_a)
-    toward = right @ root_a / gram_a.trace().sqrt() + left.T @ root_b / gram_b.trace().sqrt()
-    u, _, v = torch.linalg.svd(values.sqrt().unsqueeze(1) * toward)
+    norm_a, norm_b = (_traces(gram).sqrt()[:, None, None] for gram in (gram_a, gram_b))
+    toward = right @ root_a / norm_a + left.mT @ root_b / norm_b
+    u, _, v = torch.linalg.svd(values.sqrt().unsqueeze(-1) * toward)
     return u @ v
 
 
 def _root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 @torch.no_grad()
 def rotate_to_principal_axes(
     layers: Iterable[tuple[L1RALinear, Sequence[int]]],
     optimizers: Sequence[Optimizer],
-    broadcast: Callable[[list[Tensor | None]], list[Tensor | None]] = lambda rotations: rotations,
+    broadcast: Callable[[Rotations], Rotations] = lambda rotations: rotations,
 ) -> list[Tensor | None]:
     """Rotate rows of each adapter, and the optimizers' state of them, onto their principal axes.
 
     The function of the model does not change, up to rounding to the adapters' dtype.
 
     Args:
-        layers: each adapter with the rows to be rotated, whose gates must be equal.
+        layers: each adapter with the rows to be rotated, ascending, whose gates must be equal.
         optimizers: whose state is rotated too.
         broadcast: given the rotations, returns those that all data-parallel processes apply.
 
@@ -64,34 +73,36 @@ def rotate_to_principal_axes(
         rows, B = 0, values that are not finite, or optimizer state that can't be rotated.
     """
     layers = list(layers)
-    grams = [None if len(rows) < 2 else torch.stack([_gram(p, rows) for p in _params(layer)]) for layer, rows in layers]
-    rotations: list[Tensor | None] = []
-    for (layer, _), gram in zip(layers, grams, strict=True):
-        rotation = None
-        if gram is not None and all(can_rotate(optimizer, p) for optimizer in optimizers for p in _params(layer)):
-            gram_a, gram_b = gram = gram.cpu().double()
-            if torch.isfinite(gram).all() and gram_a.trace() > 0 and gram_b.trace() > 0:
-                rotation = principal_rotation(gram_a, gram_b)
-        rotations.append(rotation)
-    rotations = broadcast(rotations)
-    for (layer, rows), rotation in zip(layers, rotations, strict=True):
-        if rotation is None:
-            continue
-        there = rotation.to(layer.lora_A.device, widest_float(layer.lora_A.device))
-        index = torch.tensor(rows, device=there.device)
-        for param in _params(layer):
-            for tensor in (param, param.grad):
-                if tensor is not None:
-                    tensor.index_copy_(0, index, (there @ tensor.detach()[index].to(there)).to(tensor.dtype))
-            for optimizer in optimizers:
-                rotate_state(optimizer, param, index, there)
+    rotations: list[Tensor | None] = [None] * len(layers)
+    for chosen, found in broadcast(_find_rotations(layers, optimizers)):
+        for i, rotation in zip(chosen, found, strict=True):
+            rotations[i] = rotation
+    turns = {
+        param: (rows, rotation)
+        for (layer, rows), rotation in zip(layers, rotations, strict=True)
+        if rotation is not None
+        for param in (layer.lora_A, layer.lora_B)
+    }
+    both = [(tensor, turn) for param, turn in turns.items() for tensor in (param, param.grad) if tensor is not None]
+    rotate_rows([RowRotation(tensor, *turn) for tensor, turn in both])
+    rotate_states(optimizers, turns)
     return rotations
 
 
-def _params(layer: L1RALinear) -> tuple[Tensor, Tensor]:
-    return layer.lora_A, layer.lora_B
-
-
-def _gram(param: Tensor, rows: Sequence[int]) -> Tensor:
-    some = param.detach()[list(rows)].to(widest_float(param.device))
-    return some @ some.T
+def _find_rotations(layers: Sequence[tuple[L1RALinear, Sequence[int]]], optimizers: Sequence[Optimizer]) -> Rotations:
+    able = [
+        i
+        for i, (layer, rows) in enumerate(layers)
+        if len(rows) > 1 and all(can_rotate(o, p) for o in optimizers for p in (layer.lora_A, layer.lora_B))
+    ]
+    # All products are computed before the one transfer to the CPU.
+    found = grams([(p, layers[i][1]) for i in able for p in (layers[i][0].lora_A, layers[i][0].lora_B)])
+    rotations = []
+    for alike in grouped(able, lambda i: len(layers[i][1])).values():
+        gram_a, gram_b = (torch.stack([found[2 * k + part] for k in alike]).double() for part in (0, 1))
+        finite = (torch.isfinite(gram_a) & torch.isfinite(gram_b)).flatten(1).all(1)
+        fit = (finite & (_traces(gram_a) > 0) & (_traces(gram_b) > 0)).nonzero()[:, 0]
+        if len(fit):
+            chosen = [able[alike[k]] for k in fit.tolist()]
+            rotations.append((chosen, principal_rotations(gram_a[fit], gram_b[fit])))
+    return rotations

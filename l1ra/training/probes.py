@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from l1ra.layers.gradient_probe import Probe, update_sketches
+from l1ra.layers.gradient_probe import Probe, coherence, start_probes, update_sketches
 from l1ra.layers.linear import L1RALinear
 from l1ra.training.data_parallel import ReplicaGroup
 
@@ -32,8 +32,11 @@ class ProbeSet:
 
     def start(self, generator: torch.Generator) -> None:
         """Put new probes beside the adapters; they observe the gradients from the next forward on."""
-        for name, layer in self._adapters.items():
-            self._probes[name] = layer.probe = Probe.start(PROBE_RANKS, layer.lora_A, layer.lora_B, generator)
+        layers = list(self._adapters.values())
+        probes = start_probes(PROBE_RANKS, [(layer.lora_A, layer.lora_B) for layer in layers], generator)
+        self._probes = dict(zip(self._adapters, probes, strict=True))
+        for layer, probe in zip(layers, probes, strict=True):
+            layer.probe = probe
 
     def take_step(self) -> None:
         """Add the gradients of an optimizer step to the sketches."""
@@ -47,13 +50,15 @@ class ProbeSet:
 
     def sum_over_replicas(self, replicas: ReplicaGroup) -> None:
         """Sum the sketches over all data-parallel processes."""
-        replicas.sum_over_replicas([part for probe in self._probes.values() for part in (probe.sketch, probe.seen)])
+        replicas.sum_over_replicas(self._sums())
+
+    def _sums(self) -> list[Tensor]:
+        return [part for probe in self._probes.values() for part in (probe.sketch, probe.seen)]
 
     def reset(self) -> None:
         """Set the sketches to zero."""
-        for probe in self._probes.values():
-            probe.sketch.zero_()
-            probe.seen.zero_()
+        if self._probes:
+            torch._foreach_zero_(self._sums())
 
     def discard(self) -> None:
         """Remove the probes and their sketches."""
@@ -61,14 +66,12 @@ class ProbeSet:
         self._probes = {}
 
     def coherence(self) -> dict[str, float]:
-        """Adapter name -> how much its gradients agree, see ``Probe.coherence``. Values that are not finite are left
-        out."""
-        found = {name: probe.coherence for name, probe in self._probes.items()}
-        if not found:
+        """Adapter name -> how much its gradients agree, see ``gradient_probe.coherence``. Values that are not finite
+        are left out."""
+        if not self._probes:
             return {}
-        device = next(iter(found.values())).device
-        values = torch.stack([c.to(device) for c in found.values()]).tolist()
-        return {name: value for name, value in zip(found, values, strict=True) if math.isfinite(value)}
+        values = coherence(list(self._probes.values())).tolist()
+        return {name: value for name, value in zip(self._probes, values, strict=True) if math.isfinite(value)}
 
     def sketch(self, name: str) -> Tensor | None:
         """The sketch of an adapter's weight gradient, ``(count, in_features)``, or None without a probe."""

@@ -1,4 +1,4 @@
-"""What planning costs as the number of adapters grows, and that its plans are those of a search through all adapters."""
+"""What planning costs as the number of adapters grows; its plans are those of a search through all adapters."""
 
 import math
 import random

@@ -123,7 +123,7 @@ def test_new_rows_are_random_where_their_direction_is_unknown(bad):
     random = torch.randn(2, 12)
     sketch, present = torch.randn(4, 12), torch.randn(3, 12)
     sketch[0, 0] = bad
-    rows = leading_rows(sketch, present, random)
+    (rows,) = leading_rows([sketch], [present], [random])
     assert rows.isfinite().all() and (torch.equal(rows, random) or bad == 1e38)
     present[0, 0] = torch.nan
-    assert torch.equal(leading_rows(torch.randn(4, 12), present, random), random)
+    assert torch.equal(leading_rows([torch.randn(4, 12)], [present], [random])[0], random)

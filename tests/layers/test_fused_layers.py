@@ -11,7 +11,7 @@ from torch import nn
 
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
-from l1ra.layers.gradient_probe import Probe
+from l1ra.layers.gradient_probe import start_probes
 from l1ra.layers.linear import L1RALinear
 from l1ra_kernels import choice
 
@@ -150,7 +150,7 @@ def test_probing_layers_share_as_well():
     seen = []
     for name in ("torch", "fused"):
         for _, layer in find_adapters(model):
-            layer.probe = Probe.start(2, layer.lora_A, layer.lora_B, generator.manual_seed(1))
+            (layer.probe,) = start_probes(2, [(layer.lora_A, layer.lora_B)], generator.manual_seed(1))
         with choice.using(name):
             model(x).square().sum().backward()
         seen.append([layer.probe.gradient for _, layer in find_adapters(model)])

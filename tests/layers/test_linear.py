@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from l1ra import L1RALinear
 from l1ra.allocation.plan import LayerPlan
-from l1ra.layers.gradient_probe import Probe, update_sketches
+from l1ra.layers.gradient_probe import coherence, start_probes, update_sketches
 
 
 def bases(k=6, n=9, dtype=torch.float32):
@@ -263,10 +263,15 @@ def test_a_state_dict_that_does_not_fit_leaves_the_rank_alone(name):
     assert layer.rank == 2 and layer.gate.shape == (2,) and layer.lora_B.shape == (2, 9)
 
 
+def start_probe(layer, count):
+    (probe,) = start_probes(count, [(layer.lora_A, layer.lora_B)], torch.Generator().manual_seed(1))
+    return probe
+
+
 def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
     layer, x, target = adapted(dropout=0.0), torch.randn(8, 6), torch.randn(8, 9)
     before = layer(x)
-    layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    layer.probe = start_probe(layer, 4)
     torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-6)
     for _ in range(2):  # summed over passes
         F.mse_loss(layer(x), target).backward()
@@ -280,7 +285,7 @@ def test_the_probe_changes_no_bit_and_sketches_the_weight_gradient():
 
 
 def probe_of(layer):
-    layer.probe = Probe.start(4, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(1))
+    layer.probe = start_probe(layer, 4)
     return layer.probe
 
 
@@ -300,6 +305,10 @@ def test_a_probe_moves_with_its_layer():
     assert layer.to("meta").probe.mix.is_meta and layer.probe.sketch.is_meta
 
 
+def coherence_of(probe):
+    return coherence([probe]).item()
+
+
 def seen_by(probe, gradients):
     for gradient in gradients:
         probe.gradient.copy_(gradient)
@@ -314,7 +323,7 @@ def test_coherence_is_the_mean_cosine_of_two_steps_told_for_two_halves_of_them(s
     seen_by(probe, [g * scale for g, scale in zip(gradients, scales, strict=True)])
     unit = torch.stack([g.flatten() / g.norm() for g in gradients])
     cosine = (unit @ unit.T)[~torch.eye(12, dtype=torch.bool)].mean()
-    assert probe.coherence.item() == pytest.approx((6 * cosine / (1 + 5 * cosine)).item(), rel=1e-4)
+    assert coherence_of(probe) == pytest.approx((6 * cosine / (1 + 5 * cosine)).item(), rel=1e-4)
 
 
 def test_a_probe_tells_gradients_that_agree_from_noise_and_from_steps_that_overshoot():
@@ -325,19 +334,19 @@ def test_a_probe_tells_gradients_that_agree_from_noise_and_from_steps_that_overs
         for _ in range(100):
             (layer(torch.randn(8, 6) + share) * (share * pull + torch.randn(8, 9))).mean().backward()
             update_sketches([probe])
-        found[share] = probe.coherence.item()
+        found[share] = coherence_of(probe)
     assert found[1.0] > 0.9 and abs(found[0.0]) < 0.4  # of noise the sketch has no more than 24 directions
     pull = torch.randn(4, 6)
-    assert seen_by(probe_of(layer), [pull, -pull] * 5).coherence < -0.9
+    assert coherence_of(seen_by(probe_of(layer), [pull, -pull] * 5)) < -0.9
 
 
 def test_what_a_probe_has_not_seen_does_not_count():
     probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6)
-    assert probe.coherence == 0  # nobody needs ranks where no gradient comes
-    assert seen_by(probe, [0 * pull]).coherence == 0
-    assert seen_by(probe, [pull]).coherence.isnan()
+    assert coherence_of(probe) == 0  # nobody needs ranks where no gradient comes
+    assert coherence_of(seen_by(probe, [0 * pull])) == 0
+    assert math.isnan(coherence_of(seen_by(probe, [pull])))
     useless = [pull * torch.inf, pull * torch.nan, 1e-25 * pull, 1e30 * pull]
-    assert seen_by(probe, [*useless, pull]).coherence.item() == pytest.approx(1.0)
+    assert coherence_of(seen_by(probe, [*useless, pull])) == pytest.approx(1.0)
     assert probe.seen == 2
 
 
@@ -353,14 +362,15 @@ def test_a_probe_keeps_no_graph():
 @pytest.mark.parametrize("count", range(2, 40))
 def test_coherence_is_a_cosine(count):
     probe, pull = probe_of(adapted(dropout=0.0)), torch.randn(4, 6)
-    found = [seen_by(probe, [sign * pull for _ in range(count // 2) for sign in (1, -1)]).coherence for _ in range(2)]
+    gradients = [sign * pull for _ in range(count // 2) for sign in (1, -1)]
+    found = [coherence_of(seen_by(probe, gradients)) for _ in range(2)]
     assert all(c >= -1 for c in found)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_works_and_carries_no_probe(how):
     layer, x = adapted(dropout=0.1).eval(), torch.randn(3, 6)
-    layer.probe = Probe.start(2, layer.lora_A, layer.lora_B, torch.Generator())
+    layer.probe = start_probe(layer, 2)
     layer(x).sum().backward()
     twin = copied(layer, how)
     torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=1e-6)
@@ -400,7 +410,7 @@ def test_a_replica_of_data_parallel_on_another_device_trains_with_probes():
     """Two GPUs stood in for: a replica shares the probe, and must keep nothing of its own."""
     torch.manual_seed(0)
     layer = L1RALinear(6, 5, rank=2)
-    layer.probe = Probe.start(3, layer.lora_A, layer.lora_B, torch.Generator().manual_seed(0))
+    layer.probe = start_probe(layer, 3)
     layer.sharing = object()
     replica = layer._replicate_for_data_parallel()
     for name, param in layer.named_parameters(recurse=False):
@@ -413,5 +423,5 @@ def test_a_replica_of_data_parallel_on_another_device_trains_with_probes():
 def test_patch_under_another_default_device_draws_rows_where_the_generator_is():
     with torch.device("meta"):
         layer = L1RALinear(6, 5, rank=2)
-        probe = Probe.start(3, torch.empty(2, 6), torch.empty(2, 5), torch.Generator())
+        (probe,) = start_probes(3, [(torch.empty(2, 6), torch.empty(2, 5))], torch.Generator())
         assert layer.initial_rows(2, torch.Generator()).device.type == "cpu" and probe.mix.device.type == "meta"

@@ -10,7 +10,7 @@ from torch import nn
 import l1ra
 from l1ra import L1RALinear
 from l1ra.allocation.plan import LayerPlan
-from l1ra.training.optimizer_state import AVERAGES, scale_state
+from l1ra.training.optimizer_state import AVERAGES, scale_states
 
 
 def layer(rank=4, **settings):
@@ -69,7 +69,7 @@ def test_what_an_optimizer_remembers_is_what_scaled_gradients_would_have_left(na
         return optimizer, param
 
     (optimizer, param), (other, twin) = remembered(1.0), remembered(0.25)
-    scale_state(optimizer, param, 0.25)
+    scale_states([optimizer], {param: 0.25})
     for key, value in other.state[twin].items():
         if isinstance(value, torch.Tensor) and key not in AVERAGES:
             torch.testing.assert_close(optimizer.state[param][key], value, rtol=1e-5, atol=1e-7, msg=key)
@@ -81,7 +81,7 @@ def test_an_average_of_the_parameter_is_divided_as_it_is():
     param.grad = torch.ones(3, 5)
     optimizer.step()
     before = optimizer.state[param]["ax"].clone()
-    scale_state(optimizer, param, 0.5)
+    scale_states([optimizer], {param: 0.5})
     assert torch.equal(optimizer.state[param]["ax"], 2 * before)
 
 
@@ -150,7 +150,7 @@ def test_only_what_is_rescaled_is_read_and_written_again(monkeypatch, scale_with
     """Quantised state is rounded each time."""
     factors = []
     monkeypatch.setattr(
-        "l1ra.training.reallocation.scale_state", lambda optimizer, param, factor: factors.append(factor)
+        "l1ra.training.reallocation.scale_states", lambda optimizers, found: factors.extend(found.values())
     )
     moved(scale_with_rank=scale_with_rank)
     assert 1.0 not in factors and bool(factors) == scale_with_rank

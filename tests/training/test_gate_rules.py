@@ -7,7 +7,7 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RAConfig, L1RALinear, RankController
-from l1ra.layers.gradient_probe import Probe
+from l1ra.layers.gradient_probe import coherence
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.gate_rules import AdaptiveL1, PaperL1, make_rule
 from l1ra.training.probes import ProbeSet
@@ -188,7 +188,7 @@ def test_the_middle_of_an_interval_presses_what_is_worth_more_elsewhere():
 
 @pytest.mark.parametrize("coherence, pressed", [(0.09, []), (0.1, [4, 6, 8]), (torch.nan, [4, 6, 8])])
 def test_no_rank_is_given_up_for_an_adapter_whose_gradients_are_noise(coherence, pressed, monkeypatch):
-    monkeypatch.setattr(Probe, "coherence", property(lambda probe: torch.tensor(coherence, dtype=torch.float64)))
+    monkeypatch.setattr("l1ra.training.probes.coherence", lambda probes: torch.full((len(probes),), coherence).double())
     model, controller, optimizer, x, y = patched(interval=10, turnover=0.2)
     play(controller, {}, [[1.0] * 4, [0.1, 9.0, 0.2, 9.0], [0.3] * 4, [0.7] * 4])
     for _ in range(5):
@@ -272,5 +272,5 @@ def test_an_overflow_does_not_hide_that_gradients_are_noise():
         else:
             optimizer.step()
         optimizer.zero_grad()
-    found = [probe.coherence.item() for probe in controller._interval.probes._probes.values()]
+    found = coherence(list(controller._interval.probes._probes.values()))
     assert len(found) == 4 and all(abs(c) < 0.9 for c in found)

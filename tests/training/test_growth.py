@@ -7,7 +7,7 @@ from torch import nn
 
 import l1ra
 from l1ra import L1RALinear, RankController
-from l1ra.allocation.plan import LayerPlan
+from l1ra.allocation.plan import LayerPlan, Plan
 
 
 def test_new_rows_are_not_the_first_ones_again():
@@ -16,7 +16,7 @@ def test_new_rows_are_not_the_first_ones_again():
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
     controller = l1ra.patch(model, 12, preset="reference", total_steps=100)
     first = torch.cat([layer.lora_A.detach() for layer in controller.adapters.values()])
-    new = controller._interval._new_rows("0", LayerPlan((0, 1), 24))
+    new = controller._interval._new_rows(Plan((LayerPlan((0, 1), 24), *[LayerPlan((0, 1))] * 5), 0))[0]
     assert not (first.unsqueeze(1) == new).all(2).any()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import l1ra
 from l1ra import L1RALinear, RankController
 from l1ra.allocation.plan import LayerPlan
-from l1ra.training.optimizer_state import scale_state
+from l1ra.training.optimizer_state import scale_states
 from l1ra.training.principal_axes import rotate_to_principal_axes
 from l1ra.training.quantised_state import read_values
 
@@ -102,7 +102,7 @@ def test_8_bit_states_move_with_their_rows(plan, width, bnb):
 
 def test_8_bit_states_are_scaled(bnb):
     param, optimizer, before = eight_bits(bnb, 100)
-    scale_state(optimizer, param, 0.3)
+    scale_states([optimizer], {param: 0.3})
     for name, factor in (("state1", 0.3), ("state2", 0.3**2)):
         assert_rounded(read_values(optimizer.state[param], name), factor * before[name])
 

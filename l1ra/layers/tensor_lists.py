@@ -1,0 +1,96 @@
+"""Operations on many tensors at once: an op or a transfer for each device and dtype, not for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["batches", "copy_all_", "divide_all_", "grouped", "multiply_all_", "transferred", "views_like"]
+
+T = TypeVar("T")
+
+ELEMENTS = 1 << 24  # of tensors that are copied into one, about: what a temporary copy of all adapters would cost
+
+
+def grouped(items: Sequence[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[int]]:
+    """The indices of the items with each key, in order."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(key(item), []).append(i)
+    return groups
+
+
+def batches(indices: Sequence[int], elements: int) -> Iterator[Sequence[int]]:
+    """Parts of ``indices``: of so many tensors that temporary copies take little memory, if each has ``elements``."""
+    count = max(1, ELEMENTS // max(1, elements))
+    for start in range(0, len(indices), count):
+        yield indices[start : start + count]
+
+
+def transferred(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The tensors on ``device`` in ``dtype`` (None: each in its own), without a graph.
+
+    All tensors of another device or dtype are copied together, so that the host waits once for all of them. The copies
+    share one storage. A tensor that needs no copy is returned itself.
+    """
+    found = [tensor.detach() for tensor in tensors]
+    for own, chosen in grouped(found, _kind).items():
+        wanted = device, own[1] if dtype is None else dtype
+        if own != wanted:
+            for i, copy in zip(chosen, _copies([found[i] for i in chosen], *wanted), strict=True):
+                found[i] = copy
+    return found
+
+
+def _copies(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    # Some GPUs lack float64: dtypes change on the CPU.
+    if tensors[0].device.type != "cpu":
+        return views_like(torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device).to(dtype), tensors)
+    flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device="cpu")
+    torch._foreach_copy_(views_like(flat, tensors), tensors)
+    return views_like(flat.to(device), tensors)
+
+
+def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of ``flat`` in the shapes of ``tensors``."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@torch.no_grad()
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source, of any device and dtype, to its target of the same shape."""
+    for (device, _), chosen in grouped(targets, _kind).items():
+        parts = [sources[i] for i in chosen]
+        if any(part.device != device for part in parts):
+            parts = transferred(parts, device, targets[chosen[0]].dtype)
+        torch._foreach_copy_([targets[i] for i in chosen], parts)
+
+
+@torch.no_grad()
+def multiply_all_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply each tensor by its factor, in place."""
+    for some, numbers in _alike(tensors, factors):
+        if some[0].element_size() < 4:  # CPUs round factors to these dtypes, but not divisors
+            torch._foreach_div_(some, [1 / number for number in numbers])
+        else:
+            torch._foreach_mul_(some, numbers)
+
+
+@torch.no_grad()
+def divide_all_(tensors: Sequence[Tensor], divisors: Sequence[float]) -> None:
+    """Divide each tensor by its divisor, in place."""
+    for some, numbers in _alike(tensors, divisors):
+        torch._foreach_div_(some, numbers)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
+
+
+def _alike(tensors: Sequence[Tensor], numbers: Sequence[float]) -> Iterator[tuple[list[Tensor], list[float]]]:
+    for chosen in grouped(tensors, _kind).values():
+        yield [tensors[i] for i in chosen], [float(numbers[i]) for i in chosen]
