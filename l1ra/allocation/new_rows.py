@@ -59,7 +59,7 @@ def _leading_rows(sketches: list[Tensor], present: list[Tensor], random: list[Te
         targets += range(start, start + count)
         sources += range(i * strength.shape[1], i * strength.shape[1] + count)
         start += len(own)
-    target, source = torch.tensor(targets, dtype=torch.long), torch.tensor(sources, dtype=torch.long)
+    target, source = (torch.tensor(index, dtype=torch.long, device="cpu") for index in (targets, sources))
     length = rows[target].norm(dim=1) * longest.flatten()[source]
     rows[target] = directions.flatten(0, 1)[source] * length.unsqueeze(1)
     return torch.split_with_sizes_copy(rows, [len(own) for own in random])

@@ -96,12 +96,13 @@ class GatedLowRank(nn.Module):
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
-    def initial_rows(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU."""
+    def initial_rows(self, count: int, generator: torch.Generator | None = None, out: Tensor | None = None) -> Tensor:
+        """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU, in ``out`` if it is given."""
+        rows = torch.empty(count, self.in_features, device="cpu") if out is None else out
         if self.init == "gaussian":
-            return torch.randn(count, self.in_features, generator=generator, device="cpu") / self.initial_rank
+            return rows.normal_(generator=generator).div_(self.initial_rank)
         bound = 1 / math.sqrt(self.in_features)
-        return torch.empty(count, self.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        return rows.uniform_(-bound, bound, generator=generator)
 
     @property
     def rank(self) -> int:
@@ -162,14 +163,12 @@ class GatedLowRank(nn.Module):
             raise ValueError(f"new_rows must be {(grow, self.in_features)}, not {tuple(new_rows.shape)}.")
         if grow == 0 and len(keep) == self.rank:
             return
-        new_gates = None
-        if grow:
-            new_rows = self.initial_rows(grow) if new_rows is None else new_rows
-            new_gates = torch.full((grow,), self.rank_scaling, dtype=torch.float32, device="cpu")
+        if grow and new_rows is None:
+            new_rows = self.initial_rows(grow)
         new = slice(len(keep), plan.rank)
         sources = self.row_sources(plan)
         moves.add_parameter(self.lora_A, sources, new, new_rows)
-        moves.add_parameter(self.gate, sources, new, new_gates)
+        moves.add_parameter(self.gate, sources, new, self.rank_scaling)
         moves.add_parameter(self.lora_B, sources)
         factor = self.gate_factor(plan.rank)
         if factor != 1:

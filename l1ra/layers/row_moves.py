@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.allocation.plan import LayerPlan
-from l1ra.layers.tensor_lists import copy_all_, divide_all_, multiply_all_
+from l1ra.layers.tensor_lists import add_all_, copy_all_, divide_all_, multiply_all_
 from l1ra_kernels import dispatch
 
 __all__ = ["RowMoves", "row_runs", "row_sources"]
@@ -38,7 +38,7 @@ class _Move(NamedTuple):
     store: Callable[[Tensor], object]
     in_place: bool
     new: slice
-    new_rows: Tensor | None
+    new_rows: Tensor | float | None
 
 
 class RowMoves:
@@ -58,7 +58,7 @@ class RowMoves:
         *,
         in_place: bool = False,
         new: slice = slice(0),
-        new_rows: Tensor | None = None,
+        new_rows: Tensor | float | None = None,
     ) -> None:
         """Add a move of the rows of ``tensor``.
 
@@ -68,12 +68,12 @@ class RowMoves:
             fill: the value of new rows.
             store: called with the result, ``(len(sources), ...)``.
             in_place: if the result has the shape of ``tensor``, copy it into ``tensor`` instead of calling ``store``.
-            new: the rows of the result that are set to ``new_rows``, of any device and dtype.
+            new: the rows of the result that are set to ``new_rows``, a tensor of any device and dtype or a number.
         """
         self._moves.append(_Move(tensor.detach(), tuple(sources), fill, store, in_place, new, new_rows))
 
     def add_parameter(
-        self, param: nn.Parameter, sources: Sequence[int], new: slice = slice(0), new_rows: Tensor | None = None
+        self, param: nn.Parameter, sources: Sequence[int], new: slice = slice(0), new_rows: Tensor | float | None = None
     ) -> None:
         """Add a move of the rows of ``param`` and of its gradient.
 
@@ -118,7 +118,8 @@ class RowMoves:
 
     def _store(self, results: list[tuple[_Move, Tensor]]) -> None:
         new = [(moved[move.new], move.new_rows) for move, moved in results if move.new_rows is not None]
-        copy_all_(*_columns(new))
+        copy_all_(*_columns([(rows, values) for rows, values in new if isinstance(values, Tensor)]))
+        add_all_(*_columns([(rows, value) for rows, value in new if not isinstance(value, Tensor)]))  # to rows of 0
         stays = [move.in_place and moved.shape == move.tensor.shape for move, moved in results]
         kept = [(move.tensor, moved) for (move, moved), same in zip(results, stays, strict=True) if same]
         copy_all_(*_columns(kept))

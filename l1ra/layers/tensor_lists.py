@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["batches", "copy_all_", "divide_all_", "grouped", "multiply_all_", "transferred", "views_like"]
+__all__ = ["add_all_", "batches", "copy_all_", "divide_all_", "grouped", "multiply_all_", "transferred", "views_like"]
 
 T = TypeVar("T")
 
@@ -71,11 +71,20 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
+def add_all_(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """Add a number to each tensor, in place."""
+    for some, summands in _alike(tensors, numbers):
+        torch._foreach_add_(some, summands)
+
+
+@torch.no_grad()
 def multiply_all_(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
     """Multiply each tensor by its factor, in place."""
     for some, numbers in _alike(tensors, factors):
-        if some[0].element_size() < 4:  # CPUs round factors to these dtypes, but not divisors
-            torch._foreach_div_(some, [1 / number for number in numbers])
+        if some[0].element_size() < 4:  # CPUs would round the factors to 16 bits
+            wide = transferred(some, some[0].device, torch.float32)
+            torch._foreach_mul_(wide, numbers)
+            torch._foreach_copy_(some, wide)
         else:
             torch._foreach_mul_(some, numbers)
 

@@ -48,7 +48,7 @@ class GateBank:
     def _read_layers(self) -> None:
         device = self.layers[0].gate.device
         self._read_ranks(device)
-        gates = torch.cat(transferred(self._gates_of(self.layers), device, torch.float32))
+        gates = torch.cat(transferred(_gates_of(self.layers), device, torch.float32))
         self.value = (gates / self._rank_scaling).to(gates)
         for name, fill in STATE.items():
             if name != "value":
@@ -58,8 +58,8 @@ class GateBank:
     def _read_ranks(self, device: torch.device) -> None:
         self.ranks = [layer.rank for layer in self.layers]
         # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
-        factors = torch.tensor([layer.rank_scaling for layer in self.layers], dtype=widest_float(device))
-        self._rank_scaling = factors.repeat_interleave(torch.tensor(self.ranks)).to(device)
+        factors = [factor for layer in self.layers for factor in [layer.rank_scaling] * layer.rank]
+        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device)).to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
@@ -74,12 +74,13 @@ class GateBank:
             The gradient of the master gates ``(R,)`` and a bool mask ``(R,)`` of the gates that had one, None if all
             had. None instead of both if no gate has a gradient.
         """
-        grads = [layer.gate.grad for layer in self.layers]
+        gates = [layer.gate for layer in self.layers]
+        grads = [gate.grad for gate in gates]
         if all(grad is None for grad in grads):
             return None
-        for layer in self.layers:
-            layer.gate.grad = None
-        self._move_to(self.layers[0].gate.device)
+        for gate in gates:
+            gate.grad = None
+        self._move_to(gates[0].device)
         device, dtype = self.value.device, self.value.dtype
         seen = none = None
         if any(grad is None for grad in grads):
@@ -105,13 +106,10 @@ class GateBank:
     @torch.no_grad()
     def write_to_layers(self) -> None:
         """Copy the master gates into the layers, which undoes whatever an optimizer did to them."""
-        copy_all_(self._gates_of(self.layers), self._layer_gates())
+        copy_all_(_gates_of(self.layers), self._layer_gates())
 
     def _layer_gates(self) -> tuple[Tensor, ...]:
         return (self.value * self._rank_scaling).split(self.ranks)
-
-    def _gates_of(self, layers: Sequence[L1RALinear]) -> list[Tensor]:
-        return [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in layers]
 
     def refresh(self) -> None:
         """Start again from the layers if one of them was resized, or has loaded other gates, without this bank."""
@@ -125,7 +123,7 @@ class GateBank:
             self.layers[i].gate_loaded = False
         if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
             return True
-        gates, own = self._gates_of([self.layers[i] for i in loaded]), self._layer_gates() if loaded else ()
+        gates, own = _gates_of([self.layers[i] for i in loaded]), self._layer_gates() if loaded else ()
         for (device, dtype), alike in grouped(gates, lambda gate: (gate.device, gate.dtype)).items():
             there = transferred([own[loaded[k]] for k in alike], device, dtype)
             if not torch.equal(torch.cat([gates[k] for k in alike]), torch.cat(there)):
@@ -190,6 +188,10 @@ class GateBank:
             setattr(self, name, state[name].to(getattr(self, name)).clone())
         self._read_ranks(self.value.device)
         self.write_to_layers()
+
+
+def _gates_of(layers: Sequence[L1RALinear]) -> list[Tensor]:
+    return [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in layers]
 
 
 def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

@@ -167,12 +167,16 @@ class Interval:
 
     def _new_rows(self, plan: Plan) -> list[Tensor | None]:
         """For each adapter A of its new ranks, ``(grow, in_features)`` float32 on the CPU; None if it grows by none."""
-        changes = list(zip(self._layers, plan.layers, strict=True))
-        rows = [layer.initial_rows(change.grow, self.generator) if change.grow else None for layer, change in changes]
+        sizes = [layer.in_features * grow for layer, grow in zip(self._layers, plan.grow, strict=True)]
+        parts = zip(self._layers, plan.grow, torch.empty(sum(sizes), device="cpu").split(sizes), strict=True)
+        rows = [
+            layer.initial_rows(grow, self.generator, out=part.view(grow, -1)) if grow else None
+            for layer, grow, part in parts
+        ]
         if self._config.new_rows == "gradient":
             sketches = [self.probes.sketch(name) for name in self._adapters]
             chosen = [i for i, sketch in enumerate(sketches) if sketch is not None and rows[i] is not None]
-            some = [(sketches[i], changes[i][0].lora_A, changes[i][1].keep, rows[i]) for i in chosen]
+            some = [(sketches[i], self._layers[i].lora_A, plan.layers[i].keep, rows[i]) for i in chosen]
             for i, new in zip(chosen, self._replicas.broadcast(_along_the_gradient(some)), strict=True):
                 rows[i] = new
         return rows
@@ -188,5 +192,5 @@ def _along_the_gradient(adapters: Sequence[tuple[Tensor, Tensor, Sequence[int], 
     sketches = [sketch for sketch, *_ in adapters]
     there = iter(transferred([*sketches, *itertools.chain(*kept)], torch.device("cpu"), torch.float32))
     sketches = list(itertools.islice(there, len(adapters)))
-    present = [torch.cat(list(itertools.islice(there, len(runs)))) for runs in kept]
+    present = [next(there) if len(runs) == 1 else torch.cat([next(there) for _ in runs]) for runs in kept]
     return leading_rows(sketches, present, [random for *_, random in adapters])

@@ -23,11 +23,11 @@ __all__ = ["principal_rotations", "rotate_to_principal_axes"]
 Rotations = list[tuple[list[int], Tensor]]  # adapters that rotate as many ranks, and their rotations (k, n, n)
 
 
-def principal_rotations(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+def principal_rotations(grams: Tensor) -> Tensor:
     """The rotations of the ranks of k adapters onto their principal axes, strongest first.
 
     Args:
-        gram_a, gram_b: ``A @ A.T`` and ``B @ B.T`` of each adapter, each ``(k, r, r)``, float64, finite, not 0.
+        grams: ``A @ A.T`` of each adapter, then ``B @ B.T`` of each, ``(2, k, r, r)`` float64, finite, not 0.
 
     Returns:
         Orthogonal Q of each adapter, ``(k, r, r)`` float64. Among all rotations it brings the rows of ``Q @ A`` and
@@ -36,17 +36,13 @@ def principal_rotations(gram_a: Tensor, gram_b: Tensor) -> Tensor:
         exactly.
     """
     # A.T = U @ root(A A.T) with orthonormal columns of U, so the r x r core has the singular values of B.T @ A.
-    root_a, root_b = _root(gram_a), _root(gram_b)
-    left, values, right = torch.linalg.svd(root_b @ root_a)
-    norm_a, norm_b = (_traces(gram).sqrt()[:, None, None] for gram in (gram_a, gram_b))
-    toward = right @ root_a / norm_a + left.mT @ root_b / norm_b
+    lengths, vectors = torch.linalg.eigh(grams)
+    root_a, root_b = vectors * lengths.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    norm_a, norm_b = _traces(grams).sqrt()[..., None, None]
+    left, values, right = torch.linalg.svd(torch.bmm(root_b, root_a))
+    toward = torch.bmm(right, root_a) / norm_a + torch.bmm(left.mT, root_b) / norm_b
     u, _, v = torch.linalg.svd(values.sqrt().unsqueeze(-1) * toward)
-    return u @ v
-
-
-def _root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+    return torch.bmm(u, v)
 
 
 def _traces(matrices: Tensor) -> Tensor:
@@ -99,10 +95,9 @@ def _find_rotations(layers: Sequence[tuple[L1RALinear, Sequence[int]]], optimize
     found = grams([(p, layers[i][1]) for i in able for p in (layers[i][0].lora_A, layers[i][0].lora_B)])
     rotations = []
     for alike in grouped(able, lambda i: len(layers[i][1])).values():
-        gram_a, gram_b = (torch.stack([found[2 * k + part] for k in alike]).double() for part in (0, 1))
-        finite = (torch.isfinite(gram_a) & torch.isfinite(gram_b)).flatten(1).all(1)
-        fit = (finite & (_traces(gram_a) > 0) & (_traces(gram_b) > 0)).nonzero()[:, 0]
+        pairs = torch.stack([found[2 * k + part] for part in (0, 1) for k in alike]).double().unflatten(0, (2, -1))
+        traces = _traces(pairs)  # not finite if any element of A or B isn't
+        fit = ((traces > 0) & (traces < torch.inf)).all(0).nonzero()[:, 0]
         if len(fit):
-            chosen = [able[alike[k]] for k in fit.tolist()]
-            rotations.append((chosen, principal_rotations(gram_a[fit], gram_b[fit])))
+            rotations.append(([able[alike[k]] for k in fit.tolist()], principal_rotations(pairs[:, fit])))
     return rotations

@@ -40,7 +40,7 @@ def rotate_rows(rotations: Sequence[RowRotation]) -> None:
         some = [rotations[i] for i in alike]
         for chosen, slices, rows in _stacked([(rotation.tensor, rotation.rows) for rotation in some]):
             matrix = torch.stack([matrices[id(some[i].matrix), device] for i in chosen])
-            rotated = ((matrix.square() if squared else matrix) @ rows).to(dtype).view(-1, *slices[0].shape[1:])
+            rotated = torch.bmm(matrix.square() if squared else matrix, rows).to(dtype).view(-1, *slices[0].shape[1:])
             copy_all_(slices, rotated.split([len(part) for part in slices]))
 
 
@@ -53,7 +53,7 @@ def grams(tensors: Sequence[tuple[Tensor, Sequence[int]]]) -> list[Tensor]:
     """
     found: dict[int, Tensor] = {}
     for chosen, _, rows in _stacked(tensors):
-        found |= zip(chosen, rows @ rows.mT, strict=True)
+        found |= zip(chosen, torch.bmm(rows, rows.mT), strict=True)
     return transferred([found[i] for i in range(len(tensors))], torch.device("cpu"))
 
 

@@ -60,3 +60,28 @@ def test_without_a_gradient_rows_are_random(sketch):
 def test_more_rows_than_directions_are_random():
     sketch, _ = gradient([5.0, 3.0])
     assert torch.equal(rows_along(sketch, torch.zeros(0, 32), drawn(4))[2:], drawn(4)[2:])
+
+
+def test_rows_of_many_adapters_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(2)
+    sizes = [
+        (16, 32, 0, 2),
+        (16, 32, 0, 1),
+        (16, 32, 3, 20),
+        (16, 32, 3, 2),
+        (16, 8, 3, 4),
+        (4, 8, 3, 4),
+        (16, 32, 3, 1),
+    ]
+    columns = zip(
+        *((torch.randn(rows, width, generator=generator) for rows in (k, r, n)) for k, width, r, n in sizes),
+        strict=True,
+    )
+    sketches, present, random = map(list, columns)
+    sketches[3][0, 0] = torch.nan
+    sketches[1].zero_()
+    found = leading_rows(sketches, present, random)
+    for i, rows in enumerate(found):
+        torch.testing.assert_close(rows, rows_along(sketches[i], present[i], random[i]), rtol=1e-4, atol=1e-5)
+        assert torch.equal(rows, random[i]) == (i in (1, 3))
+    assert leading_rows([], [], []) == []

@@ -26,7 +26,7 @@ def orthonormal(rows, columns, seed=0):
 
 
 def principal_rotation(a, b):
-    return principal_rotations((a @ a.T).unsqueeze(0), (b @ b.T).unsqueeze(0))[0]
+    return principal_rotations(torch.stack([a @ a.T, b @ b.T]).unsqueeze(1))[0]
 
 
 def test_the_turn_is_orthogonal_and_keeps_what_the_adapter_adds():
@@ -219,3 +219,63 @@ def test_rows_that_were_just_dealt_and_pressed_ones_do_not_turn():
     bank = controller._bank
     bank.value[1], bank.age[6] = 0.5, 0
     assert bank.rows_at_one() == [[0, 2, 3], [0, 1, 3]]
+
+
+def several():
+    """Adapters of different shapes, dtypes and numbers of rows, with the rows to be rotated, and their optimizer."""
+    kinds = [(12, 9, torch.float64), (12, 9, torch.float32), (9, 12, torch.float32), (12, 12, torch.bfloat16)]
+    chosen = [[0, 1, 2, 3, 4], [0, 2, 3], [1, 4], [2], [], [0, 1, 2, 3, 4], [0, 2, 3], [0, 1, 2, 3, 4]]
+    adapters = []
+    for seed, rows in enumerate(chosen):
+        inputs, outputs, dtype = kinds[seed % 4]
+        generator = torch.Generator().manual_seed(seed)
+        made = L1RALinear(inputs, outputs, rank=5, adapter_dtype=dtype, reserve=8 if seed % 3 else None)
+        for param in (made.lora_A, made.lora_B):
+            param.data.copy_(torch.randn(param.shape, generator=generator))
+        adapters.append((made, rows))
+    adapters[5][0].lora_B.data[1, 1] = torch.nan
+    adapters[6][0].lora_B.data.zero_()
+    optimizer = torch.optim.AdamW([p for made, _ in adapters for p in (made.lora_A, made.lora_B)], lr=0.0)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(param)
+    optimizer.step()
+    return adapters, optimizer
+
+
+def test_adapters_are_rotated_together_as_one_by_one_and_one_that_is_not_finite_keeps_none_from_it():
+    (together, optimizer), (alone, other) = several(), several()
+    rotations = rotate_to_principal_axes(together, [optimizer])
+    expected = [rotate_to_principal_axes([one], [other])[0] for one in alone]
+    assert [rotation is None for rotation in rotations] == [False, False, False, True, True, True, True, False]
+    for (first, _), (second, _), rotation, wanted in zip(together, alone, rotations, expected, strict=True):
+        assert rotation is wanted or torch.allclose(rotation, wanted, rtol=1e-9, atol=1e-12)
+        for param, twin in ((first.lora_A, second.lora_A), (first.lora_B, second.lora_B)):
+            state, old = optimizer.state[param], other.state[twin]
+            pairs = [(param, twin), (param.grad, twin.grad), *((state[name], old[name]) for name in state)]
+            for found, right in pairs:
+                torch.testing.assert_close(found, right, equal_nan=True)
+                assert rotation is not None or torch.equal(found.nan_to_num(9.0), right.nan_to_num(9.0))
+
+
+def test_a_rotation_in_small_batches_is_the_same(monkeypatch):
+    (together, optimizer), (batches, other) = several(), several()
+    rotate_to_principal_axes(together, [optimizer])
+    monkeypatch.setattr("l1ra.layers.tensor_lists.ELEMENTS", 50)
+    rotate_to_principal_axes(batches, [other])
+    for (first, _), (second, _) in zip(together, batches, strict=True):
+        torch.testing.assert_close(first.lora_A, second.lora_A, equal_nan=True)
+        torch.testing.assert_close(first.lora_B, second.lora_B, equal_nan=True)
+
+
+def test_state_of_unknown_names_is_judged_by_its_values():
+    made, rows = layer(), range(5)
+    optimizer = torch.optim.SGD([made.lora_A, made.lora_B], lr=0.0)
+    for param in (made.lora_A, made.lora_B):
+        optimizer.state[param] = {"squares": torch.rand_like(param), "sums": torch.randn_like(param)}
+    before = {
+        param: {name: value.clone() for name, value in optimizer.state[param].items()} for param in optimizer.state
+    }
+    (rotation,) = rotate_to_principal_axes([(made, rows)], [optimizer])
+    for param, old in before.items():
+        torch.testing.assert_close(optimizer.state[param]["squares"].detach(), rotation.square() @ old["squares"])
+        torch.testing.assert_close(optimizer.state[param]["sums"].detach(), rotation @ old["sums"])
