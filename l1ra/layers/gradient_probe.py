@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from l1ra.layers.tensor_lists import batches, grouped, transferred
+from l1ra.layers.tensor_lists import batches, grouped, transferred, views
 
 __all__ = ["Probe", "coherence", "least_coherence", "start_probes", "update_sketches"]
 
@@ -94,21 +94,22 @@ def start_probes(count: int, adapters: Sequence[tuple[Tensor, Tensor]], generato
             device.
         generator: a CPU generator, for ``mix``, from which the probes draw in order.
     """
-    numbers = torch.empty(count * sum(b.shape[1] for _, b in adapters), device="cpu")
-    mixes = [part.view(count, -1) for part in numbers.split([count * b.shape[1] for _, b in adapters])]
+    shapes = [(count, b.shape[1]) for _, b in adapters]
+    mixes = views(torch.empty(sum(map(math.prod, shapes)), device="cpu"), shapes)
     for mix in mixes:
         mix.normal_(generator=generator)
     probes: dict[int, Probe] = {}
     for (device, dtype), alike in grouped(adapters, lambda pair: (pair[0].device, pair[0].dtype)).items():
-        there = torch.cat([mixes[i].view(-1) for i in alike]).to(device, dtype) / math.sqrt(count)
-        sizes = [adapters[i][0].shape[1] for i in alike]
-        zeros = [torch.zeros(count * sum(sizes), dtype=d, device=device) for d in (torch.float32, dtype, dtype)]
+        drawn = torch.cat([mixes[i].view(-1) for i in alike]).to(device, dtype) / math.sqrt(count)
+        a_shapes = [(count, adapters[i][0].shape[1]) for i in alike]
+        size = sum(map(math.prod, a_shapes))
+        sketches, a, grads = (
+            views(torch.zeros(size, dtype=kind, device=device), a_shapes) for kind in (torch.float32, dtype, dtype)
+        )
         seen = torch.zeros(len(alike), dtype=torch.float32, device=device)
-        parts = zip(*(flat.split([count * size for size in sizes]) for flat in zeros), strict=True)
-        own = zip(alike, there.split([mixes[i].numel() for i in alike]), seen, parts, strict=True)
-        for i, mix, steps, (sketch, *a) in own:
-            a, grad = (part.view(count, -1) for part in a)
-            probes[i] = Probe(mix.view(count, -1), sketch.view(count, -1), steps, (a, grad))
+        own_mixes = views(drawn, [shapes[i] for i in alike])
+        for i, *parts in zip(alike, own_mixes, sketches, seen, zip(a, grads, strict=True), strict=True):
+            probes[i] = Probe(*parts)
     return [probes[i] for i in range(len(adapters))]
 
 

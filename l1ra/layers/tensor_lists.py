@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_all_", "batches", "copy_all_", "divide_all_", "grouped", "multiply_all_", "transferred", "views_like"]
+__all__ = ["add_all_", "batches", "copy_all_", "divide_all_", "grouped", "multiply_all_", "transferred", "views"]
 
 T = TypeVar("T")
 
@@ -46,18 +47,19 @@ def transferred(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dt
 
 
 def _copies(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = [tensor.shape for tensor in tensors]
     # Some GPUs lack float64: dtypes change on the CPU.
     if tensors[0].device.type != "cpu":
-        return views_like(torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device).to(dtype), tensors)
-    flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device="cpu")
-    torch._foreach_copy_(views_like(flat, tensors), tensors)
-    return views_like(flat.to(device), tensors)
+        return views(torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device).to(dtype), shapes)
+    flat = torch.empty(sum(map(math.prod, shapes)), dtype=dtype, device="cpu")
+    torch._foreach_copy_(views(flat, shapes), tensors)
+    return views(flat.to(device), shapes)
 
 
-def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Parts of ``flat`` in the shapes of ``tensors``."""
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Views of parts of ``flat``, of these shapes, in order."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
-from l1ra.layers.tensor_lists import copy_all_, transferred, views_like
+from l1ra.layers.tensor_lists import copy_all_, transferred, views
 
 __all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
 
@@ -70,7 +70,7 @@ class ReplicaGroup:
         first = tensors[0]
         flat = torch.cat([part.reshape(-1) for part in transferred(tensors, first.device, first.dtype)])
         distributed.all_reduce(flat, group=self._group)
-        copy_all_(tensors, views_like(flat, tensors))
+        copy_all_(tensors, views(flat, [tensor.shape for tensor in tensors]))
 
     def _on_device(self) -> AbstractContextManager:
         # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.

@@ -17,7 +17,7 @@ from l1ra.config import L1RAConfig
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
-from l1ra.layers.tensor_lists import transferred
+from l1ra.layers.tensor_lists import transferred, views
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
@@ -167,11 +167,11 @@ class Interval:
 
     def _new_rows(self, plan: Plan) -> list[Tensor | None]:
         """For each adapter A of its new ranks, ``(grow, in_features)`` float32 on the CPU; None if it grows by none."""
-        sizes = [layer.in_features * grow for layer, grow in zip(self._layers, plan.grow, strict=True)]
-        parts = zip(self._layers, plan.grow, torch.empty(sum(sizes), device="cpu").split(sizes), strict=True)
+        shapes = [(grow, layer.in_features) for layer, grow in zip(self._layers, plan.grow, strict=True)]
+        parts = views(torch.empty(sum(map(math.prod, shapes)), device="cpu"), shapes)
         rows = [
-            layer.initial_rows(grow, self.generator, out=part.view(grow, -1)) if grow else None
-            for layer, grow, part in parts
+            layer.initial_rows(grow, self.generator, out=part) if grow else None
+            for layer, grow, part in zip(self._layers, plan.grow, parts, strict=True)
         ]
         if self._config.new_rows == "gradient":
             sketches = [self.probes.sketch(name) for name in self._adapters]
