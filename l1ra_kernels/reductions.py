@@ -24,8 +24,10 @@ from l1ra_kernels.pick import pick
 __all__ = ["hidden_blocks", "reduce_hidden", "reduce_rows"]
 
 TOKENS = 32  # per program of reduce_hidden, at rank tile 16
-FEATURES = 256  # per program of reduce_rows
-TOGETHER = 8  # parts that are loaded together, so that their latencies overlap
+FEATURES = 128  # per program of reduce_rows, at rank tile 16
+# Parts that are loaded together, so that their latencies overlap. Of rows, more than two would spill registers.
+HIDDEN_TOGETHER = 8
+ROWS_TOGETHER = 2
 
 
 @triton.jit(
@@ -107,7 +109,7 @@ def reduce_hidden(bundle: Bundle, tiles: Sequence[int], needs_dg: bool = True) -
         "G": bundle.adapters,
         "R": bundle.width,
         "BM": _tokens_per_block(bundle),
-        "PARTS": TOGETHER,
+        "PARTS": HIDDEN_TOGETHER,
         "NEEDS_DG": needs_dg,
         "num_warps": 4,
     }
@@ -115,13 +117,15 @@ def reduce_hidden(bundle: Bundle, tiles: Sequence[int], needs_dg: bool = True) -
 
 
 @triton.jit
-def _sum_row(p_part, parts, s_part, m_n, BN: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of a row (BN,) over all parts."""
-    o_part = tl.arange(0, PARTS)
-    b_sum = tl.zeros((BN,), tl.float32)
+def _sum_parts(p_part, parts, s_part, m_r, m_n, R: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of a tile (R, BN) over all parts, in their order."""
+    o_r = tl.arange(0, R)
+    b_sum = tl.zeros((R, BN), tl.float32)
     for part in range(0, parts, PARTS):
-        p_rows = p_part[None, :] + (part + o_part).to(tl.int64)[:, None] * s_part
-        b_sum += tl.sum(tl.load(p_rows, mask=(part + o_part < parts)[:, None] & m_n[None, :], other=0.0), 0)
+        for k in tl.static_range(PARTS):
+            m_part = m_r & (o_r < tl.where(part + k < parts, R, 0))
+            b_sum += tl.load(p_part + k * s_part, mask=m_part[:, None] & m_n[None, :], other=0.0)
+        p_part += PARTS * s_part
     return b_sum
 
 
@@ -165,42 +169,40 @@ def _reduce_rows(
     PARTS: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    i_row = tl.program_id(1)
-    is_a = i_row < G * R
-    i_row = tl.where(is_a, i_row, i_row - G * R)
-    i = i_row // R
-    i_r = (i_row % R).to(tl.int64)
-    if i_r < pick(i, rank0, rank1, rank2, G):
-        o_n = i_n * BN + tl.arange(0, BN)
-        b_g = tl.load(pick(i, p_gate0, p_gate1, p_gate2, G) + i_r).to(tl.float32)
-        if is_a:
-            if (wanted >> i) & 1:
-                m_n = o_n < K
-                p_part = p_da_parts + i_row.to(tl.int64) * K + o_n
-                b_da = _sum_row(
-                    p_part, tl.where(b_g != 0, a_parts, 0), tl.full([], G * R, tl.int64) * K, m_n, BN, PARTS
-                )
-                p_da = pick(i, p_da0, p_da1, p_da2, G) + i_r * K + o_n
-                tl.store(p_da, b_da.to(p_da.dtype.element_ty), mask=m_n)
-        else:
-            if (wanted >> (3 + i)) & 1:
-                N = pick(i, N0, N1, N2, G)
-                m_n = o_n < N
-                total = N0 + N1 + N2
-                p_part = p_d_parts + i_r * total + pick(i, 0, N0, N0 + N1, G) + o_n
-                b_db = _sum_row(
-                    p_part, tl.where(b_g != 0, d_parts, 0), tl.full([], R, tl.int64) * total, m_n, BN, PARTS
-                )
-                b_db *= pick(i, scaling0, scaling1, scaling2, G) * b_g
-                p_db = pick(i, p_db0, p_db1, p_db2, G) + i_r * N + o_n
-                tl.store(p_db, b_db.to(p_db.dtype.element_ty), mask=m_n)
-            if ((wanted >> (6 + i)) & 1) & (i_n == 0):
-                b_dg = tl.zeros((BN,), tl.float32)
-                for start in range(0, g_parts, BN):
-                    o_part = start + tl.arange(0, BN)
-                    b_dg += tl.load(p_dg_parts + o_part * (G * R) + i_row, mask=o_part < g_parts, other=0.0)
-                p_dg = pick(i, p_dg0, p_dg1, p_dg2, G) + i_r
-                tl.store(p_dg, tl.where(b_g != 0, tl.sum(b_dg, 0), 0.0).to(p_dg.dtype.element_ty))
+    i = tl.program_id(1) % G
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_r = tl.arange(0, R)
+    m_rank = o_r < pick(i, rank0, rank1, rank2, G)
+    b_g = tl.load(pick(i, p_gate0, p_gate1, p_gate2, G) + o_r, mask=m_rank, other=0.0).to(tl.float32)
+    m_r = b_g != 0
+    live = tl.max(m_r.to(tl.int32))
+    o_row = o_r.to(tl.int64)[:, None]
+    if tl.program_id(1) < G:
+        if (wanted >> i) & 1:
+            m_n = o_n < K
+            p_part = p_da_parts + (i * R + o_row) * K + o_n[None, :]
+            s_part = tl.full([], G * R, tl.int64) * K
+            b_da = _sum_parts(p_part, a_parts * live, s_part, m_r, m_n, R, BN, PARTS)
+            p_da = pick(i, p_da0, p_da1, p_da2, G) + o_row * K + o_n[None, :]
+            tl.store(p_da, b_da.to(p_da.dtype.element_ty), mask=m_rank[:, None] & m_n[None, :])
+    else:
+        if (wanted >> (3 + i)) & 1:
+            N = pick(i, N0, N1, N2, G)
+            m_n = o_n < N
+            p_part = p_d_parts + o_row * (N0 + N1 + N2) + pick(i, 0, N0, N0 + N1, G) + o_n[None, :]
+            s_part = tl.full([], R, tl.int64) * (N0 + N1 + N2)
+            b_db = _sum_parts(p_part, d_parts * live, s_part, m_r, m_n, R, BN, PARTS)
+            b_db *= (pick(i, scaling0, scaling1, scaling2, G) * b_g)[:, None]
+            p_db = pick(i, p_db0, p_db1, p_db2, G) + o_row * N + o_n[None, :]
+            tl.store(p_db, b_db.to(p_db.dtype.element_ty), mask=m_rank[:, None] & m_n[None, :])
+        if ((wanted >> (6 + i)) & 1) & (i_n == 0):
+            o_part = tl.arange(0, BN)
+            b_dg = tl.zeros((R,), tl.float32)
+            for start in range(0, g_parts, BN):
+                p_dg_part = p_dg_parts + (start + o_part)[:, None] * (G * R) + i * R + o_r[None, :]
+                b_dg += tl.sum(tl.load(p_dg_part, mask=(start + o_part < g_parts)[:, None], other=0.0), 0)
+            p_dg = pick(i, p_dg0, p_dg1, p_dg2, G) + o_r
+            tl.store(p_dg, tl.where(m_r, b_dg, 0.0).to(p_dg.dtype.element_ty), mask=m_rank)
 
 
 def reduce_rows(
@@ -232,6 +234,7 @@ def reduce_rows(
         *three(bundle.scalings),
         *(a_parts, parts.splits, hidden_blocks(bundle), wanted),
     )
-    meta = {"G": bundle.adapters, "R": bundle.width, "BN": FEATURES, "PARTS": TOGETHER, "num_warps": 4}
-    grid = (-(-longest // FEATURES), 2 * bundle.columns)
+    tile = FEATURES * 16 // bundle.width
+    meta = {"G": bundle.adapters, "R": bundle.width, "BN": tile, "PARTS": ROWS_TOGETHER, "num_warps": 4}
+    grid = (-(-longest // tile), 2 * bundle.adapters)
     return PreparedLaunch(_reduce_rows, grid, numbers, meta, bundle.kind)

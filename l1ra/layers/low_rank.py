@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
+from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.row_moves import RowMoves, row_sources
 
 __all__ = ["ADAPTER_PARAMETERS", "GatedLowRank"]
@@ -107,7 +108,7 @@ class GatedLowRank(nn.Module):
     @property
     def rank(self) -> int:
         """The current rank, including ranks whose gate is 0 that have not been pruned yet."""
-        return self.lora_A.shape[0] if self._reserved_rank is None else self._reserved_rank
+        return tensor_of(self, "lora_A").shape[0] if self._reserved_rank is None else self._reserved_rank
 
     @property
     def reserve(self) -> int | None:

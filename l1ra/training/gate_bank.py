@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
+from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
@@ -74,7 +75,7 @@ class GateBank:
             The gradient of the master gates ``(R,)`` and a bool mask ``(R,)`` of the gates that had one, None if all
             had. None instead of both if no gate has a gradient.
         """
-        gates = [layer.gate for layer in self.layers]
+        gates = [tensor_of(layer, "gate") for layer in self.layers]
         grads = [gate.grad for gate in gates]
         if all(grad is None for grad in grads):
             return None
@@ -191,7 +192,8 @@ class GateBank:
 
 
 def _gates_of(layers: Sequence[L1RALinear]) -> list[Tensor]:
-    return [layer.gate if layer.reserve is None else layer.gate[: layer.rank] for layer in layers]
+    gates = [tensor_of(layer, "gate") for layer in layers]
+    return [gate if layer.reserve is None else gate[: layer.rank] for layer, gate in zip(layers, gates, strict=True)]
 
 
 def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
