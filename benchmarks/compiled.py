@@ -132,13 +132,23 @@ def resources(compiled: Any) -> Resources:
     return _read_amd(compiled) if "amdgcn" in compiled.asm else _read_nvidia(compiled)
 
 
-def _read_nvidia(compiled: Any) -> Resources:
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, for NVIDIA GPUs."""
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool(compiled, "cuobjdump", "-res-usage")).groups()
+    return int(registers), int(stack)
+
+
+def _tool(compiled: Any, *command: str) -> str:
+    """What one of triton's tools says of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        return subprocess.run([TOOLS / command[0], *command[1:], file.name], capture_output=True, text=True).stdout
+
+
+def _read_nvidia(compiled: Any) -> Resources:
+    registers, stack = registers_and_stack(compiled)
+    code = _tool(compiled, "nvdisasm", "-c")
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code)
     return Resources(
         registers,

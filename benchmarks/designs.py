@@ -232,18 +232,19 @@ def number(launch: PreparedLaunch, name: str) -> int:
     return dict(zip(names, launch.numbers, strict=False))[name]
 
 
-def program_lengths(launch: PreparedLaunch, bundle: Bundle) -> list[int]:
+def program_lengths(launch: PreparedLaunch) -> list[int]:
     """For each program, in the order in which they start, its number of tiles; 1 each for kernels without a loop."""
     kernel, meta = name_of(launch), launch.meta
-    first, second = launch.grid[:2]
     if kernel == "shrink":
-        cut = [(-(-bundle.features // meta["BK"]), number(launch, "run"))]
+        cut = [(-(-number(launch, "K") // meta["BK"]), number(launch, "run"))]
     elif kernel == "expand":
-        cut = [(columns, number(launch, "run")) for columns in bundle.columns_of(meta["BN"])]
+        columns = [-(-number(launch, f"N{i}") // meta["BN"]) for i in range(meta["G"])]
+        cut = [(tiles, number(launch, "run")) for tiles in columns]
     elif kernel in ("output_backward", "input_backward"):
-        cut = [(-(-bundle.tokens // meta["BM"]), number(launch, "run") // meta["BM"])]
+        cut = [(-(-number(launch, "M") // meta["BM"]), number(launch, "run") // meta["BM"])]
     else:
         return [1] * math.prod(launch.grid)
+    first, second = launch.grid[:2]
     lengths = [min(run, tiles - start) for tiles, run in cut for start in range(0, tiles, run)]
     assert len(lengths) == second
     return [length for length in lengths for _ in range(first)]
@@ -260,7 +261,7 @@ def busy_share(lengths: list[int], slots: int) -> float:
 def busy_as_cut(launch: PreparedLaunch, bundle: Bundle, width: int) -> float:
     """With as many programs at a time as the tile says."""
     tile = configs.tile(name_of(launch), width, bundle.dtype, bundle.device)
-    return busy_share(program_lengths(launch, bundle), tile.blocks * configs.processors(bundle.device))
+    return busy_share(program_lengths(launch), tile.blocks * configs.processors(bundle.device))
 
 
 def small(launch_waits: int, programs: float) -> float:

@@ -255,14 +255,14 @@ def test_programs_have_all_tiles_among_them(shape):
     for bundle in Shape(*shape).bundles:
         launch, parts = designs.shrink(bundle)
         rows = -(-tokens // launch.meta["BM"])
-        assert sum(designs.program_lengths(launch, bundle)) == rows * -(-inputs // launch.meta["BK"])
+        assert sum(designs.program_lengths(launch)) == rows * -(-inputs // launch.meta["BK"])
         more = [designs.NOTHING] * bundle.adapters, [0] * bundle.adapters, [True] * bundle.adapters
         launch = designs.expand(bundle, parts, *more)
         rows = -(-tokens // launch.meta["BM"])
-        assert sum(designs.program_lengths(launch, bundle)) == rows * sum(bundle.columns_of(launch.meta["BN"]))
+        assert sum(designs.program_lengths(launch)) == rows * sum(bundle.columns_of(launch.meta["BN"]))
         launch, left = designs.output_backward(bundle, [0] * bundle.adapters, [True] * bundle.adapters)
         rows = -(-tokens // launch.meta["BM"])
-        assert sum(designs.program_lengths(launch, bundle)) == rows * sum(left.tiles)
+        assert sum(designs.program_lengths(launch)) == rows * sum(left.tiles)
 
 
 @pytest.mark.parametrize("name", DESIGNS)
