@@ -188,7 +188,7 @@ launches, gate and up too, as long as their rank tiles fit 128 together (at rank
 shared reads; with *augment=True*, *aug* where N ≥ 1.5 K; and *add* without shared reads.
 
 *PEFT fp32* is PEFT's default (adapters in fp32), with and without `torch.autocast(dtype=torch.bfloat16)`; *PEFT bf16*
-needs `autocast_adapter_dtype=False`. LoRAFusion's Triton products are taken at cuBLAS's speed.
+needs `autocast_adapter_dtype=False`.
 """
 
 
@@ -196,6 +196,12 @@ def card_table(card: Card) -> str:
     cards = dict.fromkeys([*CARDS.values(), card])
     rows = [[c.name, f"{c.bandwidth:g}", f"{c.l2:g}", f"{c.tflops:g}", c.source] for c in cards]
     return markdown_table(["card", "copy, TB/s", "L2, TB/s", "bf16 product, TFLOP/s", "source"], rows)
+
+
+def break_even(name: str, layer: Layer, card: Card) -> float:
+    """Speed of LoRAFusion's products, cuBLAS's being 1, at which its layer takes as long as that of the design."""
+    ours, theirs = (estimate(n, layer, SHOWN_TOKENS, SHOWN_RANK, card).overhead for n in (name, "LoRAFusion"))
+    return 1 / (1 + ours - theirs)
 
 
 def bytes_table() -> str:
@@ -285,6 +291,10 @@ Modelled, rank {SHOWN_RANK}, shares of the frozen layer's time; the bars are at 
 {" and ".join(f"{bar:.0%} at {tokens} tokens" for tokens, bar in BARS.items())}.
 
 {estimate_table(first)}
+
+LoRAFusion's Triton products are taken at cuBLAS's speed. They may fall to
+{break_even("chain, shared reads", layer, first):.1%} of cuBLAS's speed ({model}, {SETTING}) before chain is faster, to
+{break_even("augment=True, shared reads", layer, first):.1%} before `augment=True` is.
 
 Each launch of chain with shared reads, {model}, {SETTING}, modelled:
 
