@@ -66,7 +66,7 @@ USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns of sm_100
 
 
-class _Driver:
+class StandInDriver:
     """Stands in for triton's driver: says which GPU it is, and nothing else."""
 
     def __init__(self, target: GPUTarget):
@@ -85,6 +85,12 @@ class _Driver:
         return torch.device("cpu")
 
 
+def set_environment() -> None:
+    """Triton's settings, where none were made."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is anyway; some versions warn where it isn't said
+
+
 class Launch(NamedTuple):
     """A compiled kernel and the constants that it was launched with."""
 
@@ -99,15 +105,14 @@ def compiling_for(name: str) -> Iterator[list[Launch]]:
 
     Nothing can be launched afterwards: triton's driver is not put back.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is anyway; some versions warn where it isn't said
+    set_environment()
     launches: list[Launch] = []
 
     def instead(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launches.append(Launch(kernel, kernel.warmup(*args, grid=grid, **meta), meta))
 
     architecture = ARCHITECTURES[name]
-    driver.set_active(_Driver(architecture.target))
+    driver.set_active(StandInDriver(architecture.target))
     with redirected(instead), patch.object(configs, "architecture", lambda device: architecture.tiles):
         yield launches
 

@@ -34,7 +34,7 @@ import l1ra
 from benchmarks.common.environment import processor_name, versions
 from benchmarks.common.statistics import spread
 from benchmarks.common.tables import markdown_table
-from benchmarks.compiled import ARCHITECTURES, _Driver
+from benchmarks.compiled import ARCHITECTURES, StandInDriver, set_environment
 from benchmarks.designs import DESIGNS, Shape
 from benchmarks.gpu.problem import DecoderLinears
 from benchmarks.gpu.providers import install_peft
@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-class _IdleDriver(_Driver):
+class _IdleDriver(StandInDriver):
     """Triton's driver for a GPU that is not there: it loads and launches nothing."""
 
     def __init__(self) -> None:
@@ -139,6 +139,7 @@ def _launch_nothing(*args: Any) -> None:
 @contextmanager
 def fused_without_a_gpu() -> Iterator[None]:
     """Within the block, tensors on the CPU take the fused path, whose launches do nothing."""
+    set_environment()
     driver.set_active(_IdleDriver())
     with ExitStack() as stack:
         stack.enter_context(patch.object(choice, "_INTERPRETING", True))  # the path is open to tensors on the CPU

@@ -89,21 +89,18 @@ def run_group(tokens: int, inputs: int, outputs: tuple[int, ...], rank: int, pat
     gated_linear.backward(ys, x, hidden, layers, True, needs, 0.0, None)
 
 
-def rows(arch: str, model: str, tokens: int, rank: int, paths: tuple[str, ...] = PATHS) -> list[dict[str, Any]]:
-    """A row for each launch of a decoder layer. Of path aug those that chain has not."""
-    found, known = [], set()
-    for path in paths:
+def rows(arch: str, model: str, tokens: int, rank: int) -> list[dict[str, Any]]:
+    """A row for each launch of a decoder layer; of path aug only those that chain has not."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for path in PATHS:
+        setting = {"arch": arch, "model": model, "tokens": tokens, "rank": rank, "path": path}
         for group, inputs, outputs in MODELS[model]:
             with compiling(arch) as launches:
                 run_group(tokens, inputs, outputs, rank, path)
             for launch in launches:
-                row = _row(arch, launch)
-                name = {"group": group, "kernel": name_of(launch.kernel)}
-                if (tuple(name.values()), row["programs"], row["registers"], row["shared"]) not in known:
-                    known.add((tuple(name.values()), row["programs"], row["registers"], row["shared"]))
-                    setting = {"arch": arch, "model": model, "tokens": tokens, "rank": rank, "path": path}
-                    found.append({**setting, **name, **row, "triton": triton.__version__})
-    return found
+                row = {"group": group, "kernel": name_of(launch.kernel), **_row(arch, launch)}
+                found.setdefault(tuple(row.values()), {**setting, **row, "triton": triton.__version__})
+    return list(found.values())
 
 
 _registers: dict[int, int] = {}  # by the identity of a compiled kernel
@@ -111,8 +108,9 @@ _registers: dict[int, int] = {}  # by the identity of a compiled kernel
 
 def _row(arch: str, launch: Launch) -> dict[str, Any]:
     kernel, compiled, _ = launch
-    registers = _registers.setdefault(id(compiled), 0) or registers_and_stack(compiled)[0]
-    _registers[id(compiled)] = registers
+    if id(compiled) not in _registers:
+        _registers[id(compiled)], _ = registers_and_stack(compiled)
+    registers = _registers[id(compiled)]
     shared, limits = compiled.metadata.shared, LIMITS[arch]
     allowed = limits.blocks(registers, shared, compiled.metadata.num_warps)
     blocks = min(allowed.values())
