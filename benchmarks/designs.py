@@ -36,7 +36,7 @@ from l1ra_kernels.expand import NOTHING, expand
 from l1ra_kernels.input_backward import input_backward
 from l1ra_kernels.launch import PreparedLaunch
 from l1ra_kernels.output_backward import output_backward
-from l1ra_kernels.reductions import FEATURES, TOGETHER, reduce_hidden
+from l1ra_kernels.reductions import FEATURES, reduce_hidden
 from l1ra_kernels.shrink import shrink
 
 __all__ = [
@@ -59,6 +59,8 @@ BF16, FP32 = 2, 4
 NO_GPU = torch.device("cpu")  # for which the launchers choose tiles of sm_90 and ``configs.PROCESSORS``
 # Programs of a reduction that a multiprocessor runs at a time: 4 warps with at most 64 registers a thread.
 REDUCTION_BLOCKS = 8
+# Parts of a sum whose loads the machine code (sm_90, triton 3.9) has in flight together.
+TOGETHER = {"expand": 4, "write_behind": 4, "reduce_hidden": 4, "reduce_rows": 8}
 
 
 class Shape:
@@ -100,6 +102,7 @@ class Term:
     ``hidden``: the bytes disappear under a large product. ``in_product``: no launch of its own, but so many FLOPs more
     in a frozen product. ``again``: bytes that further programs read, beyond ``read``. ``busy``: the share of the
     kernel's time in which a slot for a program is busy. ``waits``: loads that wait for each other, one after another.
+    ``parts``: bytes of partial sums among those read and written.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Term:
     again: int = 0
     busy: float = 1.0
     waits: float = 0.0
+    parts: int = 0
 
 
 Terms = list[Term]
@@ -264,9 +268,14 @@ def busy_as_cut(launch: PreparedLaunch, bundle: Bundle, width: int) -> float:
     return busy_share(program_lengths(launch), tile.blocks * configs.processors(bundle.device))
 
 
-def small(launch_waits: int, programs: float) -> float:
+def sum_waits(kernel: str, parts: int) -> int:
+    """Waits of a sum of parts."""
+    return -(-parts // TOGETHER[kernel])
+
+
+def small(waits: int, programs: int) -> float:
     """Waits of a kernel that has little to read: each program makes all of them, and programs follow one another."""
-    return launch_waits * max(1.0, programs / (REDUCTION_BLOCKS * configs.PROCESSORS))
+    return waits * max(1.0, programs / (REDUCTION_BLOCKS * configs.PROCESSORS))
 
 
 def our_shrink(s: Shape, bundle: Bundle, augment: bool = False) -> tuple[Term, int]:
@@ -278,6 +287,7 @@ def our_shrink(s: Shape, bundle: Bundle, augment: bool = False) -> tuple[Term, i
         BF16 * s.x + FP32 * a,
         FP32 * parts * h + (BF16 * s.x if augment else 0),
         2 * s.x * bundle.columns,
+        parts=FP32 * parts * h,
         again=FP32 * a * (launch.grid[0] - 1),
         busy=busy_as_cut(launch, bundle, bundle.columns),
         waits=2,
@@ -286,7 +296,7 @@ def our_shrink(s: Shape, bundle: Bundle, augment: bool = False) -> tuple[Term, i
 
 
 def our_expand(s: Shape, bundle: Bundle, parts: int) -> Term:
-    """A program adds its parts of H one after another, then waits for the gate, then for B."""
+    """A program adds the parts of H, then waits for the gate, then for B."""
     launch = expand(bundle, parts, [NOTHING] * bundle.adapters, [0] * bundle.adapters, [True] * bundle.adapters)
     b, h = FP32 * adapters_b(bundle), FP32 * parts * s.tokens * bundle.width
     return Term(
@@ -294,9 +304,10 @@ def our_expand(s: Shape, bundle: Bundle, parts: int) -> Term:
         h * bundle.adapters + b,
         BF16 * (s.tokens * bundle.columns + s.tokens * sum(bundle.outputs)),
         2 * s.tokens * sum(bundle.outputs) * bundle.width,
+        parts=h * bundle.adapters,
         again=h * (launch.grid[1] - bundle.adapters) + b * (launch.grid[0] - 1),
         busy=busy_as_cut(launch, bundle, bundle.width),
-        waits=parts + 2,
+        waits=sum_waits("expand", parts) + 2,
     )
 
 
@@ -311,7 +322,8 @@ def our_write_behind(s: Shape, bundle: Bundle, parts: int) -> Term:
         "write behind: H, C behind x, W",
         FP32 * (parts * h + adapters_b(bundle)),
         BF16 * (2 * h + sum(bundle.outputs) * bundle.columns),
-        waits=small(max(parts, 2), math.prod(launch.grid)),
+        parts=FP32 * parts * h,
+        waits=small(max(sum_waits("write_behind", parts), 2), math.prod(launch.grid)),
     )
 
 
@@ -337,12 +349,14 @@ def our_gradients(s: Shape, bundle: Bundle) -> Terms:
     y_launch, left = output_backward(bundle, [0] * bundle.adapters, used)
     x_launch, a_parts = input_backward(bundle)
     h_launch = reduce_hidden(bundle, left.tiles)
-    p_parts = FP32 * sum(left.tiles) * part
+    p_parts, d_parts = FP32 * sum(left.tiles) * part, FP32 * left.splits * bundle.width * sum(bundle.outputs)
+    da_parts = FP32 * a_parts * bundle.columns * s.inputs
     y_pass = Term(
         "pass over dY: P, D = Hᵀ dY",
         BF16 * (y + h) + FP32 * b,
-        p_parts + FP32 * left.splits * bundle.width * sum(bundle.outputs),
+        p_parts + d_parts,
         4 * y * bundle.width,
+        parts=p_parts + d_parts,
         again=BF16 * part * (sum(left.tiles) - bundle.adapters) + FP32 * b * (left.splits - 1),
         busy=busy_as_cut(y_launch, bundle, bundle.width),
         waits=3,  # gate, B, the first tile
@@ -351,25 +365,28 @@ def our_gradients(s: Shape, bundle: Bundle) -> Terms:
         "reduce P: Q = s·g·P, dg",
         p_parts + BF16 * h,
         BF16 * h,
-        waits=small(2 + -(-max(left.tiles) // TOGETHER), math.prod(h_launch.grid)),  # gate, groups of parts, H
+        parts=p_parts,
+        waits=small(sum_waits("reduce_hidden", max(left.tiles)) + 2, math.prod(h_launch.grid)),  # gate, parts, H
     )
     x_pass = Term(
         "pass over x: dX = Q A, dA",
         BF16 * (s.x + h) + FP32 * a,
-        BF16 * s.x + FP32 * a_parts * bundle.columns * s.inputs,
+        BF16 * s.x + da_parts,
         4 * s.x * bundle.columns,
+        parts=da_parts,
         again=BF16 * h * (x_launch.grid[0] - 1) + FP32 * a * (a_parts - 1),
         busy=busy_as_cut(x_launch, bundle, bundle.columns),
         waits=3,
     )
     blocks = [-(-s.inputs // FEATURES) - (-n // FEATURES) for n in bundle.outputs]
     programs = sum(rank * count for rank, count in zip(bundle.ranks, blocks, strict=True))
-    groups = max(-(-a_parts // TOGETHER), -(-left.splits // TOGETHER) + 1)  # dg after dB
+    sums = max(sum_waits("reduce_rows", a_parts), sum_waits("reduce_rows", left.splits) + 1)  # dg after dB
     reduce_all = Term(
         "reduce D, dA, dg: dB, dA, dg",
         FP32 * (a_parts * a + left.splits * b),
         FP32 * (a + b),
-        waits=small(1 + groups, programs),
+        parts=FP32 * (a_parts * a + left.splits * b),
+        waits=small(1 + sums, programs),
     )
     return [y_pass, reduce_p, x_pass, reduce_all]
 

@@ -232,7 +232,16 @@ def test_terms_are_the_launches_that_our_code_makes(name, shape):
     for terms, launches in zip(DESIGNS[name].count(Shape(*shape)), our_launches(shape, name == "aug"), strict=True):
         ours = [t for t in terms if t.launches and "further" not in t.name]  # those sums are torch's
         assert all(t.launches == 1 for t in ours)
+        assert all(t.parts <= t.read + t.write for t in ours)
         assert sorted((t.read, t.write, t.again) for t in ours) == sorted(launches)
+
+
+def test_partial_sums_are_written_once_and_read_once():
+    forward, backward = DESIGNS["chain"].count(Shape(2048, 4096, (4096, 1024, 1024), 16))  # a full rank tile
+    shrink, expand = (t.parts for t in forward if t.launches)
+    y_pass, reduce_p, x_pass, reduce_rows = (t.parts for t in backward if t.launches)
+    assert shrink == expand > 0
+    assert y_pass + x_pass == reduce_p + reduce_rows > 0
 
 
 def test_a_decoder_layer_takes_twenty_four_launches():
