@@ -139,10 +139,9 @@ class Estimate:
 
 def sums_of_dx(layer: Layer, tokens: int, card: Card) -> float:
     """Autograd adds the dX of the linears that read the same x, ms."""
-    sums = [(len(outputs) - 1) * tokens * inputs for _, inputs, outputs in layer]
-    return sum(3 * BF16 * elements for elements in sums) / card.bandwidth / 1e9 + GAP * sum(
-        len(outputs) - 1 for _, _, outputs in layer
-    )
+    elements = sum((len(outputs) - 1) * tokens * inputs for _, inputs, outputs in layer)
+    launches = sum(len(outputs) - 1 for _, _, outputs in layer)
+    return 3 * BF16 * elements / card.bandwidth / 1e9 + GAP * launches
 
 
 def estimate(name: str, layer: Layer, tokens: int, rank: int, card: Card) -> Estimate:
@@ -248,20 +247,8 @@ def estimate_table(card: Card) -> str:
                 label = f"{model}, {tokens}: {name.removesuffix(', shared reads')}"
                 cells = [f"{part / e.frozen:.1%}" for part in parts]
                 rows.append([label, f"{e.frozen:.2f}", *cells, f"**{e.overhead:.1%}**", verdict])
-    head = [
-        "",
-        "frozen, ms",
-        "bytes",
-        "partial sums",
-        "longer products",
-        "tail",
-        "L2",
-        "waits",
-        "gaps",
-        "credit",
-        "sum",
-        "bar",
-    ]
+    terms = ("bytes", "partial sums", "longer products", "tail", "L2", "waits", "gaps", "credit")
+    head = ["", "frozen, ms", *terms, "sum", "bar"]
     return markdown_table(head, rows)
 
 
@@ -309,6 +296,7 @@ Modelled, rank {SHOWN_RANK}, shares of the frozen layer's time; the bars are at 
 {estimate_table(first)}
 
 Partial sums are among the bytes; those that stay in L2 (50 MB) until they are read cost less.
+
 LoRAFusion's Triton products are taken at cuBLAS's speed. They may fall to
 {break_even("chain, shared reads", layer, first):.1%} of cuBLAS's speed ({model}, {SETTING}) before chain is faster, to
 {break_even("augment=True, shared reads", layer, first):.1%} before `augment=True` is.
