@@ -97,9 +97,9 @@ def rows(arch: str, model: str, tokens: int, rank: int) -> list[dict[str, Any]]:
         for group, inputs, outputs in MODELS[model]:
             with compiling(arch) as launches:
                 run_group(tokens, inputs, outputs, rank, path)
-            for launch in launches:
-                row = {"group": group, "kernel": name_of(launch.kernel), **_row(arch, launch)}
-                found.setdefault(tuple(row.values()), {**setting, **row, "triton": triton.__version__})
+                for launch in launches:
+                    row = {"group": group, "kernel": name_of(launch.kernel), **_row(arch, launch)}
+                    found.setdefault(tuple(row.values()), {**setting, **row, "triton": triton.__version__})
     return list(found.values())
 
 

@@ -27,18 +27,19 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "waves.csv"
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Of all settings, compiled by the installed triton."""
-    program = (
-        "import json; from benchmarks import waves; "
-        "print(json.dumps([row for setting in waves.SETTINGS for row in waves.rows('sm_90', *setting, 16)]))"
-    )
+def in_a_process(program: str):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Of all settings, compiled by the installed triton."""
+    every = "[row for setting in waves.SETTINGS for row in waves.rows('sm_90', *setting, 16)]"
+    return in_a_process(f"import json; from benchmarks import waves; print(json.dumps({every}))")
 
 
 def test_every_streaming_kernel_has_programs_for_all_multiprocessors_two_at_a_time(rows):
@@ -116,3 +117,14 @@ def test_a_decoder_layer_in_training_is_24_launches_from_its_second_step_on(augm
         optimizer.step()
         optimizer.zero_grad()
     assert steps == [7 * 6, 24]
+
+
+def test_tiles_and_multiprocessors_are_those_of_the_architecture():
+    some = "waves.rows('sm_80', 'Llama-3.2-1B', 2048, 16)"
+    found = in_a_process(f"import json; from benchmarks import waves; print(json.dumps({some}))")
+    (expand,) = {row["cut_for"] for row in found if row["kernel"] == "expand"}
+    assert expand == configs.HALF_80["expand"][16].blocks != configs.HALF["expand"][16].blocks
+    rows = [row for row in found if row["kernel"] == "shrink" and row["blocks"] == row["cut_for"]]
+    assert rows
+    for row in rows:
+        assert row["waves"] == round(row["programs"] / (row["blocks"] * waves.LIMITS["sm_80"].processors), 2)
