@@ -5,7 +5,9 @@
 - ``gpu``: correctness, speed and memory on a GPU.
 - ``layer``: one adapted layer and a training step of a small model, beside PEFT, on any machine.
 - ``compiled``: registers, spills and instructions of every compiled kernel; needs no GPU.
-- ``roofline``: modelled bytes and FLOPs of each design.
+- ``waves``: programs and resident blocks of every launch of a decoder layer; needs no GPU.
+- ``host``: host time of adapted layers, beside PEFT; needs no GPU.
+- ``roofline``: modelled bytes, FLOPs and time of each design.
 - ``tune``: tiles for the GPU at hand.
 
 ``common`` holds the code that several programs share, ``results`` what was measured. Records of ``planted`` and

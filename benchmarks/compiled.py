@@ -66,7 +66,7 @@ USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns of sm_100
 
 
-class _Driver:
+class StandInDriver:
     """Stands in for triton's driver: says which GPU it is, and nothing else."""
 
     def __init__(self, target: GPUTarget):
@@ -85,6 +85,12 @@ class _Driver:
         return torch.device("cpu")
 
 
+def set_environment() -> None:
+    """Triton's settings, where none were made."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is anyway; some versions warn where it isn't said
+
+
 class Launch(NamedTuple):
     """A compiled kernel and the constants that it was launched with."""
 
@@ -99,15 +105,14 @@ def compiling_for(name: str) -> Iterator[list[Launch]]:
 
     Nothing can be launched afterwards: triton's driver is not put back.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is anyway; some versions warn where it isn't said
+    set_environment()
     launches: list[Launch] = []
 
     def instead(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launches.append(Launch(kernel, kernel.warmup(*args, grid=grid, **meta), meta))
 
     architecture = ARCHITECTURES[name]
-    driver.set_active(_Driver(architecture.target))
+    driver.set_active(StandInDriver(architecture.target))
     with redirected(instead), patch.object(configs, "architecture", lambda device: architecture.tiles):
         yield launches
 
@@ -132,13 +137,23 @@ def resources(compiled: Any) -> Resources:
     return _read_amd(compiled) if "amdgcn" in compiled.asm else _read_nvidia(compiled)
 
 
-def _read_nvidia(compiled: Any) -> Resources:
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, for NVIDIA GPUs."""
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool(compiled, "cuobjdump", "-res-usage")).groups()
+    return int(registers), int(stack)
+
+
+def _tool(compiled: Any, *command: str) -> str:
+    """What one of triton's tools says of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        return subprocess.run([TOOLS / command[0], *command[1:], file.name], capture_output=True, text=True).stdout
+
+
+def _read_nvidia(compiled: Any) -> Resources:
+    registers, stack = registers_and_stack(compiled)
+    code = _tool(compiled, "nvdisasm", "-c")
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code)
     return Resources(
         registers,

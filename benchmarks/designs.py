@@ -11,64 +11,80 @@ Assumptions, the same for all designs:
 - no dropout, no bias; the frozen network's own sums of dX (q + k + v, gate + up) belong to the frozen network;
 - *hidden* bytes are read by a large product that adds to its output (cuBLAS with beta = 1) and disappear under its
   arithmetic;
-- our buffers are as wide as the rank tile; our adapters and their gradients are fp32. Tiles, streams and bundles are
-  those of ``l1ra_kernels``, for bf16 on an H100.
+- our buffers are as wide as the rank tile; our adapters and their gradients are fp32. Bundles, tiles, grids and partial
+  sums are those that the launchers of ``l1ra_kernels`` choose for bf16 on an sm_90 with 132 multiprocessors.
+
+Of our kernels, also what costs time beyond bytes: operands that several programs read (again, from L2), multiprocessors
+that are idle at the end, and loads that wait for each other.
 """
 
 from __future__ import annotations
 
+import heapq
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from l1ra.layers.padded_weight import padding_pays_off
 from l1ra_kernels import configs
+from l1ra_kernels.augment import write_behind
+from l1ra_kernels.bundle import Bundle, bundles_of
+from l1ra_kernels.expand import NOTHING, expand
+from l1ra_kernels.input_backward import input_backward
+from l1ra_kernels.launch import PreparedLaunch
+from l1ra_kernels.output_backward import output_backward
+from l1ra_kernels.reductions import FEATURES, reduce_hidden
+from l1ra_kernels.shrink import shrink
 
-__all__ = ["BF16", "DESIGNS", "FP32", "PASSES", "UNSHARED", "Design", "Passes", "Shape", "Term", "Terms"]
+__all__ = [
+    "BF16",
+    "DESIGNS",
+    "FP32",
+    "PASSES",
+    "UNSHARED",
+    "Design",
+    "Passes",
+    "Shape",
+    "Term",
+    "Terms",
+    "busy_share",
+    "name_of",
+    "program_lengths",
+]
 
 BF16, FP32 = 2, 4
-TILES, _ = configs.TILES.get("sm_90", (configs.HALF, configs.SINGLE))
-# Without a GPU to ask, streams are cut for as many processors as an H100 has.
-NO_GPU = torch.device("cpu")
-SHARING = 3  # adapters that one pass over x serves at most; their rank tiles must fit the widest one
-
-
-def partial_sums(kernel: str, width: int, tokens: int, features: int) -> tuple[int, int]:
-    """Tiles of features and streams of tokens of a backward pass, each of which leaves a partial sum."""
-    tile = TILES[kernel][configs.rank_tile(width)]
-    columns = math.ceil(features / tile.features)
-    return columns, configs.split_tokens(tokens, tile.tokens, columns, NO_GPU)[1]
+NO_GPU = torch.device("cpu")  # for which the launchers choose tiles of sm_90 and ``configs.PROCESSORS``
+# Programs of a reduction that a multiprocessor runs at a time: 4 warps with at most 64 registers a thread.
+REDUCTION_BLOCKS = 8
+# Parts of a sum whose loads the machine code (sm_90, triton 3.9) has in flight together.
+TOGETHER = {"expand": 4, "write_behind": 4, "reduce_hidden": 4, "reduce_rows": 8}
 
 
 class Shape:
     """Linears that read the same x: ``tokens``, common ``inputs``, ``outputs`` of each, ``rank`` of each.
 
-    ``bundles`` are the adapters that share a pass over x, the number of them in each. The other attributes are numbers
-    of elements, summed over the linears; x is there once.
+    ``bundles`` are those of the adapters that share launches. The other attributes are numbers of elements, summed over
+    the linears; x is there once.
     """
 
     def __init__(self, tokens: int, inputs: int, outputs: tuple[int, ...], rank: int) -> None:
-        self.inputs, self.outputs, self.linears, self.rank = inputs, outputs, len(outputs), rank
-        self.bucket = configs.rank_tile(rank)
-        fit = min(SHARING, configs.RANK_TILES[-1] // self.bucket)
-        self.bundles = [min(fit, self.linears - first) for first in range(0, self.linears, fit)]
+        self.tokens, self.inputs, self.outputs, self.linears, self.rank = tokens, inputs, outputs, len(outputs), rank
         self.x, self.y = tokens * inputs, tokens * sum(outputs)
         self.a, self.b = rank * inputs * self.linears, rank * sum(outputs)
         self.h = tokens * rank * self.linears
-        # In our own buffers: H or Q; the partial sums of P, D = Hᵀ dY and dA as they are written. Of D and dA, only the
-        # rows of true ranks are read again.
-        self.wide_h = tokens * self.bucket * self.linears
-        self.p_parts = self.d_parts = self.da_parts = 0
-        for n in outputs:
-            columns, streams = partial_sums("output_backward", self.bucket, tokens, n)
-            self.p_parts += columns * tokens * self.bucket
-            self.d_parts += streams * self.bucket * n
-        for adapters in self.bundles:
-            width = adapters * self.bucket
-            _, streams = partial_sums("input_backward", width, tokens, inputs)
-            self.da_parts += streams * width * inputs
-        self.d_live, self.da_live = (parts * rank // self.bucket for parts in (self.d_parts, self.da_parts))
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        found = []
+        for width, pieces in bundles_of([self.rank] * self.linears, [None] * self.linears):
+            ranks = [self.rank if rows is None else rows[1] - rows[0] for _, rows in pieces]
+            layers = tuple(self.outputs[layer] for layer, _ in pieces)
+            sizes = (self.tokens, self.inputs, self.inputs, width, tuple(ranks), layers, (1.0,) * len(pieces), 0.0)
+            found.append(Bundle(NO_GPU, None, torch.bfloat16, "ieee", *sizes))
+        return found
 
     def x_flops(self, width: int) -> int:
         """FLOPs of a product of x's size with ``width`` ranks of each linear."""
@@ -84,7 +100,9 @@ class Term:
     """One launch, or several alike: bytes read and written, FLOPs.
 
     ``hidden``: the bytes disappear under a large product. ``in_product``: no launch of its own, but so many FLOPs more
-    in a frozen product.
+    in a frozen product. ``again``: bytes that further programs read, beyond ``read``. ``busy``: the share of the
+    kernel's time in which a slot for a program is busy. ``waits``: loads that wait for each other, one after another.
+    ``parts``: bytes of partial sums among those read and written.
     """
 
     name: str
@@ -94,6 +112,10 @@ class Term:
     launches: int = 1
     hidden: bool = False
     in_product: bool = False
+    again: int = 0
+    busy: float = 1.0
+    waits: float = 0.0
+    parts: int = 0
 
 
 Terms = list[Term]
@@ -201,77 +223,218 @@ def in_product(name: str, read: int, flops: int) -> Term:
     return Term(name, read, 0, flops, launches=0, in_product=True)
 
 
-# Ours. A shape of several linears is a shared read of x (q, k, v; gate, up), as far as a pass over x can serve them.
+# Ours. A shape of several linears is a shared read of x (q, k, v; gate, up), as far as a bundle can serve them.
 
 
-def our_shrink(s: Shape) -> Term:
-    passes = len(s.bundles)
-    return Term("shrink: H", BF16 * passes * s.x + FP32 * s.a, BF16 * s.wide_h, s.x_flops(s.bucket), launches=passes)
+def name_of(launch: PreparedLaunch) -> str:
+    return launch.fn.__name__.removeprefix("_")
 
 
-def our_expand(s: Shape) -> Term:
-    read = BF16 * s.wide_h + FP32 * s.b
-    return Term("expand: Y from H, B", read, BF16 * s.y, s.y_flops(s.bucket), launches=s.linears)
+def number(launch: PreparedLaunch, name: str) -> int:
+    """The value of a numeric parameter of the kernel."""
+    names = [name for name in inspect.signature(launch.fn).parameters if not name.startswith("p_")]
+    return dict(zip(names, launch.numbers, strict=False))[name]
+
+
+def program_lengths(launch: PreparedLaunch) -> list[int]:
+    """For each program, in the order in which they start, its number of tiles; 1 each for kernels without a loop."""
+    kernel, meta = name_of(launch), launch.meta
+    if kernel == "shrink":
+        cut = [(-(-number(launch, "K") // meta["BK"]), number(launch, "run"))]
+    elif kernel == "expand":
+        columns = [-(-number(launch, f"N{i}") // meta["BN"]) for i in range(meta["G"])]
+        cut = [(tiles, number(launch, "run")) for tiles in columns]
+    elif kernel in ("output_backward", "input_backward"):
+        cut = [(-(-number(launch, "M") // meta["BM"]), number(launch, "run") // meta["BM"])]
+    else:
+        return [1] * math.prod(launch.grid)
+    first, second = launch.grid[:2]
+    lengths = [min(run, tiles - start) for tiles, run in cut for start in range(0, tiles, run)]
+    assert len(lengths) == second
+    return [length for length in lengths for _ in range(first)]
+
+
+def busy_share(lengths: list[int], slots: int) -> float:
+    """The share of the time in which one of ``slots`` programs at a time runs, if each takes as long as its tiles."""
+    ends = [0] * min(slots, len(lengths))
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return sum(lengths) / (slots * max(ends))
+
+
+def busy_as_cut(launch: PreparedLaunch, bundle: Bundle, width: int) -> float:
+    """With as many programs at a time as the tile says."""
+    tile = configs.tile(name_of(launch), width, bundle.dtype, bundle.device)
+    return busy_share(program_lengths(launch), tile.blocks * configs.processors(bundle.device))
+
+
+def sum_waits(kernel: str, parts: int) -> int:
+    """Waits of a sum of parts."""
+    return -(-parts // TOGETHER[kernel])
+
+
+def small(waits: int, programs: int) -> float:
+    """Waits of a kernel that has little to read: each program makes all of them, and programs follow one another."""
+    return waits * max(1.0, programs / (REDUCTION_BLOCKS * configs.PROCESSORS))
+
+
+def our_shrink(s: Shape, bundle: Bundle, augment: bool = False) -> tuple[Term, int]:
+    """And the parts of H. Before its first tile a program waits for the gates, then for x and A."""
+    launch, parts = shrink(bundle, augment)
+    a, h = sum(bundle.ranks) * s.inputs, s.tokens * bundle.columns
+    term = Term(
+        "shrink: [x | ], parts of H" if augment else "shrink: parts of H",
+        BF16 * s.x + FP32 * a,
+        FP32 * parts * h + (BF16 * s.x if augment else 0),
+        2 * s.x * bundle.columns,
+        parts=FP32 * parts * h,
+        again=FP32 * a * (launch.grid[0] - 1),
+        busy=busy_as_cut(launch, bundle, bundle.columns),
+        waits=2,
+    )
+    return term, parts
+
+
+def our_expand(s: Shape, bundle: Bundle, parts: int) -> Term:
+    """A program adds the parts of H, then waits for the gate, then for B."""
+    launch = expand(bundle, parts, [NOTHING] * bundle.adapters, [0] * bundle.adapters, [True] * bundle.adapters)
+    b, h = FP32 * adapters_b(bundle), FP32 * parts * s.tokens * bundle.width
+    return Term(
+        "expand: Y from parts of H, B; H",
+        h * bundle.adapters + b,
+        BF16 * (s.tokens * bundle.columns + s.tokens * sum(bundle.outputs)),
+        2 * s.tokens * sum(bundle.outputs) * bundle.width,
+        parts=h * bundle.adapters,
+        again=h * (launch.grid[1] - bundle.adapters) + b * (launch.grid[0] - 1),
+        busy=busy_as_cut(launch, bundle, bundle.width),
+        waits=sum_waits("expand", parts) + 2,
+    )
+
+
+def adapters_b(bundle: Bundle) -> int:
+    return sum(rank * n for rank, n in zip(bundle.ranks, bundle.outputs, strict=True))
+
+
+def our_write_behind(s: Shape, bundle: Bundle, parts: int) -> Term:
+    launch = write_behind(bundle, parts, [0] * bundle.adapters, [True] * bundle.adapters)
+    h = s.tokens * bundle.columns
+    return Term(
+        "write behind: H, C behind x, W",
+        FP32 * (parts * h + adapters_b(bundle)),
+        BF16 * (2 * h + sum(bundle.outputs) * bundle.columns),
+        parts=FP32 * parts * h,
+        waits=small(max(sum_waits("write_behind", parts), 2), math.prod(launch.grid)),
+    )
 
 
 def read_back(name: str, elements: int) -> Term:
     return Term(name, BF16 * elements, 0, launches=0, hidden=True)
 
 
-def our_gradients(s: Shape, copies_dy: bool = False) -> Terms:
-    """Two passes and three reductions. The pass over x writes dX = Q A, unless the pass over dY copies dY."""
-    passes = len(s.bundles)
-    dy_pass = Term(
+def our_backward(s: Shape) -> Terms:
+    """Two passes and a reduction after each, for each bundle; each linear's dY W adds to the same dX."""
+    bundles, terms = s.bundles, []
+    for bundle in bundles:
+        terms += our_gradients(s, bundle)
+    if len(bundles) > 1:
+        more = len(bundles) - 1
+        terms.append(each("dX of further bundles added", more * s.x, 2 * BF16, BF16, launches=more))
+    return [*terms, read_back("dY W adds to dX: read back", s.linears * s.x)]
+
+
+def our_gradients(s: Shape, bundle: Bundle) -> Terms:
+    used = [True] * bundle.adapters
+    a, b, y = sum(bundle.ranks) * s.inputs, adapters_b(bundle), s.tokens * sum(bundle.outputs)
+    part, h = s.tokens * bundle.width, s.tokens * bundle.columns
+    y_launch, left = output_backward(bundle, [0] * bundle.adapters, used)
+    x_launch, a_parts = input_backward(bundle)
+    h_launch = reduce_hidden(bundle, left.tiles)
+    p_parts, d_parts = FP32 * sum(left.tiles) * part, FP32 * left.splits * bundle.width * sum(bundle.outputs)
+    da_parts = FP32 * a_parts * bundle.columns * s.inputs
+    y_pass = Term(
         "pass over dY: P, D = Hᵀ dY",
-        BF16 * (s.y + s.wide_h) + FP32 * s.b,
-        FP32 * (s.p_parts + s.d_parts) + (BF16 * s.y if copies_dy else 0),
-        2 * s.y_flops(s.bucket),
-        launches=s.linears,
+        BF16 * (y + h) + FP32 * b,
+        p_parts + d_parts,
+        4 * y * bundle.width,
+        parts=p_parts + d_parts,
+        again=BF16 * part * (sum(left.tiles) - bundle.adapters) + FP32 * b * (left.splits - 1),
+        busy=busy_as_cut(y_launch, bundle, bundle.width),
+        waits=3,  # gate, B, the first tile
     )
-    reduce_p = Term("reduce P: Q = s·g·P, dg", FP32 * s.p_parts + BF16 * s.wide_h, BF16 * s.wide_h, launches=s.linears)
-    reduce_d = Term("reduce D: dB", FP32 * s.d_live, FP32 * s.b, launches=s.linears)
-    reduce_da = Term("reduce dA", FP32 * s.da_live, FP32 * s.a, launches=s.linears)
-    x_read, x_flops = BF16 * (passes * s.x + s.wide_h), s.x_flops(s.bucket)
-    if copies_dy:
-        x_pass = Term("pass over x: dA", x_read, FP32 * s.da_parts, x_flops, launches=passes)
-        return [dy_pass, reduce_p, reduce_d, x_pass, reduce_da]
-    x_write = FP32 * s.da_parts + BF16 * passes * s.x
-    x_pass = Term("pass over x: dX = Q A, dA", x_read + FP32 * s.a, x_write, 2 * x_flops, launches=passes)
-    further = each("dX of further passes added", (passes - 1) * s.x, 2 * BF16, BF16, launches=passes - 1)
-    return [dy_pass, reduce_p, reduce_d, x_pass, reduce_da, *([further] if passes > 1 else [])]
+    reduce_p = Term(
+        "reduce P: Q = s·g·P, dg",
+        p_parts + BF16 * h,
+        BF16 * h,
+        parts=p_parts,
+        waits=small(sum_waits("reduce_hidden", max(left.tiles)) + 2, math.prod(h_launch.grid)),  # gate, parts, H
+    )
+    x_pass = Term(
+        "pass over x: dX = Q A, dA",
+        BF16 * (s.x + h) + FP32 * a,
+        BF16 * s.x + da_parts,
+        4 * s.x * bundle.columns,
+        parts=da_parts,
+        again=BF16 * h * (x_launch.grid[0] - 1) + FP32 * a * (a_parts - 1),
+        busy=busy_as_cut(x_launch, bundle, bundle.columns),
+        waits=3,
+    )
+    blocks = [-(-s.inputs // FEATURES) - (-n // FEATURES) for n in bundle.outputs]
+    programs = sum(rank * count for rank, count in zip(bundle.ranks, blocks, strict=True))
+    sums = max(sum_waits("reduce_rows", a_parts), sum_waits("reduce_rows", left.splits) + 1)  # dg after dB
+    reduce_all = Term(
+        "reduce D, dA, dg: dB, dA, dg",
+        FP32 * (a_parts * a + left.splits * b),
+        FP32 * (a + b),
+        parts=FP32 * (a_parts * a + left.splits * b),
+        waits=small(1 + sums, programs),
+    )
+    return [y_pass, reduce_p, x_pass, reduce_all]
+
+
+def our_forward(s: Shape) -> tuple[Terms, Terms]:
+    """The terms of shrink and of expand, one of each for a bundle."""
+    firsts, seconds = [], []
+    for bundle in s.bundles:
+        first, parts = our_shrink(s, bundle)
+        firsts.append(first)
+        seconds.append(our_expand(s, bundle, parts))
+    return firsts, seconds
 
 
 def chain(s: Shape) -> Passes:
-    """Each linear's dY W adds to the same dX: it is read back once a linear."""
-    forward = [our_shrink(s), our_expand(s), read_back("x Wᵀ adds to Y: read back", s.y)]
-    return forward, [*our_gradients(s), read_back("dY W adds to dX: read back", s.linears * s.x)]
+    shrinks, expands = our_forward(s)
+    return [*shrinks, *expands, read_back("x Wᵀ adds to Y: read back", s.y)], our_backward(s)
 
 
 def add(s: Shape) -> Passes:
     """The base's own forward left its output in Y0; its own backward makes a dX, and autograd adds the two."""
-    expand = our_expand(s)
-    onto = replace(expand, name="expand: Y = Y0 + from H, B", read=expand.read + BF16 * s.y)
-    return [our_shrink(s), onto], [*our_gradients(s), sum_of_dx(s)]
+    shrinks, expands = our_forward(s)
+    onto = [replace(term, name=f"{term.name}, Y0") for term in expands]
+    onto[0] = replace(onto[0], read=onto[0].read + BF16 * s.y)
+    return [*shrinks, *onto], [*our_backward(s)[:-1], sum_of_dx(s)]
 
 
 def aug(s: Shape) -> Passes:
-    """H is kept besides s·g·H: the gates' gradient needs it where g is 0.
+    """With shared reads each product runs over the ranks of all linears, W's columns for the others' being 0.
 
-    With shared reads each product runs over the ranks of all linears, W's columns for the others' being 0.
-    Backward: ``[dY | Q]`` times ``[W; A]`` where copying dY is cheaper than writing dX, else as in chain.
+    Several bundles run as chain does: there is only one ``[x | H]``.
     """
-    shrink, columns = our_shrink(s), s.bucket * s.linears
-    copy = replace(shrink, name="shrink: [x | s·g·H], H", write=BF16 * (s.x + 2 * s.wide_h))
-    behind = each("B behind W's columns", s.b, FP32, BF16, launches=s.linears)
+    bundles = s.bundles
+    if len(bundles) > 1:
+        return chain(s)
+    first, parts = our_shrink(s, bundles[0], augment=True)
+    columns = bundles[0].columns
     longer = in_product(
-        "x Wᵀ longer by the ranks", BF16 * (s.linears * s.wide_h + columns * sum(s.outputs)), s.y_flops(columns)
+        "x Wᵀ longer by the ranks",
+        BF16 * (s.linears * s.tokens * columns + columns * sum(s.outputs)),
+        s.y_flops(columns),
     )
-    forward = [copy, behind, longer]
-    if sum(s.outputs) >= s.inputs:
-        return forward, chain(s)[1]
-    below = each("A below W's rows", s.a, FP32, BF16, launches=s.linears)
-    d_longer = in_product("dY W longer by the ranks", BF16 * (s.wide_h + columns * s.inputs), s.x_flops(s.bucket))
-    return forward, [*our_gradients(s, copies_dy=True), below, d_longer]
+    return [first, our_write_behind(s, bundles[0], parts), longer], our_backward(s)
+
+
+def aug_where_it_pays(s: Shape) -> Passes:
+    """What ``augment=True`` does."""
+    return aug(s) if all(padding_pays_off(s.inputs, n) for n in s.outputs) else chain(s)
 
 
 @dataclass(frozen=True)
@@ -292,8 +455,8 @@ DESIGNS = {
     "add": Design(add),
     "chain": Design(chain),
     "aug": Design(aug),
-    "add, shared reads": Design(add, shared=True),
     "chain, shared reads": Design(chain, shared=True),
     "aug, shared reads": Design(aug, shared=True),
+    "augment=True, shared reads": Design(aug_where_it_pays, shared=True),
 }
 UNSHARED = {name: design for name, design in DESIGNS.items() if not design.shared}
