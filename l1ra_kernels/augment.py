@@ -69,10 +69,11 @@ def _write_behind(
     o_r = tl.arange(0, R)
     if i_block < G * blocks:
         i = i_block // blocks
-        o_m = (i_block % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+        i_m = i_block % blocks
+        o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
         m_m = (o_m < M)[:, None]
         o_h = o_m[:, None] * (G * R) + i * R + o_r[None, :]
-        b_h = sum_parts(p_parts + o_h, parts, M.to(tl.int64) * (G * R), m_m, kind, BM, R)
+        b_h = sum_parts(p_parts + o_h, parts, M.to(tl.int64) * (G * R), M - i_m * BM, kind, BM, R)
         tl.store(p_h + o_h, b_h, mask=m_m)
         tl.store(p_out + o_m[:, None] * (K + G * R) + K + i * R + o_r[None, :], b_h, mask=m_m)
     else:

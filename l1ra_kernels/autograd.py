@@ -40,6 +40,12 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
     return _Fused.apply(_Call(layers, dtype, dropout, seed), x, *tensors, *outputs)
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``once_differentiable``, which also enters ``no_grad`` where no graph is made; that takes a microsecond."""
+    checked = once_differentiable(backward)
+    return lambda ctx, *dys: (checked if torch.is_grad_enabled() else backward)(ctx, *dys)
+
+
 class _Call(NamedTuple):
     """What the Function needs besides the tensors that may need a gradient, whose number its cost depends on."""
 
@@ -64,7 +70,7 @@ class _Fused(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, *dys):
         x, hidden, seed, *saved = ctx.saved_tensors
         count = len(ctx.scalings)

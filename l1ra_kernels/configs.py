@@ -90,9 +90,9 @@ SINGLE: dict[str, dict[int, Tile]] = {
     },
     "expand": {
         16: Tile(64, 128, 8, 1),
-        32: Tile(64, 128, 8, 1),
-        64: Tile(64, 64, 8, 1),
-        128: Tile(64, 64, 8, 1),
+        32: Tile(64, 64, 8, 1),
+        64: Tile(64, 32, 8, 1),
+        128: Tile(32, 32, 8, 1),
     },
     "output_backward": {
         16: Tile(32, 128, 8, 3),

@@ -1,13 +1,15 @@
 """The public ops: each call runs a Triton kernel, or plain PyTorch with the reason why.
 
 Code outside of this package calls the ops from this module. ``L1RA_KERNELS=torch`` turns the Triton kernels off, see
-``choice``. Triton is imported only if its kernels are going to run.
+``choice``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -106,10 +108,16 @@ def gated_linears(x: Tensor, layers: Sequence[Layer], dropout: float, path: Path
         ``(..., N)`` for each layer. On fused paths all layers use the same dropout mask.
     """
     if path.fused:
-        from l1ra_kernels.autograd import fused
-
-        return fused(x, layers, dropout)
+        return _fused_layers().fused(x, layers, dropout)
     return tuple(_unfused(x, layer, dropout) for layer in layers)
+
+
+@cache
+def _fused_layers() -> ModuleType:
+    # Triton is imported only if its kernels are going to run. An import statement takes some time at each call.
+    from l1ra_kernels import autograd
+
+    return autograd
 
 
 def _unfused(x: Tensor, layer: Layer, dropout: float) -> Tensor:

@@ -27,12 +27,20 @@ NOTHING, OUTPUT, BIAS, LEFT = 0, 1, 2, 3
 
 
 @triton.jit
-def sum_parts(p_part, parts, s_part, mask, kind: tl.constexpr, BM: tl.constexpr, R: tl.constexpr):
-    """H of one adapter (BM, R), rounded to ``kind``: the sum of its parts, in their order."""
+def sum_parts(p_part, parts, s_part, left, kind: tl.constexpr, BM: tl.constexpr, R: tl.constexpr):
+    """H of one adapter (BM, R), rounded to ``kind``: the sum of its parts, in their order.
+
+    ``left`` is the number of rows to be read. Several parts are loaded together, so that their latencies overlap: as
+    many as there are registers for.
+    """
+    TOGETHER: tl.constexpr = 64 // R if R < 64 else 1
+    o_m = tl.arange(0, BM)
     b_h = tl.zeros((BM, R), tl.float32)
-    for _ in range(parts):
-        b_h += tl.load(p_part, mask=mask, other=0.0)
-        p_part += s_part
+    for part in range(0, parts, TOGETHER):
+        for k in tl.static_range(TOGETHER):
+            m_part = o_m < tl.where(part + k < parts, left, 0)
+            b_h += tl.load(p_part + k * s_part, mask=m_part[:, None], other=0.0)
+        p_part += TOGETHER * s_part
     return b_h.to(kind)
 
 
@@ -100,7 +108,7 @@ def _expand(
     o_r = tl.arange(0, R)
     m_m = o_m < M
     o_h = o_m[:, None] * (G * R) + i * R + o_r[None, :]
-    b_h = sum_parts(p_parts + o_h, parts, M.to(tl.int64) * (G * R), m_m[:, None], kind, BM, R)
+    b_h = sum_parts(p_parts + o_h, parts, M.to(tl.int64) * (G * R), M - tl.program_id(0) * BM, kind, BM, R)
     if STORE_H:
         if i_run == 0:
             tl.store(p_h + o_h, b_h, mask=m_m[:, None])

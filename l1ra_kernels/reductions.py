@@ -24,10 +24,10 @@ from l1ra_kernels.pick import pick
 __all__ = ["hidden_blocks", "reduce_hidden", "reduce_rows"]
 
 TOKENS = 32  # per program of reduce_hidden, at rank tile 16
-FEATURES = 128  # per program of reduce_rows, at rank tile 16
-# Parts that are loaded together, so that their latencies overlap. Of rows, more than two would spill registers.
-HIDDEN_TOGETHER = 8
-ROWS_TOGETHER = 2
+FEATURES = 64  # per program of reduce_rows, at rank tile 16
+# Parts that are loaded together, so that their latencies overlap: as many as there are registers for.
+TILES_TOGETHER = 8
+ROWS_TOGETHER = 4
 
 
 @triton.jit(
@@ -109,7 +109,7 @@ def reduce_hidden(bundle: Bundle, tiles: Sequence[int], needs_dg: bool = True) -
         "G": bundle.adapters,
         "R": bundle.width,
         "BM": _tokens_per_block(bundle),
-        "PARTS": HIDDEN_TOGETHER,
+        "PARTS": TILES_TOGETHER,
         "NEEDS_DG": needs_dg,
         "num_warps": 4,
     }

@@ -22,7 +22,7 @@ from l1ra.layers.base_layers import (
     tensor_of,
 )
 from l1ra.layers.gradient_probe import Probe
-from l1ra.layers.low_rank import GatedLowRank
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS, GatedLowRank
 from l1ra.layers.merged_weight import OriginalWeight, Rounding, add_to_weight, restore_weight
 from l1ra.layers.padded_weight import PaddedWeight
 from l1ra.layers.recompute import repeat_decision
@@ -234,7 +234,14 @@ class L1RALinear(GatedLowRank):
     @property
     def parameter_version(self) -> int:
         """A number that increases with each write to the adapter's parameters, as by an optimizer step."""
-        return self.lora_A._version + self.gate._version + self.lora_B._version
+        a, gate, b = (tensor_of(self, name) for name in ADAPTER_PARAMETERS)
+        return a._version + gate._version + b._version
+
+    @property
+    def counts_versions(self) -> bool:
+        """Whether writes to the tensors of the layer can be detected. Inference tensors have no version counter."""
+        weight = tensor_of(self._modules["base_layer"], "weight")
+        return not (tensor_of(self, "lora_A").is_inference() or weight.is_inference())
 
     @property
     def output_version(self) -> tuple:

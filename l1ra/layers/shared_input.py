@@ -31,8 +31,7 @@ class SharingLayer(Protocol):
     dropout_p: float
     parameter_version: int
     output_version: tuple
-    lora_A: Tensor
-    weight: Tensor
+    counts_versions: bool
     sharing: SharedInput | None
 
     def call_path(self, x: Tensor) -> dispatch.Path | None: ...
@@ -80,8 +79,16 @@ class _Group:
         self._at_last_step = tuple(followers)  # a copy of learned at the last step of the parameters
         self._stepped_at = leader.parameter_version
 
+    def learn(self, follower: SharingLayer, leader: SharingLayer) -> None:
+        """Add a layer that has been called with the leader's input."""
+        if not (self.learned or self._at_last_step):
+            self._stepped_at = leader.parameter_version
+        self.learned[follower] = None
+
     def followers(self, leader: SharingLayer) -> tuple[SharingLayer, ...]:
         """The layers to be computed jointly with ``leader`` now."""
+        if not (self.learned or self._at_last_step):
+            return ()
         if not torch.is_grad_enabled():
             return tuple(self.learned)
         # Some optimizers step within the backward. A recompute within that backward must not use the new followers,
@@ -140,8 +147,7 @@ class SharedInput:
         """
         if torch.compiler.is_compiling() or layer.dropout_p:
             return None
-        # Inference tensors have no version counter: writes to them can't be detected.
-        if x.is_inference() or layer.weight.is_inference() or layer.lora_A.is_inference():
+        if x.is_inference() or not layer.counts_versions:
             return None
         state = self._thread
         if state.precomputed is not None and layer in state.precomputed.outputs and state.precomputed.input.matches(x):
@@ -151,9 +157,9 @@ class SharedInput:
                 return output
         if state.leader is None or state.leader is layer or not state.input.matches(x):
             return self._lead(layer, x)
-        learned = self._groups[state.leader].learned
-        if not (layer in learned or self.computes_alone(layer) or in_backward()):
-            learned[layer] = None
+        group = self._groups[state.leader]
+        if not (layer in group.learned or self.computes_alone(layer) or in_backward()):
+            group.learn(layer, state.leader)
         return None
 
     def _lead(self, layer: SharingLayer, x: Tensor) -> Tensor | None:
