@@ -66,7 +66,7 @@ USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns of sm_100
 
 
-class StandInDriver:
+class _Driver:
     """Stands in for triton's driver: says which GPU it is, and nothing else."""
 
     def __init__(self, target: GPUTarget):
@@ -112,7 +112,7 @@ def compiling_for(name: str) -> Iterator[list[Launch]]:
         launches.append(Launch(kernel, kernel.warmup(*args, grid=grid, **meta), meta))
 
     architecture = ARCHITECTURES[name]
-    driver.set_active(StandInDriver(architecture.target))
+    driver.set_active(_Driver(architecture.target))
     with redirected(instead), patch.object(configs, "architecture", lambda device: architecture.tiles):
         yield launches
 

@@ -36,7 +36,7 @@ from l1ra_kernels.expand import NOTHING, expand
 from l1ra_kernels.input_backward import input_backward
 from l1ra_kernels.launch import PreparedLaunch
 from l1ra_kernels.output_backward import output_backward
-from l1ra_kernels.reductions import FEATURES, reduce_hidden
+from l1ra_kernels.reductions import FEATURES, hidden_blocks, reduce_hidden
 from l1ra_kernels.shrink import shrink
 
 __all__ = [
@@ -60,7 +60,7 @@ NO_GPU = torch.device("cpu")  # for which the launchers choose tiles of sm_90 an
 # Programs of a reduction that a multiprocessor runs at a time: 4 warps with at most 64 registers a thread.
 REDUCTION_BLOCKS = 8
 # Parts of a sum whose loads the machine code (sm_90, triton 3.9) has in flight together.
-TOGETHER = {"expand": 4, "write_behind": 4, "reduce_hidden": 4, "reduce_rows": 8}
+TOGETHER = {"expand": 4, "write_behind": 4, "reduce_hidden": 4, "reduce_rows": 4}
 
 
 class Shape:
@@ -83,7 +83,7 @@ class Shape:
             ranks = [self.rank if rows is None else rows[1] - rows[0] for _, rows in pieces]
             layers = tuple(self.outputs[layer] for layer, _ in pieces)
             sizes = (self.tokens, self.inputs, self.inputs, width, tuple(ranks), layers, (1.0,) * len(pieces), 0.0)
-            found.append(Bundle(NO_GPU, None, torch.bfloat16, "ieee", *sizes))
+            found.append(Bundle(NO_GPU, None, torch.bfloat16, torch.bfloat16, "ieee", *sizes))
         return found
 
     def x_flops(self, width: int) -> int:
@@ -378,9 +378,10 @@ def our_gradients(s: Shape, bundle: Bundle) -> Terms:
         busy=busy_as_cut(x_launch, bundle, bundle.columns),
         waits=3,
     )
-    blocks = [-(-s.inputs // FEATURES) - (-n // FEATURES) for n in bundle.outputs]
-    programs = sum(rank * count for rank, count in zip(bundle.ranks, blocks, strict=True))
-    sums = max(sum_waits("reduce_rows", a_parts), sum_waits("reduce_rows", left.splits) + 1)  # dg after dB
+    columns = FEATURES * 16 // bundle.width
+    programs = sum(-(-s.inputs // columns) - (-n // columns) for n in bundle.outputs)
+    dg_waits = -(-hidden_blocks(bundle) // columns)  # after dB, in the first program of an adapter
+    sums = max(sum_waits("reduce_rows", a_parts), sum_waits("reduce_rows", left.splits) + dg_waits)
     reduce_all = Term(
         "reduce D, dA, dg: dB, dA, dg",
         FP32 * (a_parts * a + left.splits * b),

@@ -34,7 +34,7 @@ import l1ra
 from benchmarks.common.environment import processor_name, versions
 from benchmarks.common.statistics import spread
 from benchmarks.common.tables import markdown_table
-from benchmarks.compiled import ARCHITECTURES, StandInDriver, set_environment
+from benchmarks.compiled import ARCHITECTURES, _Driver, set_environment
 from benchmarks.designs import DESIGNS, Shape
 from benchmarks.gpu.problem import DecoderLinears
 from benchmarks.gpu.providers import install_peft
@@ -117,7 +117,7 @@ CASES = {
 }
 
 
-class _IdleDriver(StandInDriver):
+class _IdleDriver(_Driver):
     """Triton's driver for a GPU that is not there: it loads and launches nothing."""
 
     def __init__(self) -> None:

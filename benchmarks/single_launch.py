@@ -40,6 +40,7 @@ def _bundle(
     dropout: float = 0.0,
     precision: str = "ieee",
     tensors: Tensors = (),
+    input: torch.dtype | None = None,
 ) -> Bundle:
     count = len(gates)
     width = max(rank_tile(len(gate)) for gate in gates)
@@ -48,7 +49,8 @@ def _bundle(
     outputs, scalings = tuple(outputs) or (1,) * count, tuple(scalings) or (1.0,) * count
     device = gates[0].device
     return Bundle(
-        device, kind, dtype, precision, tokens, features, x_stride, width, ranks, outputs, scalings, float(dropout)
+        *(device, kind, dtype, dtype if input is None else input, precision, tokens, features, x_stride, width),
+        *(ranks, outputs, scalings, float(dropout)),
     )
 
 
@@ -70,6 +72,7 @@ def shrink(
     """Parts of H ``(parts, M, G * R)``; with ``augment`` also ``[x | H]``, in which H is not written yet."""
     (tokens, features), dtype = x.shape, dtype or x.dtype
     sizes = {"features": features, "x_stride": x.stride(0), "dropout": dropout, "precision": precision}
+    sizes["input"] = x.dtype
     bundle = _bundle(tokens, dtype, gates, **sizes, tensors=(x, *rows))
     launch, count = _shrink(bundle, augment)
     parts = _empty(x, count, tokens, bundle.columns)
@@ -158,6 +161,7 @@ def input_backward(
     """dX ``(M, K)``, and partial sums of dA ``(splits, G * R, K)``."""
     tokens, features = x.shape
     sizes = {"features": features, "x_stride": x.stride(0), "dropout": dropout, "precision": precision}
+    sizes["input"] = x.dtype
     bundle = _bundle(tokens, q.dtype, gates, **sizes, tensors=(x, q, *rows))
     launch, splits = _input_backward(bundle, needs_dx, needs_da)
     dx = _empty(x, tokens, features, dtype=x.dtype) if needs_dx else None

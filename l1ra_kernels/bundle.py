@@ -35,6 +35,7 @@ class Bundle(NamedTuple):
         device: of all tensors.
         kind: dtypes of all tensors and the divisibility of their addresses, see ``PreparedLaunch``.
         dtype: of the products.
+        input: the dtype of x.
         precision: ``input_precision`` of ``tl.dot``, ``"ieee"`` or ``"tf32"``.
         tokens, features: M and K.
         x_stride: from one row of x to the next.
@@ -48,6 +49,7 @@ class Bundle(NamedTuple):
     device: torch.device
     kind: Hashable
     dtype: torch.dtype
+    input: torch.dtype
     precision: str
     tokens: int
     features: int

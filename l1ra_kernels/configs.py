@@ -45,7 +45,9 @@ class Tile:
 
 
 # Tiles for 2-byte dtypes. In shrink and input_backward the key is the sum of the rank tiles of all layers that share
-# the input; a sum that is no key uses the next larger rank tile.
+# the input; a sum that is no key uses the next larger rank tile. The tables "..._general" are for launches that need
+# more registers: shrink that copies x too, input_backward with dropout or an input of another dtype than the products,
+# output_backward with features that are no multiple of 16.
 HALF: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(128, 64, 8, 4),
@@ -54,8 +56,15 @@ HALF: dict[str, dict[int, Tile]] = {
         64: Tile(64, 64, 8, 4),
         128: Tile(64, 64, 8, 3),
     },
+    "shrink_general": {
+        16: Tile(128, 64, 8, 4),
+        32: Tile(64, 128, 8, 3),
+        48: Tile(128, 64, 8, 4),
+        64: Tile(64, 64, 8, 4),
+        128: Tile(64, 64, 8, 3),
+    },
     "expand": {
-        16: Tile(64, 128, 8, 2, blocks=3),
+        16: Tile(64, 128, 8, 2),
         32: Tile(64, 128, 8, 2),
         64: Tile(64, 128, 8, 2),
         128: Tile(64, 128, 8, 1, blocks=1),
@@ -66,6 +75,12 @@ HALF: dict[str, dict[int, Tile]] = {
         64: Tile(32, 256, 8, 3, blocks=1),
         128: Tile(32, 64, 8, 3),
     },
+    "output_backward_general": {
+        16: Tile(32, 512, 8, 3, blocks=1),
+        32: Tile(32, 512, 8, 3, blocks=1),
+        64: Tile(32, 256, 8, 3, blocks=1),
+        128: Tile(32, 64, 8, 3),
+    },
     "input_backward": {
         16: Tile(64, 128, 4, 4, tall=True),
         32: Tile(64, 128, 4, 4, tall=True),
@@ -73,7 +88,7 @@ HALF: dict[str, dict[int, Tile]] = {
         64: Tile(64, 128, 4, 3, tall=True),
         128: Tile(64, 64, 8, 3, tall=True),
     },
-    "input_backward_dropout": {
+    "input_backward_general": {
         16: Tile(16, 128, 8, 6),
         32: Tile(32, 256, 8, 3, blocks=1),
         64: Tile(32, 128, 8, 3, blocks=1),
@@ -91,51 +106,49 @@ SINGLE: dict[str, dict[int, Tile]] = {
     "expand": {
         16: Tile(64, 128, 8, 1),
         32: Tile(64, 64, 8, 1),
-        64: Tile(64, 32, 8, 1),
+        64: Tile(32, 32, 8, 1),
         128: Tile(32, 32, 8, 1),
     },
     "output_backward": {
         16: Tile(32, 128, 8, 3),
         32: Tile(32, 64, 8, 3),
         64: Tile(16, 64, 8, 3),
-        128: Tile(16, 32, 8, 3),
+        128: Tile(16, 32, 8, 2),
     },
     "input_backward": {
         16: Tile(32, 64, 8, 3),
         32: Tile(32, 32, 8, 3),
-        64: Tile(16, 32, 8, 3),
-        128: Tile(16, 32, 4, 3),
+        64: Tile(16, 32, 8, 2),
+        128: Tile(16, 32, 4, 2),
     },
 }
-SINGLE["input_backward_dropout"] = SINGLE["input_backward"]
 # sm_80 has no warp-group matrix instructions, which take their factors from shared memory.
 HALF_80: dict[str, dict[int, Tile]] = {
     "shrink": {
         16: Tile(64, 128, 8, 4),
-        32: Tile(64, 128, 4, 4),
+        32: Tile(64, 128, 4, 4, blocks=1),
         64: Tile(64, 64, 8, 4),
-        128: Tile(64, 64, 8, 3),
+        128: Tile(32, 64, 8, 3),
     },
     "expand": {
         16: Tile(64, 256, 8, 1),
-        32: Tile(64, 256, 8, 1),
+        32: Tile(64, 256, 8, 1, blocks=1),
         64: Tile(64, 128, 8, 1),
-        128: Tile(64, 128, 8, 1),
+        128: Tile(64, 128, 8, 1, blocks=1),
     },
     "output_backward": {
-        16: Tile(32, 512, 8, 3),
-        32: Tile(32, 512, 8, 3),
-        64: Tile(32, 256, 8, 3),
-        128: Tile(32, 64, 8, 3),
+        16: Tile(32, 512, 8, 3, blocks=1),
+        32: Tile(32, 512, 8, 3, blocks=1),
+        64: Tile(32, 256, 8, 3, blocks=1),
+        128: Tile(32, 64, 8, 3, blocks=1),
     },
     "input_backward": {
         16: Tile(16, 128, 8, 6),
-        32: Tile(32, 256, 8, 3),
-        64: Tile(32, 128, 8, 3),
-        128: Tile(32, 32, 8, 3),
+        32: Tile(32, 256, 8, 3, blocks=1),
+        64: Tile(32, 128, 8, 3, blocks=1),
+        128: Tile(32, 32, 8, 3, blocks=1),
     },
 }
-HALF_80["input_backward_dropout"] = HALF_80["input_backward"]
 # GPUs with 99 KB of shared memory per thread block; sm_80 has 163 KB, sm_90 227 KB.
 HALF_SMALL = {
     **HALF_80,
@@ -147,6 +160,9 @@ HALF_SMALL = {
     },
     "output_backward": {**HALF_80["output_backward"], 32: Tile(32, 512, 8, 2)},
 }
+for _tiles in (SINGLE, HALF_80, HALF_SMALL):
+    for _kernel in ("shrink", "output_backward", "input_backward"):
+        _tiles[f"{_kernel}_general"] = _tiles[_kernel]
 # architecture -> (tiles for 2-byte dtypes, tiles for float32)
 TILES: dict[str, tuple[dict, dict]] = {
     "sm_80": (HALF_80, SINGLE),

@@ -131,9 +131,9 @@ def input_backward(bundle: Bundle, needs_dx: bool = True, needs_da: bool = True)
     Args:
         needs_dx, needs_da: whether dX and dA are needed.
     """
-    t = tile(
-        "input_backward_dropout" if bundle.dropout else "input_backward", bundle.columns, bundle.dtype, bundle.device
-    )
+    general = bundle.dropout > 0 or bundle.input != bundle.dtype
+    kernel = "input_backward_general" if general else "input_backward"
+    t = tile(kernel, bundle.columns, bundle.dtype, bundle.device)
     columns = -(-bundle.features // t.features)
     run, count = splits(-(-bundle.tokens // t.tokens), columns, bundle.device, resident=t.blocks)
     numbers = (

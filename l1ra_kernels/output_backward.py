@@ -130,7 +130,9 @@ def output_backward(
         used: the adapters that have a dY. The features of the others have no columns in ``d``.
         needs_d: whether D is needed.
     """
-    t = tile("output_backward", bundle.width, bundle.dtype, bundle.device)
+    general = any(n % 16 or stride % 16 for n, stride in zip(bundle.outputs, strides, strict=True))
+    kernel = "output_backward_general" if general else "output_backward"
+    t = tile(kernel, bundle.width, bundle.dtype, bundle.device)
     tiles = bundle.columns_of(t.features, used)
     run, count = splits(-(-bundle.tokens // t.tokens), sum(tiles), bundle.device, resident=t.blocks)
     numbers = (

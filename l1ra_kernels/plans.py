@@ -172,6 +172,7 @@ def _parts(s: Signature) -> list[Part]:
             s.device,
             (kind, tuple(pieces)),
             s.dtype,
+            x_kind[0],
             s.precision,
             tokens,
             features,

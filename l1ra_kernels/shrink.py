@@ -109,7 +109,7 @@ def shrink(bundle: Bundle, augment: bool = False) -> tuple[PreparedLaunch, int]:
     the rows of x may lie apart. ``h`` is ``(parts, M, G * R)`` float32. ``out`` is in the dtype of the products; with
     ``augment`` it is ``(M, K + G * R)``, otherwise it is not written. ``seed``, int64 ``(1,)``, is read with dropout.
     """
-    t = tile("shrink", bundle.columns, bundle.dtype, bundle.device)
+    t = tile("shrink_general" if augment else "shrink", bundle.columns, bundle.dtype, bundle.device)
     blocks = -(-bundle.features // t.features)
     rows = -(-bundle.tokens // t.tokens)
     run, parts = splits(blocks, rows, bundle.device, resident=t.blocks, most=max(1, bundle.features // MIN_FEATURES))
