@@ -67,16 +67,16 @@ def forward(
     tokens, features = x.shape
     layers = [_readable(layer, dtype) for layer in layers]
     steps = forward_plan(forward_signature(x, layers, dtype, dropout))
-    columns = steps[-1].part.before + steps[-1].part.bundle.columns
+    columns = steps[-1].part.before + steps[-1].part.columns
     hidden = x.new_empty(tokens, columns, dtype=dtype)
     ys = [x.new_empty(*lead, layer.b.shape[1], dtype=dtype) for layer in layers]
     seed = hidden if seed is None else seed
     for step in steps:
-        bundle, pieces = step.part.bundle, step.part.pieces
+        _, pieces, width, _ = step.part
         rows, gates, bs = step.part.operands(layers)
-        h = step.part.columns(hidden)
-        parts = x.new_empty(step.parts, tokens, bundle.columns, dtype=torch.float32)
-        x_and_h = h if step.write_behind is None else x.new_empty(tokens, features + bundle.columns)
+        h = step.part.own(hidden)
+        parts = x.new_empty(step.parts, tokens, width, dtype=torch.float32)
+        x_and_h = h if step.write_behind is None else x.new_empty(tokens, features + width)
         step.shrink(x, *rows, *gates, parts, x_and_h, seed)
         if step.write_behind is not None:
             pairs = zip(pieces, step.augments, strict=True)
@@ -142,20 +142,20 @@ def backward(
     dx = None
     seed = hidden if seed is None else seed
     for step in steps:
-        bundle, pieces = step.part.bundle, step.part.pieces
+        _, pieces, width, _ = step.part
         rows, gates, bs = step.part.operands(layers)
-        h = step.part.columns(hidden)
+        h = step.part.own(hidden)
         mine = three([h if dys[i] is None else dys[i] for i, _ in pieces])
-        p = x.new_empty(step.tiles, tokens, bundle.width, dtype=single)
-        d = x.new_empty(step.splits, bundle.width, step.outputs, dtype=single)
+        p = x.new_empty(step.tiles, tokens, step.part.bundle.width, dtype=single)
+        d = x.new_empty(step.splits, step.part.bundle.width, step.outputs, dtype=single)
         step.output_backward(*mine, h, *gates, *bs, p, d)
-        q = x.new_empty(tokens, bundle.columns, dtype=dtype)
-        dg = x.new_empty(step.blocks, bundle.columns, dtype=single)
+        q = x.new_empty(tokens, width, dtype=dtype)
+        dg = x.new_empty(step.blocks, width, dtype=single)
         step.reduce_hidden(p, h, *gates, q, dg)
         da = dg
         if step.input_backward is not None:
             del p  # its memory may serve dA
-            da = x.new_empty(step.a_parts, bundle.columns, features, dtype=single)
+            da = x.new_empty(step.a_parts, width, features, dtype=single)
             part = x.new_empty(shape) if needs_dx else q
             step.input_backward(x, q, *rows, *gates, part, da, seed)
             if needs_dx:

@@ -70,7 +70,7 @@ class PreparedLaunch:
     It has the attributes of a kernel that code for :func:`redirected` uses: ``fn``, ``warmup`` and ``[grid]``.
     """
 
-    __slots__ = ("_compiled", "_constants", "grid", "kernel", "meta", "numbers")
+    __slots__ = ("_compiled", "_fixed", "_run", "grid", "kernel", "meta", "numbers")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], meta: dict[str, Any], kind: Hashable
@@ -89,21 +89,25 @@ class PreparedLaunch:
         self.numbers = numbers
         self.meta = meta
         # In the order of the kernel's parameters. Options of the compiler come last and are no parameters.
-        self._constants = tuple(value for name, value in meta.items() if name.isupper())
+        self._fixed = (*numbers, *(value for name, value in meta.items() if name.isupper()))
+        self._run: Callable[..., None] | None = None
         specialised = tuple((n == 1, n % 16 == 0, n > 2**31 - 1) for n in numbers if isinstance(n, int))
         key = (kernel, kind, specialised, tuple(meta.items()))
         self._compiled = _compiled.setdefault(key, _Compiled())
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch the kernel with these tensors."""
-        if 0 in self.grid:
+        if _instead is None and self._run is not None:
+            self._run(*tensors, *self._fixed)
+        elif 0 in self.grid:
             return
-        if _instead is not None:
+        elif _instead is not None:
             _instead(self, self.grid, *tensors, *self.numbers, **self.meta)
         elif self._compiled.kernel is None:
             self._compiled.kernel = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
         else:
-            self._compiled.kernel[self.grid](*tensors, *self.numbers, *self._constants)
+            self._run = self._compiled.kernel[self.grid]
+            self._run(*tensors, *self._fixed)
 
     @property
     def fn(self) -> Any:

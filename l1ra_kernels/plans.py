@@ -140,25 +140,31 @@ def _matrix(t: Tensor) -> tuple[int, int, int]:
 
 
 class Part(NamedTuple):
-    """A bundle of a call, the pieces of its adapters, and the columns of H before its own."""
+    """A bundle of a call.
+
+    Attributes:
+        pieces: of its adapters.
+        columns, before: the number of its columns in H, and of those before its own.
+    """
 
     bundle: Bundle
     pieces: tuple[Piece, ...]
+    columns: int
     before: int
 
     def operands(self, layers: Sequence[Layer]) -> tuple[tuple[Tensor, ...], ...]:
         """A, the gate and B of the adapters, each of them as three."""
-        if self.bundle.adapters == 1 and self.pieces[0].rows is None:
+        if len(self.pieces) == 1 and self.pieces[0].rows is None:
             a, gate, b = layers[self.pieces[0].layer][:3]
             return (a, a, a), (gate, gate, gate), (b, b, b)
         cut = [layers[i][:3] if rows is None else [t[slice(*rows)] for t in layers[i][:3]] for i, rows in self.pieces]
         return tuple(three(tensors) for tensors in zip(*cut, strict=True))
 
-    def columns(self, hidden: Tensor) -> Tensor:
+    def own(self, hidden: Tensor) -> Tensor:
         """The columns ``(M, G * R)`` of this bundle in H."""
-        if hidden.shape[1] == self.bundle.columns:
+        tokens, width = hidden.shape[0], self.columns
+        if hidden.shape[1] == width:
             return hidden
-        tokens, width = hidden.shape[0], self.bundle.columns
         return hidden.view(-1)[tokens * self.before : tokens * (self.before + width)].view(tokens, width)
 
 
@@ -183,7 +189,7 @@ def _parts(s: Signature) -> list[Part]:
             tuple([scalings[layer] for layer, _ in pieces]),
             s.dropout,
         )
-        parts.append(Part(bundle, tuple(pieces), before))
+        parts.append(Part(bundle, tuple(pieces), bundle.columns, before))
         before += bundle.columns
     return parts
 
@@ -210,7 +216,7 @@ class ForwardStep(NamedTuple):
 def forward_plan(s: Signature) -> list[ForwardStep]:
     """The launches of a forward, one step for each bundle."""
     parts, steps, begun = _parts(s), [], set()
-    wide = s.x[0][1] + sum(part.bundle.columns for part in parts)
+    wide = s.x[0][1] + sum(part.columns for part in parts)
     for part in parts:
         bundle, layers = part.bundle, [layer for layer, _ in part.pieces]
         behind = [s.augmented[i] for i in layers]
