@@ -64,7 +64,7 @@ HALF: dict[str, dict[int, Tile]] = {
         128: Tile(64, 64, 8, 3),
     },
     "expand": {
-        16: Tile(64, 128, 8, 2),
+        16: Tile(64, 128, 8, 2, blocks=3),
         32: Tile(64, 128, 8, 2),
         64: Tile(64, 128, 8, 2),
         128: Tile(64, 128, 8, 1, blocks=1),

@@ -59,8 +59,8 @@ def test_tiles_that_fail_or_give_another_result_are_named_and_left_out(monkeypat
     assert tune.main(["--dry-run", "--kernel", "expand", "--rank-tile", "16"]) == 0
     said = capsys.readouterr().err
     assert "1 tiles are right, 2 left out" in said
-    assert "left out: Tile(16, 32, 4, 2): RuntimeError: out of resource: shared memory" in said
-    assert "left out: Tile(32, 32, 4, 2): its result differs by nan" in said
+    assert "left out: Tile(16, 32, 4, 2, blocks=3): RuntimeError: out of resource: shared memory" in said
+    assert "left out: Tile(32, 32, 4, 2, blocks=3): its result differs by nan" in said
 
 
 @interpreted
