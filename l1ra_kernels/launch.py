@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 try:
+    import triton
     from triton.runtime import driver
 except ImportError:
-    driver = None
+    triton = driver = None
 
 __all__ = ["PreparedLaunch", "launch", "on_device", "redirected"]
 
@@ -43,6 +44,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
         else:
             _instead(kernel, grid, *args, **meta)
+
+
+# The first and the last version of Triton in which a compiled kernel is run as in _runner.
+KNOWN = ((3, 6), (3, 9))
+
+
+def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """What ``compiled[grid]`` does in Triton, but metadata are only made for hooks that are there."""
+    first, last = KNOWN
+    if not first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last:
+        return compiled[grid]
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
+    knobs, (x, y, z) = triton.knobs.runtime, grid
+
+    def launch(*args: Any) -> None:
+        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:  # of a profiler
+            compiled[grid](*args)
+        else:
+            run(x, y, z, stream_of(device), function, metadata, None, None, None, *args)
+
+    return launch
 
 
 class _Compiled:
@@ -106,7 +129,7 @@ class PreparedLaunch:
         elif self._compiled.kernel is None:
             self._compiled.kernel = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
         else:
-            self._run = self._compiled.kernel[self.grid]
+            self._run = _runner(self._compiled.kernel, self.grid)
             self._run(*tensors, *self._fixed)
 
     @property

@@ -12,6 +12,7 @@ import torch
 from cases import SINGLE, case, kernels, results
 
 from benchmarks.every_launch import call, problems
+from l1ra_kernels import launch as launching
 from l1ra_kernels import plans
 from l1ra_kernels.launch import PreparedLaunch, redirected
 
@@ -33,11 +34,30 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, log):
         self.log = log
 
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
+        assert (function, metadata) == ("function", "metadata")
+        assert launch_metadata is enter_hook is exit_hook is None
+        self.log.append(("direct", (x, y, z), args))
+
     def __getitem__(self, grid):
-        return lambda *args: self.log.append(("direct", grid, args))
+        return lambda *args: self.log.append(("hooked", grid, args))
+
+
+class Driver:
+    class active:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 7)
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(monkeypatch, request):
+    if "Kernel" in inspect.getsource(request.function):
+        monkeypatch.setattr(launching, "driver", Driver)
 
 
 META = {"R": 16, "NEEDS_D": True, "num_warps": 4}
@@ -56,6 +76,39 @@ def test_the_second_launch_is_direct_with_all_arguments_in_order():
         ("bound", (3, 1, 1), ("x", "y", 5, 0.5), META),
         ("direct", (3, 1, 1), ("u", "v", 5, 0.5, 16, True)),
     ]
+
+
+def test_a_profilers_hook_sees_the_launches(monkeypatch):
+    kernel = Kernel()
+    launch = prepared(kernel)
+    launch("x")
+    chain = launching.triton.knobs.runtime.launch_exit_hook
+    hook = lambda metadata: None  # noqa: E731
+    chain.add(hook)
+    try:
+        launch("y")
+    finally:
+        chain.remove(hook)
+    launch("z")
+    assert [how for how, *_ in kernel.log] == ["bound", "hooked", "direct"]
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "3.10.0", "4.0.0+git"])
+def test_another_version_of_triton_runs_a_kernel_its_own_way(version, monkeypatch):
+    monkeypatch.setattr(launching.triton, "__version__", version)
+    kernel = Kernel()
+    launch = prepared(kernel)
+    launch("x")
+    launch("y")
+    assert kernel.log[1] == ("hooked", (3, 1, 1), ("y", 5, 0.5, 16, True))
+
+
+def test_a_compiled_kernel_is_run_as_this_triton_runs_it():
+    """The order of arguments in _runner is that in Triton's own source."""
+    source = inspect.getsource(launching.triton.compiler.CompiledKernel.__getitem__)
+    own = "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata,"
+    assert own in " ".join(source.split())
+    assert "launch_enter_hook, knobs.runtime.launch_exit_hook, *args)" in " ".join(source.split())
 
 
 def test_where_nothing_is_compiled_as_in_the_interpreter_each_launch_is_bound():
