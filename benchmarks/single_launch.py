@@ -44,7 +44,7 @@ def _bundle(
 ) -> Bundle:
     count = len(gates)
     width = max(rank_tile(len(gate)) for gate in gates)
-    kind = tuple((t.dtype, t.data_ptr() % 16) for t in (*gates, *tensors))
+    kind = (gates[0].device, dtype, *((t.dtype, t.data_ptr() % 16) for t in (*gates, *tensors)))
     ranks = tuple(len(gate) for gate in gates)
     outputs, scalings = tuple(outputs) or (1,) * count, tuple(scalings) or (1.0,) * count
     device = gates[0].device

@@ -59,13 +59,13 @@ def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
     knobs, (x, y, z) = triton.knobs.runtime, grid
 
-    def launch(*args: Any) -> None:
+    def direct(*args: Any) -> None:
         if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:  # of a profiler
             compiled[grid](*args)
         else:
             run(x, y, z, stream_of(device), function, metadata, None, None, None, *args)
 
-    return launch
+    return direct
 
 
 class _Compiled:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import SINGLE, case, kernels, results
 
-from benchmarks.every_launch import call, problems
+from benchmarks.every_launch import Kind, Problem, call, problems
 from l1ra_kernels import launch as launching
 from l1ra_kernels import plans
 from l1ra_kernels.launch import PreparedLaunch, redirected
@@ -225,6 +225,8 @@ def print_shared() -> None:
             needs = [gated_linear.Needs(True, True, True)] * 2
             gated_linear.backward([dy, None], x, hidden, layers, True, needs, 0.0, None)
             gated_linear.backward([dy, dy], x, hidden, layers, True, needs, 0.0, None)
+        for adapters in (torch.float32, half):  # dB and dA in another dtype, all else alike
+            call(Problem("reduce_rows", Kind(half, adapters, half)))
     print(json.dumps([len(found), max(map(len, found.values()))]))
 
 
