@@ -8,7 +8,7 @@ sizes, so a graph stays valid for any number of tokens and for all ranks of a ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ def fused(x: Tensor, layers: Sequence[Layer], dropout: float = 0.0) -> tuple[Ten
         # path "chain" computes the same without it.
         lead, rows = x.shape[:-1], op.as_rows(x)
         return tuple(_traced(rows, layer, dropout, seed).view(*lead, layer.b.shape[1]) for layer in layers)
-    tensors = [t for layer in layers for t in layer[:3]]
-    outputs = [layer.output for layer in layers if layer.output is not None]
-    return _Fused.apply(_Call(layers, dtype, dropout, seed), x, *tensors, *outputs)
+    tensors = [x]
+    for layer in layers:
+        tensors += layer[:3]
+    tensors += [layer.output for layer in layers if layer.output is not None]
+    return _apply((layers, dtype, dropout, seed), *tensors)
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,16 +48,10 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda ctx, *dys: (checked if torch.is_grad_enabled() else backward)(ctx, *dys)
 
 
-class _Call(NamedTuple):
-    """What the Function needs besides the tensors that may need a gradient, whose number its cost depends on."""
-
-    layers: Sequence[Layer]
-    dtype: torch.dtype
-    dropout: float
-    seed: Tensor | None
-
-
 class _Fused(torch.autograd.Function):
+    """Its inputs: layers, dtype, dropout and seed as one, because the cost of a Function grows with the number of its
+    inputs; x; A, gate and B of each layer; the outputs of base layers."""
+
     @staticmethod
     def forward(ctx, call, x, *tensors):
         layers, dtype, dropout, seed = call
@@ -63,9 +59,7 @@ class _Fused(torch.autograd.Function):
             outputs, hidden = op.forward(x, layers, dtype, dropout, seed)
         # The backward does not need the base layer's output, so it is not saved and its memory can be freed.
         ctx.save_for_backward(x, hidden, seed, *tensors[: 3 * len(layers)], *[layer.weight for layer in layers])
-        ctx.scalings = [layer.scaling for layer in layers]
-        ctx.has_output = [layer.output is not None for layer in layers]
-        ctx.dropout = dropout
+        ctx.constants = [layer.scaling for layer in layers], [layer.output is not None for layer in layers], dropout
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -73,15 +67,26 @@ class _Fused(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx, *dys):
         x, hidden, seed, *saved = ctx.saved_tensors
-        count = len(ctx.scalings)
-        layers = [Layer(*saved[3 * i : 3 * i + 3], ctx.scalings[i], saved[3 * count + i]) for i in range(count)]
-        _, needs_dx, *wanted = ctx.needs_input_grad
-        needs = [Needs(*wanted[3 * i : 3 * i + 3]) for i in range(count)]
-        with on_device(x.device):
-            dx, grads = op.backward(dys, x, hidden, layers, needs_dx, needs, ctx.dropout, seed)
-        base_grads = [dy for dy, has_output in zip(dys, ctx.has_output, strict=True) if has_output]
-        base_grads = [dy if need else None for dy, need in zip(base_grads, wanted[3 * count :], strict=True)]
-        return None, dx, *[grad for each in grads for grad in each], *base_grads
+        scalings, has_output, dropout = ctx.constants
+        needs_grad = ctx.needs_input_grad
+        layers, needs, at = [], [], 0
+        for scaling, weight in zip(scalings, saved[3 * len(scalings) :], strict=True):
+            layers.append(Layer(*saved[at : at + 3], scaling, weight))
+            needs.append(needs_grad[at + 2 : at + 5])
+            at += 3
+        # The autograd engine has made the device of x current.
+        dx, grads = op.backward(dys, x, hidden, layers, needs_grad[1], needs, dropout, seed)
+        found = [None, dx]
+        for each in grads:
+            found += each
+        for dy, has_one in zip(dys, has_output, strict=True):
+            if has_one:
+                found.append(dy if needs_grad[len(found)] else None)
+        return tuple(found)
+
+
+# Function.apply itself also looks for functorch transforms, in which no fused path is chosen.
+_apply = super(torch.autograd.Function, _Fused).apply
 
 
 def _traced(x: Tensor, layer: Layer, dropout: float, seed: Tensor | None) -> Tensor:

@@ -66,16 +66,16 @@ def obstacle(device: torch.device) -> str:
     name = wanted()
     if name == "torch":
         return "plain PyTorch was asked for"
-    able = triton_available() and (device.type == "cuda" or (device.type == "cpu" and interpreting()))
-    if name == "fused" and not able:
+    kind = device.type
+    if name == "fused":
+        if triton_available() and (kind == "cuda" or (kind == "cpu" and interpreting())):
+            return ""
         raise RuntimeError(
             f"fused kernels are wanted for tensors on {device}, which Triton can't serve: choose 'auto', install "
             "triton, or set TRITON_INTERPRET=1 before Python starts to try the kernels on a CPU."
         )
-    if name == "fused":
-        return ""
-    if device.type != "cuda":
-        return f"plain PyTorch is the path on {device.type}"
+    if kind != "cuda":
+        return f"plain PyTorch is the path on {kind}"
     if not triton_available():
         return "triton is not installed: pip install triton"
     return "" if _capable(device) else "the kernels need an NVIDIA GPU of compute capability 8.0 or later"

@@ -83,10 +83,11 @@ def path_for(device: torch.device, dtype: torch.dtype, fallback_reason: str = ""
         RuntimeError: fused kernels were chosen (``L1RA_KERNELS=fused``) and can't run on ``device``.
     """
     obstacle = choice.obstacle(device)
-    if not obstacle and _in_functorch_transform():
-        obstacle = "torch.func transforms operations, not kernels"
-    if not obstacle and dtype not in FUSED_DTYPES:
-        obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
+    if not obstacle:
+        if _in_functorch_transform():
+            obstacle = "torch.func transforms operations, not kernels"
+        elif dtype not in FUSED_DTYPES:
+            obstacle = f"no fused kernel takes {str(dtype).removeprefix('torch.')}"
     if obstacle:
         return Path("torch", obstacle, dense=not fallback_reason)
     return Path("add", fallback_reason, dense=False) if fallback_reason else CHAIN

@@ -146,8 +146,8 @@ def backward(
         rows, gates, bs = step.part.operands(layers)
         h = step.part.own(hidden)
         mine = three([h if dys[i] is None else dys[i] for i, _ in pieces])
-        p = x.new_empty(step.tiles, tokens, step.part.bundle.width, dtype=single)
-        d = x.new_empty(step.splits, step.part.bundle.width, step.outputs, dtype=single)
+        p = x.new_empty(step.tiles, tokens, step.rank_tile, dtype=single)
+        d = x.new_empty(step.splits, step.rank_tile, step.outputs, dtype=single)
         step.output_backward(*mine, h, *gates, *bs, p, d)
         q = x.new_empty(tokens, width, dtype=dtype)
         dg = x.new_empty(step.blocks, width, dtype=single)
@@ -156,7 +156,7 @@ def backward(
         if step.input_backward is not None:
             del p  # its memory may serve dA
             da = x.new_empty(step.a_parts, width, features, dtype=single)
-            part = x.new_empty(shape) if needs_dx else q
+            part = x.new_empty(*shape) if needs_dx else q
             step.input_backward(x, q, *rows, *gates, part, da, seed)
             if needs_dx:
                 dx = part if dx is None else dx.add_(part)

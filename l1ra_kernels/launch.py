@@ -50,20 +50,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 KNOWN = ((3, 6), (3, 9))
 
 
-def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """What ``compiled[grid]`` does in Triton, but metadata are only made for hooks that are there."""
+def _runner(compiled: Any, grid: tuple[int, ...], fixed: tuple) -> Callable[..., None]:
+    """What ``compiled[grid](*tensors, *fixed)`` does in Triton, but metadata are only made for hooks that are there."""
     first, last = KNOWN
     if not first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last:
-        return compiled[grid]
+        return lambda *tensors: compiled[grid](*tensors, *fixed)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
     knobs, (x, y, z) = triton.knobs.runtime, grid
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    entering, leaving = (getattr(chain, "calls", [chain]) for chain in (enter, leave))  # of a profiler
 
-    def direct(*args: Any) -> None:
-        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:  # of a profiler
-            compiled[grid](*args)
+    def direct(*tensors: Any) -> None:
+        replaced = knobs.launch_enter_hook is not enter or knobs.launch_exit_hook is not leave
+        if replaced or entering or leaving:
+            compiled[grid](*tensors, *fixed)
         else:
-            run(x, y, z, stream_of(device), function, metadata, None, None, None, *args)
+            run(x, y, z, stream_of(device), function, metadata, None, None, None, *tensors, *fixed)
 
     return direct
 
@@ -121,7 +124,7 @@ class PreparedLaunch:
     def __call__(self, *tensors: Tensor) -> None:
         """Launch the kernel with these tensors."""
         if _instead is None and self._run is not None:
-            self._run(*tensors, *self._fixed)
+            self._run(*tensors)
         elif 0 in self.grid:
             return
         elif _instead is not None:
@@ -129,8 +132,8 @@ class PreparedLaunch:
         elif self._compiled.kernel is None:
             self._compiled.kernel = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
         else:
-            self._run = _runner(self._compiled.kernel, self.grid)
-            self._run(*tensors, *self._fixed)
+            self._run = _runner(self._compiled.kernel, self.grid, self._fixed)
+            self._run(*tensors)
 
     @property
     def fn(self) -> Any:

@@ -50,11 +50,13 @@ class Needs(NamedTuple):
 class Signature(NamedTuple):
     """What all decisions of a call depend on. Alignment: the address modulo 16.
 
+    A call makes a plain tuple of it, which is cheaper, and is hashed and compared in the same way.
+
     Attributes:
         device, architecture, processors: where the call runs.
         dtype, precision, dropout: of the products, and of the adapters' input.
         x: shape, row stride, dtype and alignment of x.
-        adapters: for each layer the rank, outputs, scaling, dtypes and alignments, see :func:`_adapter`.
+        adapters: for each layer the rank, outputs, scaling, dtypes, and alignments or 0, see :func:`_adapter`.
         bases: in the forward, for each layer the kind of its base, its row stride and alignment.
         augmented: in the forward, for each layer columns, row stride and alignment of its augmented weight, None
             without one.
@@ -79,14 +81,18 @@ class Signature(NamedTuple):
     needs: tuple[Needs, ...] = ()
 
 
-def forward_signature(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float) -> Signature:
-    """The signature of a forward, for x ``(M, K)`` and layers that the kernels can read."""
+def forward_signature(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, dropout: float) -> tuple:
+    """The :class:`Signature` of a forward, for x ``(M, K)`` and layers that the kernels can read."""
     adapters, bases, augmented = [], [], []
     for layer in layers:
+        *_, bias, output, room = layer
         adapters.append(_adapter(layer))
-        bases.append(_base(layer))
-        augmented.append(None if layer.augmented is None else _matrix(layer.augmented))
-    return _signature(x, tuple(adapters), dtype, dropout, tuple(bases), tuple(augmented))
+        if output is not None:
+            bases.append((OUTPUT, output.stride(0), output.data_ptr() % 16))
+        else:
+            bases.append((NOTHING, 0, 0) if bias is None else (BIAS, 0, bias.data_ptr() % 16))
+        augmented.append(None if room is None else _matrix(room))
+    return *_call(x, dtype, dropout), tuple(adapters), tuple(bases), tuple(augmented)
 
 
 def backward_signature(
@@ -97,41 +103,30 @@ def backward_signature(
     dropout: float,
     needs_dx: bool,
     needs: Sequence[Needs],
-) -> Signature:
-    """The signature of a backward; dYs ``(M, N)``."""
-    adapters = tuple([_adapter(layer) for layer in layers])
-    kinds = tuple([None if dy is None else _matrix(dy) for dy in dys])
+) -> tuple:
+    """The :class:`Signature` of a backward; dYs ``(M, N)``."""
+    adapters, kinds = [], []
+    for layer, dy in zip(layers, dys, strict=True):
+        adapters.append(_adapter(layer))
+        kinds.append(None if dy is None else _matrix(dy))
     alignment = hidden.data_ptr() % 16
-    return _signature(x, adapters, hidden.dtype, dropout, (), (), kinds, alignment, needs_dx, tuple(needs))
+    call = _call(x, hidden.dtype, dropout)
+    return *call, tuple(adapters), (), (), tuple(kinds), alignment, needs_dx, tuple(needs)
 
 
-def _signature(x: Tensor, adapters: tuple, dtype: torch.dtype, dropout: float, *more: object) -> Signature:
-    """``x``: ``(M, K)``."""
+def _call(x: Tensor, dtype: torch.dtype, dropout: float) -> tuple:
+    """What comes first in a signature. ``x``: ``(M, K)``."""
     device = x.device
-    return Signature(
-        device,
-        configs.architecture(device),
-        configs.processors(device),
-        dtype,
-        "tf32" if dtype == torch.float32 and choice.tf32_allowed() else "ieee",
-        dropout,
-        (x.shape, x.stride(0), x.dtype, x.data_ptr() % 16),
-        adapters,
-        *more,
-    )
+    precision = "tf32" if dtype == torch.float32 and choice.tf32_allowed() else "ieee"
+    kind = (x.shape, x.stride(0), x.dtype, x.data_ptr() % 16)
+    return device, configs.architecture(device), configs.processors(device), dtype, precision, dropout, kind
 
 
 def _adapter(layer: Layer) -> tuple:
-    a, gate, b, scaling = layer[:4]
-    dtypes = a.dtype, gate.dtype, b.dtype
-    return a.shape[0], b.shape[1], scaling, dtypes, (a.data_ptr() % 16, gate.data_ptr() % 16, b.data_ptr() % 16)
-
-
-def _base(layer: Layer) -> tuple[int, int, int]:
-    """What the adapter's output is added to, its row stride and its alignment."""
-    if layer.output is not None:
-        return OUTPUT, layer.output.stride(0), layer.output.data_ptr() % 16
-    return (NOTHING, 0, 0) if layer.bias is None else (BIAS, 0, layer.bias.data_ptr() % 16)
+    a, gate, b, scaling, *_ = layer
+    at_a, at_gate, at_b = a.data_ptr(), gate.data_ptr(), b.data_ptr()
+    alignments = (at_a % 16, at_gate % 16, at_b % 16) if (at_a | at_gate | at_b) % 16 else 0
+    return a.shape[0], b.shape[1], scaling, (a.dtype, gate.dtype, b.dtype), alignments
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int]:
@@ -213,8 +208,9 @@ class ForwardStep(NamedTuple):
 
 
 @lru_cache(PLANS)
-def forward_plan(s: Signature) -> list[ForwardStep]:
+def forward_plan(signature: tuple) -> list[ForwardStep]:
     """The launches of a forward, one step for each bundle."""
+    s = Signature(*signature)
     parts, steps, begun = _parts(s), [], set()
     wide = s.x[0][1] + sum(part.columns for part in parts)
     for part in parts:
@@ -245,6 +241,7 @@ class BackwardStep(NamedTuple):
     """The launches of one bundle.
 
     Attributes:
+        rank_tile: of every adapter.
         tiles, splits: parts of P, and of D.
         outputs: columns of D.
         a_parts: of dA.
@@ -257,6 +254,7 @@ class BackwardStep(NamedTuple):
     reduce_hidden: PreparedLaunch
     input_backward: PreparedLaunch | None
     reduce_rows: PreparedLaunch | None
+    rank_tile: int
     tiles: int
     splits: int
     outputs: int
@@ -266,14 +264,14 @@ class BackwardStep(NamedTuple):
 
 
 @lru_cache(PLANS)
-def backward_plan(s: Signature) -> list[BackwardStep]:
+def backward_plan(signature: tuple) -> list[BackwardStep]:
     """The launches of a backward, one step for each bundle."""
-    steps = []
+    s, steps = Signature(*signature), []
     for part in _parts(s):
         bundle, layers = part.bundle, [layer for layer, _ in part.pieces]
         dys = [s.dys[i] for i in layers]
         used = [dy is not None for dy in dys]
-        needs = [s.needs[i] if use else Needs(False, False, False) for i, use in zip(layers, used, strict=True)]
+        needs = [Needs(*s.needs[i]) if use else Needs(False, False, False) for i, use in zip(layers, used, strict=True)]
         needs_a, needs_gate, needs_b = map(list, zip(*needs, strict=True))
         strides = [0 if dy is None else dy[1] for dy in dys]
         first, left = output_backward(bundle, strides, used, needs_d=any(needs_b))
@@ -290,6 +288,7 @@ def backward_plan(s: Signature) -> list[BackwardStep]:
                 reduce_hidden(bundle, left.tiles, any(needs_gate)),
                 second,
                 last,
+                bundle.width,
                 sum(left.tiles),
                 left.splits if any(needs_b) else 0,
                 sum(n for n, use in zip(bundle.outputs, used, strict=True) if use),

@@ -159,13 +159,13 @@ def fallback_reason(base: nn.Module, device: torch.device, dtype: torch.dtype) -
     Returns:
         The reason in words, ``""`` if the kernels can compute it.
     """
-    kind = type(base).__name__
-    if type(base) is not nn.Linear and not (kind == "Conv1D" and is_conv1d(base)):
-        return f"a {kind} has a forward of its own"
+    cls = type(base)
+    if cls is not nn.Linear and not (cls.__name__ == "Conv1D" and is_conv1d(base)):
+        return f"a {cls.__name__} has a forward of its own"
     weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if weight is None:
         return "it has no weight of its own"
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2:
+    if type(weight) not in (nn.Parameter, Tensor) or weight.ndim != 2:
         return f"its weight is a {type(weight).__name__} of shape {tuple(weight.shape)}"
     if "forward" in base.__dict__:
         return "its forward was replaced"

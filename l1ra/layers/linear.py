@@ -25,7 +25,7 @@ from l1ra.layers.gradient_probe import Probe
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, GatedLowRank
 from l1ra.layers.merged_weight import OriginalWeight, Rounding, add_to_weight, restore_weight
 from l1ra.layers.padded_weight import PaddedWeight
-from l1ra.layers.recompute import repeat_decision
+from l1ra.layers.recompute import may_be_recomputed, repeat_decision
 from l1ra.layers.row_moves import RowMoves
 from l1ra.layers.shared_input import SharedInput
 from l1ra_kernels import dispatch
@@ -196,7 +196,7 @@ class L1RALinear(GatedLowRank):
                 path = dispatch.path_for(output.device, output.dtype, path.reason)
         if self.strict and not path.fused:
             raise RuntimeError(f"strict=True, but the adapter would run as plain PyTorch: {path.reason}.")
-        if path.fused and path.dense and self.sharing is not None:
+        if self.sharing is not None and path.dense and path.fused:
             shared = self.sharing.output_for(self, x)
             if shared is not None:
                 return shared
@@ -212,9 +212,12 @@ class L1RALinear(GatedLowRank):
             x: the input.
             reason: as in :meth:`kernel_path`.
         """
-        if self.merged:
+        if self._original_weight is not None:
             return None
-        return repeat_decision((self, x.dtype, reason), lambda: None if self.disabled else self.kernel_path(x, reason))
+        if may_be_recomputed():
+            decide = lambda: None if self.disabled else self.kernel_path(x, reason)  # noqa: E731
+            return repeat_decision((self, x.dtype, reason), decide)
+        return None if self.disabled else self.kernel_path(x, reason)
 
     def kernel_path(self, x: Tensor | None = None, reason: str = "") -> dispatch.Path:
         """The path by which the layer is computed.
@@ -254,8 +257,10 @@ class L1RALinear(GatedLowRank):
     @property
     def dropout_p(self) -> float:
         """The dropout probability of the adapter's input in the current mode: 0 in evaluation."""
+        if not self.training:
+            return 0.0
         dropout = self._modules["dropout"]
-        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
     def kernel_inputs(self, output: Tensor | None = None) -> dispatch.Layer:
         """The tensors of the layer for the kernels.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-__all__ = ["active_saved_tensor_hooks", "in_backward", "repeat_decision"]
+__all__ = ["active_saved_tensor_hooks", "in_backward", "may_be_recomputed", "repeat_decision"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,11 @@ def active_saved_tensor_hooks() -> Any:
     return None if hooks is None else hooks[0]
 
 
+def may_be_recomputed() -> bool:
+    """Whether a checkpointed region may be running. If not, :func:`repeat_decision` only decides."""
+    return not torch.compiler.is_compiling() and _top_hooks(False) is not None
+
+
 def repeat_decision(key: Hashable, decide: Callable[[], T], default: Callable[[], T] | None = None) -> T:
     """Return ``decide()``, or in the recompute of a checkpointed region the result that it had in the forward.
 
@@ -44,7 +49,7 @@ def repeat_decision(key: Hashable, decide: Callable[[], T], default: Callable[[]
         default: called instead of ``decide`` in a recompute whose forward has made no decision for ``key``. None:
             ``decide`` itself.
     """
-    if torch.compiler.is_compiling():
+    if not may_be_recomputed():
         return decide()
     region, is_recompute = _region()
     if region is None:

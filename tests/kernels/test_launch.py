@@ -93,6 +93,18 @@ def test_a_profilers_hook_sees_the_launches(monkeypatch):
     assert [how for how, *_ in kernel.log] == ["bound", "hooked", "direct"]
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_hook_put_in_place_of_tritons_chain_sees_the_launches(when, monkeypatch):
+    kernel = Kernel()
+    launch = prepared(kernel)
+    launch("x")
+    if when == "between":
+        launch("y")
+    monkeypatch.setattr(launching.triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    launch("z")
+    assert kernel.log[-1][0] == "hooked"
+
+
 @pytest.mark.parametrize("version", ["3.3.1", "3.10.0", "4.0.0+git"])
 def test_another_version_of_triton_runs_a_kernel_its_own_way(version, monkeypatch):
     monkeypatch.setattr(launching.triton, "__version__", version)
