@@ -35,7 +35,7 @@ class Controller(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
-    def expect_steps(self, total_steps: int) -> None: ...
+    def expect_steps(self, total_steps: int, done: int) -> None: ...
 
     def step(self, optimizer: Optimizer) -> None: ...
 
@@ -54,7 +54,7 @@ class RankCallback:
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.controller is not None:
-            self.controller.expect_steps(state.max_steps)
+            self.controller.expect_steps(state.max_steps, state.global_step)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
@@ -87,15 +87,14 @@ def make_callback(controller: Controller, *, makes_steps: bool) -> Any:
     return type("RankCallback", (RankCallback, TrainerCallback), {})(controller, makes_steps)
 
 
-def join_trainer(controller: Controller) -> int | None:
-    """Put a callback of ``controller`` first in the Trainer that is stepping an optimizer right now.
+def join_trainer(controller: Controller) -> None:
+    """Put a callback of ``controller`` first in the Trainer that is stepping an optimizer right now, if there is one.
 
-    Returns:
-        The Trainer's total number of steps; None without a Trainer.
+    The controller is told how long the Trainer's training is, which began before it had the callback.
     """
     found = trainer_in("train")
     if found is None:
-        return None
+        return
     trainer, _ = found
     handler = trainer.callback_handler
     ours = [c for c in handler.callbacks if isinstance(c, RankCallback) and c.controller is controller]
@@ -103,7 +102,8 @@ def join_trainer(controller: Controller) -> int | None:
     # First, so that the integrations that report logs see the statistics. A new list, because the Trainer may be
     # iterating over the old one. A user who has passed no callback with auto=False makes the steps himself.
     handler.callbacks = [*(ours or [make_callback(controller, makes_steps=False)]), *others]
-    return trainer.state.max_steps
+    if not ours:
+        controller.expect_steps(trainer.state.max_steps, trainer.state.global_step)
 
 
 class ResumeWithTrainer:
