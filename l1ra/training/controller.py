@@ -222,8 +222,8 @@ class RankController:
     def expect_steps(self, total_steps: int, done: int = 0) -> None:
         """Take the number of optimizer steps from a Trainer, unless ``total_steps`` was passed by the user.
 
-        Called by :meth:`callback` when a Trainer begins to train. A Trainer that begins at step 0 trains anew, e.g. with
-        smaller batches after it ran out of memory: steps and history begin anew too, with the ranks as they are.
+        Called by :meth:`callback` when a Trainer begins to train. A Trainer that begins at step 0 trains anew, e.g.
+        with smaller batches after it ran out of memory: steps and history begin anew too, with the ranks as they are.
 
         Args:
             total_steps: of the training, those that were done before it was resumed included.
