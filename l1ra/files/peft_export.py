@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
-from l1ra.layers.adapted_model import find_adapters, task_head, trained_modules
+from l1ra.layers.adapted_model import find_adapters, frozen_and_drawn_anew, task_head, trained_modules
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
 
@@ -42,7 +42,8 @@ def export_peft(
     everywhere. Ranks whose gate is 0 are left out; an adapter that has no other ranks keeps one, with B = 0.
 
     Modules that are trained in full are written as ``modules_to_save``, and so is the head of a transformers model for
-    classification or question answering. The model is not changed, and adapters may be merged.
+    classification or question answering. Other weights that the pretrained checkpoint does not have, such as embeddings
+    with new tokens, are written under their names. The model is not changed, and adapters may be merged.
 
     The ranks differ between layers. ``rank_pattern`` and ``alpha_pattern`` give the rank of each layer by a regular
     expression for its whole name, which PEFT supports since version 0.15.
@@ -80,6 +81,11 @@ def export_peft(
     for name, module in saved.items():
         prefix = f"{PREFIX}{_uncompiled_name(name)}"
         tensors |= {f"{prefix}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
+    # PEFT and transformers load tensors under these names into the base model, as PEFT's own resized embeddings.
+    frozen = {
+        f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen_and_drawn_anew(model).items()
+    }
+    tensors = {**frozen, **tensors}
     config = _adapter_config(model, ranks, saved, uniform)
     directory = Path(directory)
     _write(directory, tensors, config)

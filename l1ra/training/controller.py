@@ -25,6 +25,7 @@ from l1ra.layers.adapted_model import (
     adapters_disabled,
     controller_of,
     find_adapters,
+    frozen_and_drawn_anew,
     trained_tensors,
 )
 from l1ra.layers.linear import L1RALinear
@@ -276,7 +277,8 @@ class RankController:
         Raises:
             OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
-        save(folder, self.config, self.adapters, trained_tensors(self.model), self.state_dict())
+        frozen = frozen_and_drawn_anew(self.model)
+        save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the adapters' own tensors, which are in the model's state dict."""
