@@ -121,9 +121,7 @@ def grpo(model, path, **kwargs):
 
 def test_a_trainer_that_makes_a_reference_without_the_loaded_lora_is_refused(begun, tmp_path):
     model, _ = begun()
-    with pytest.raises(
-        ValueError, match="of GRPOTrainer has not the adapters .* merge these adapters"
-    ):
+    with pytest.raises(ValueError, match=r"of GRPOTrainer has not the adapters .* merge these adapters"):
         grpo(model, tmp_path).train()
 
 
