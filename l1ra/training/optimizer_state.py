@@ -58,10 +58,11 @@ def plan_state(
         lost = next((name for name in state if _kind(state, name, old_shape) == "unknown"), None)
         if lost is not None:
             sort = "" if _is_plain(state[lost]) else f", an {type(state[lost]).__name__}"
+            shape = f" of shape {tuple(state[lost].shape)}" if isinstance(state[lost], Tensor) else ""
             warnings.warn(
-                f"{type(optimizer).__name__} keeps {lost!r}{sort} of shape {tuple(state[lost].shape)} for an adapter "
-                f"parameter of shape {tuple(old_shape)}, which can't be moved with its rows: the state of that "
-                "parameter starts anew after a reallocation.",
+                f"{type(optimizer).__name__} keeps {lost!r}{sort}{shape} for an adapter parameter of shape "
+                f"{tuple(old_shape)}, which can't be moved with its rows: the state of that parameter starts anew "
+                "after a reallocation.",
                 stacklevel=2,
             )
             moves.afterwards(state.clear)
@@ -177,7 +178,9 @@ def _kind(state: dict, name: str, old_shape: torch.Size) -> str:
     """``"rows"`` if it moves with the rows, ``"shared"`` if it stays, else ``"unknown"``."""
     # By name first: at rank 1 a factor has the shape of the parameter or of a scalar.
     value = state[name]
-    if not isinstance(value, Tensor) or name in SHARED:
+    if not isinstance(value, Tensor):  # of an object nobody knows which rows it holds, e.g. GaLore's projector
+        return "shared" if value is None or isinstance(value, int | float | str) else "unknown"
+    if name in SHARED:
         return "shared"
     if not _is_plain(value):
         return "unknown"
