@@ -19,6 +19,7 @@ __all__ = [
     "carried_tensors",
     "controller_of",
     "find_adapters",
+    "has_sharded_adapters",
     "task_head",
     "trained_modules",
     "trained_tensors",
@@ -36,6 +37,17 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, L1RALinear):
             yield name, module
+
+
+def has_sharded_adapters(model: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed has sharded an adapter of ``model``.
+
+    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
+    """
+    return any(
+        type(layer.lora_A) is not nn.Parameter or layer.lora_A.dim() != 2 or layer.lora_A.shape[1] != layer.in_features
+        for _, layer in find_adapters(model)
+    )
 
 
 def controller_of(model: nn.Module) -> Any:
