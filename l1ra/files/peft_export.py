@@ -20,7 +20,8 @@ from l1ra.layers.linear import L1RALinear
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of each tensor's name
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+PREFIX = "base_model.model."  # of each tensor's name in PEFT's file
 # Suffix of a transformers model class -> PEFT's task_type, and the modules that PEFT trains in full for that task even
 # if modules_to_save does not name them.
 TASKS = {
@@ -33,7 +34,12 @@ TASKS = {
 
 
 def export_peft(
-    model: nn.Module, directory: str | Path, *, uniform: bool = False, dtype: torch.dtype | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    uniform: bool | int = False,
+    dtype: torch.dtype | None = None,
+    prefix: str | None = None,
 ) -> Path:
     """Write the adapters as a plain LoRA that ``PeftModel.from_pretrained(base_model, directory)`` loads.
 
@@ -56,16 +62,23 @@ def export_peft(
         model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
-        uniform: pad all adapters with zeros to the largest rank and write no patterns, for readers that support a
-            single rank and alpha only, such as vLLM and the GGUF converter.
+        uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank
+            and alpha only, such as vLLM and the GGUF converter. True: the largest rank of this model. A number: this
+            rank, so that several exports have the same.
         dtype: of A and B in the file. None: the dtype of the adapter. In a 16-bit dtype, B is rounded once, after
             scaling and gates are multiplied in.
+        prefix: None writes PEFT's two files. A string writes diffusers' one, ``pytorch_lora_weights.safetensors``, in
+            which each tensor's name begins with ``prefix`` and a dot: the model's name in the pipeline whose
+            ``load_lora_weights`` reads it, ``"unet"`` or ``"transformer"``; or ``""`` for
+            ``model.load_lora_adapter(directory, prefix=None)``.
 
     Returns:
         ``directory``.
 
     Raises:
-        ValueError: the model has no adapter, or PEFT can't represent what is trained. Nothing is written.
+        ValueError: the model has no adapter; or the reader can't represent what is trained; or a rank is above
+            ``uniform``. Nothing is written.
+        TypeError: ``uniform`` is neither a bool nor an int.
         OSError: the files can't be written. An older LoRA in the directory is unchanged.
     """
     model = _unwrap(model)
@@ -76,14 +89,43 @@ def export_peft(
     saved = _modules_to_save(model)
     factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    tensors = _lora_tensors(factors, pad_to=max(ranks.values()) if uniform else None)
-    for name, module in saved.items():
-        prefix = f"{PREFIX}{_uncompiled_name(name)}"
-        tensors |= {f"{prefix}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
-    config = _adapter_config(model, ranks, saved, uniform)
+    rank = _common_rank(ranks, uniform)
+    tensors = _lora_tensors(factors, pad_to=rank)
     directory = Path(directory)
-    _write(directory, tensors, config)
+    if prefix is not None:
+        if saved:
+            raise ValueError(
+                f"diffusers reads no more than a LoRA, and {', '.join(saved)} is trained in full: freeze it, or merge "
+                "with l1ra.unpatch(model, merge=True) and call save_pretrained."
+            )
+        start = f"{prefix.removesuffix('.')}." if prefix else ""
+        _write(directory, {start + name: tensor for name, tensor in tensors.items()})
+        return directory
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    for name, module in saved.items():
+        name = f"{PREFIX}{_uncompiled_name(name)}"
+        tensors |= {f"{name}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
+    _write(directory, tensors, _adapter_config(model, ranks, saved, rank))
     return directory
+
+
+def _common_rank(ranks: Mapping[str, int], uniform: bool | int) -> int | None:
+    """The one rank of all adapters in the file, None if each has its own.
+
+    Args:
+        ranks: the rank of each adapter by name.
+        uniform: as in :func:`export_peft`.
+    """
+    if not isinstance(uniform, int):
+        raise TypeError(f"uniform must be True, False or a rank, not {uniform!r}.")
+    widest = max(ranks, key=ranks.get)
+    if isinstance(uniform, bool):
+        return ranks[widest] if uniform else None
+    if uniform < ranks[widest]:
+        raise ValueError(
+            f"uniform={uniform}, but {widest} has rank {ranks[widest]}: write uniform={ranks[widest]} or more."
+        )
+    return uniform
 
 
 def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -130,29 +172,29 @@ def _folded_factors(layer: L1RALinear, dtype: torch.dtype | None) -> tuple[Tenso
 
 
 def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], pad_to: int | None) -> dict[str, Tensor]:
-    """The tensors of the LoRA under PEFT's names, padded with zeros to the rank ``pad_to``."""
+    """The tensors of the LoRA under PEFT's names without the prefix, padded with zeros to the rank ``pad_to``."""
     tensors = {}
     for name, (a, b) in factors.items():
         if pad_to is not None:
             a, b = (nn.functional.pad(rows, (0, 0, 0, pad_to - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(b.T)
+        tensors[f"{name}.lora_A.weight"] = cpu_copy(a)
+        tensors[f"{name}.lora_B.weight"] = cpu_copy(b.T)
     return tensors
 
 
 def _adapter_config(
-    model: nn.Module, ranks: Mapping[str, int], saved: Mapping[str, nn.Module], uniform: bool
+    model: nn.Module, ranks: Mapping[str, int], saved: Mapping[str, nn.Module], common_rank: int | None
 ) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    largest = max(ranks.values())
-    pattern = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    rank = common_rank or max(ranks.values())
+    pattern = {} if common_rank else {f"^{re.escape(name)}": own for name, own in ranks.items()}
     return {
         "peft_type": "LORA",
         **_task_settings(model, saved),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(model, ranks),
         "modules_to_save": [_uncompiled_name(name) for name in saved] or None,
@@ -166,17 +208,20 @@ def _adapter_config(
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
+    """Write PEFT's two files, or diffusers' one if there is no ``config``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / WEIGHTS, directory / CONFIG) as (weights_file, config_file):
+    names = [DIFFUSERS_WEIGHTS] if config is None else [WEIGHTS, CONFIG]
+    with atomic_write(*(directory / name for name in names)) as (weights_file, *config_files):
         try:
             save_file(tensors, weights_file, metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors raises it in place of an OSError
-            raise OSError(f"{directory / WEIGHTS} can't be written: {error}.") from None
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
+            raise OSError(f"{directory / names[0]} can't be written: {error}.") from None
+        for file in config_files:
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
