@@ -70,7 +70,7 @@ def export_peft(
         prefix: None writes PEFT's two files. A string writes diffusers' one, ``pytorch_lora_weights.safetensors``, in
             which each tensor's name begins with ``prefix`` and a dot: the model's name in the pipeline whose
             ``load_lora_weights`` reads it, ``"unet"`` or ``"transformer"``; or ``""`` for
-            ``model.load_lora_adapter(directory, prefix=None)``.
+            ``model.load_lora_adapter(directory, prefix=None, use_safetensors=True)``.
 
     Returns:
         ``directory``.
