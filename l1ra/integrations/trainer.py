@@ -227,9 +227,13 @@ def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
     """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
     if controller_of(model) is None:
         return None
-    for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model"):
-        resumes = frame.f_code.co_name == "_load_from_checkpoint"
-        checkpoint = first_argument(frame) if resumes else trainer.state.best_model_checkpoint
+    resumes = False
+    for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):
+        method = frame.f_code.co_name
+        resumes |= method == "_load_from_checkpoint"
+        if method == "train" and not resumes:
+            return None
+        checkpoint = trainer.state.best_model_checkpoint if method == "_load_best_model" else first_argument(frame)
         if isinstance(checkpoint, str | os.PathLike):
             folder = Path(checkpoint) / _state_folders(trainer.model).get(model, FOLDER)
             try:

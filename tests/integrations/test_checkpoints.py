@@ -198,6 +198,8 @@ def test_a_trial_of_a_search_is_saved_in_its_own_folder(tmp_path):
     trainer.hp_search_backend, trainer.hp_name = "optuna", lambda trial: f"run-{trial.number}"
     trainer._save_checkpoint(trainer.model, trial=Trial())
     assert (tmp_path / "run-3" / "checkpoint-0" / "l1ra" / "l1ra.json").exists()
+    trainer._tune_save_checkpoint(str(tmp_path / "ray"))
+    assert (tmp_path / "ray" / "checkpoint-0" / "l1ra" / "l1ra.json").exists()
     assert not (tmp_path / "checkpoint-0").exists()
 
 
@@ -236,12 +238,18 @@ class ReadsItself(SavesTheStateDictItself):
         self.model.load_state_dict(weights)
 
 
+class ReadsWhateverItIsGiven(SavesTheStateDictItself):
+    def _load_from_checkpoint(self, *args, **kwargs):
+        self.model.load_state_dict(load_file(os.path.join(args[0], "model.safetensors")))
+
+
 @pytest.mark.parametrize(
     ("kind", "folder"),
     [
         (SavesTheModelItself, "mine/checkpoint-5"),
         (SavesTheStateDictItself, "checkpoint-5"),
         (ReadsItself, "checkpoint-5"),
+        (ReadsWhateverItIsGiven, "checkpoint-5"),
     ],
 )
 def test_trainers_with_ways_of_their_own_resume_too(kind, folder, tmp_path):
