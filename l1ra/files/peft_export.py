@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
-from l1ra.layers.adapted_model import find_adapters, task_head, trained_modules
+from l1ra.layers.adapted_model import MERGED_FOR_GOOD, find_adapters, task_head, trained_modules
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
 
@@ -49,6 +50,9 @@ def export_peft(
 
     Modules that are trained in full are written as ``modules_to_save``, and so is the head of a transformers model for
     classification or question answering. The model is not changed, and adapters may be merged.
+
+    If ``l1ra.unpatch(model, merge=True)`` has changed the model's weights before, the files name no base model, and a
+    ``UserWarning`` says so: the LoRA does not fit the weights from which the model was loaded.
 
     The ranks differ between layers. ``rank_pattern`` and ``alpha_pattern`` give the rank of each layer by a regular
     expression for its whole name, which PEFT supports since version 0.15.
@@ -90,6 +94,7 @@ def export_peft(
     factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     rank = _common_rank(ranks, uniform)
+    base = _base_name(model)
     tensors = _lora_tensors(factors, pad_to=rank)
     directory = Path(directory)
     if prefix is not None:
@@ -105,8 +110,21 @@ def export_peft(
     for name, module in saved.items():
         name = f"{PREFIX}{_uncompiled_name(name)}"
         tensors |= {f"{name}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
-    _write(directory, tensors, _adapter_config(model, ranks, saved, rank))
+    _write(directory, tensors, _adapter_config(model, ranks, saved, rank, base))
     return directory
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Where readers find the weights that the LoRA belongs to; None if it is not known."""
+    name = getattr(model, "name_or_path", None) or None
+    if name is None or not any(hasattr(module, MERGED_FOR_GOOD) for module in model.modules()):
+        return name
+    warnings.warn(
+        f"the LoRA belongs to the weights that l1ra.unpatch(model, merge=True) has left, not to {name}, so its files "
+        "name no base model. Save the merged model before it is patched again, and load the LoRA onto that.",
+        stacklevel=3,
+    )
+    return None
 
 
 def _common_rank(ranks: Mapping[str, int], uniform: bool | int) -> int | None:
@@ -183,7 +201,11 @@ def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], pad_to: int | No
 
 
 def _adapter_config(
-    model: nn.Module, ranks: Mapping[str, int], saved: Mapping[str, nn.Module], common_rank: int | None
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    saved: Mapping[str, nn.Module],
+    common_rank: int | None,
+    base: str | None,
 ) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     rank = common_rank or max(ranks.values())
@@ -191,7 +213,7 @@ def _adapter_config(
     return {
         "peft_type": "LORA",
         **_task_settings(model, saved),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

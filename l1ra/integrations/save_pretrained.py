@@ -135,8 +135,14 @@ class SavePretrained:
             OSError: the files can't be written.
         """
         model, folder = self.model, Path(save_directory)
-        is_part = _is_saved_for_readers()
-        if has_sharded_adapters(model) or self._is_plain(is_part):
+        is_part, is_sharded = _is_saved_for_readers(), has_sharded_adapters(model)
+        if is_sharded and is_main_process and not is_in_checkpoint():
+            warnings.warn(
+                "the adapters are sharded, so the weights are saved under their names in the patched model, where "
+                "from_pretrained does not find them. Load them into a patched model in one process, and save that.",
+                stacklevel=2,
+            )
+        if is_sharded or self._is_plain(is_part):
             save_pretrained = getattr(type(model), METHOD)
             options = {**kwargs, "push_to_hub": push_to_hub}
             save_pretrained(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)

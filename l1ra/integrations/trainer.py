@@ -177,7 +177,9 @@ def save_controllers(folder: Path | None = None) -> bool:
             folder = Path(runs) / f"checkpoint-{trainer.state.global_step}"
         if trainer.args.should_save:
             for model, state_folder in _state_folders(trainer.model).items():
-                controller_of(model).save(Path(folder) / state_folder)
+                # Where adapters are sharded, ranks stay fixed, and one process cannot read all rows.
+                if not has_sharded_adapters(model):
+                    controller_of(model).save(Path(folder) / state_folder)
         return True
     return False
 
@@ -202,7 +204,7 @@ class _Reading:
 
     def before(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.found, self.prefix = _checkpoint_being_read(model), prefix
-        if self.found is None or has_sharded_adapters(model):
+        if self.found is None:
             return
         own = model.state_dict().keys()
         layers = tuple(f"{name}." if name else "" for name in self.found.adapters)
@@ -225,7 +227,7 @@ class _Reading:
 
 def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
     """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
-    if controller_of(model) is None:
+    if controller_of(model) is None or has_sharded_adapters(model):
         return None
     resumes = False
     for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):

@@ -14,6 +14,7 @@ from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
 __all__ = [
     "CONTROLLER",
+    "MERGED_FOR_GOOD",
     "abbreviated",
     "adapters_disabled",
     "carried_tensors",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its controller
+MERGED_FOR_GOOD = "_l1ra_merged_for_good"  # set on a model whose adapters were merged and removed
 # Task heads of transformers, which are newly initialised when a pretrained model is loaded, and the models with one.
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
