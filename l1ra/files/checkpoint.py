@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ SCHEMA = {
     "config": dict,
     "adapters": {str: (int, int)},
     "trained": [str],
+    "frozen": [str],
     "controller": {name: form for name, form in STATE_SCHEMA.items() if name not in IN_TENSORS},
     "files": {kind: {"name": str, "sha256": str} for kind in TENSOR_FILES},
 }
@@ -49,7 +50,9 @@ class Checkpoint:
     Attributes:
         config: the controller's config.
         adapters: module name -> ``(in_features, out_features)``.
-        trained: names of the tensors outside of the adapters that training changes; see ``trained_tensors``.
+        trained: names of the tensors outside of the adapters that the pretrained model does not have; see
+            ``trained_tensors``.
+        frozen: those of them that are not trained.
         tensors: the adapters' parameters, without reserved rows, and the tensors in ``trained``; by their names in the
             model's state dict.
         controller: the controller's ``state_dict()``.
@@ -58,6 +61,7 @@ class Checkpoint:
     config: L1RAConfig
     adapters: dict[str, tuple[int, int]]
     trained: list[str]
+    frozen: list[str]
     tensors: dict[str, Tensor]
     controller: dict[str, Any]
 
@@ -67,6 +71,7 @@ def save(
     config: L1RAConfig,
     adapters: Mapping[str, L1RALinear],
     trained: Mapping[str, Tensor],
+    frozen: Collection[str],
     state: Mapping[str, Any],
 ) -> None:
     """Write the adapters, the other trained tensors and the controller's state into ``folder``.
@@ -79,7 +84,8 @@ def save(
         folder: is created if it does not exist.
         config: the controller's config.
         adapters: the adapters by module name.
-        trained: the other tensors that training changes; see ``trained_tensors``.
+        trained: the other tensors that the pretrained model does not have; see ``trained_tensors``.
+        frozen: the names of those of them that are not trained.
         state: the controller's ``state_dict()``.
 
     Raises:
@@ -92,6 +98,7 @@ def save(
         "config": dataclasses.asdict(config),
         "adapters": {n: [a.in_features, a.out_features] for n, a in adapters.items()},
         "trained": sorted(trained),
+        "frozen": sorted(frozen),
         "controller": {name: value for name, value in state.items() if name not in IN_TENSORS},
         "files": {},
     }
@@ -130,6 +137,7 @@ def read(folder: str | os.PathLike) -> Checkpoint:
         config,
         {name: tuple(size) for name, size in index["adapters"].items()},
         index["trained"],
+        index["frozen"],
         tensors["adapters"],
         {**index["controller"], **_unflatten_controller_tensors(tensors["controller"])},
     )
@@ -148,6 +156,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has format {version}, this version of l1ra reads {FORMAT}: install a newer l1ra.")
     if digest != _digest(index):
         raise ValueError(f"{file} is damaged: its checksum is wrong.")
+    index.setdefault("frozen", [])  # not in the first checkpoints of this format
     if wrong := mismatch(index, SCHEMA):
         raise ValueError(f"{file} is no index of an L1RA checkpoint: {wrong}.")
     return index

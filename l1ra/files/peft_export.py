@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
-from l1ra.layers.adapted_model import MERGED_FOR_GOOD, find_adapters, task_head, trained_modules
+from l1ra.layers.adapted_model import (
+    MERGED_FOR_GOOD,
+    find_adapters,
+    frozen_and_drawn_anew,
+    task_head,
+    trained_modules,
+)
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
 
@@ -49,7 +55,8 @@ def export_peft(
     everywhere. Ranks whose gate is 0 are left out; an adapter that has no other ranks keeps one, with B = 0.
 
     Modules that are trained in full are written as ``modules_to_save``, and so is the head of a transformers model for
-    classification or question answering. The model is not changed, and adapters may be merged.
+    classification or question answering. Other weights that the pretrained checkpoint does not have, such as embeddings
+    with new tokens, are written under their names. The model is not changed, and adapters may be merged.
 
     If ``l1ra.unpatch(model, merge=True)`` has changed the model's weights before, the files name no base model, and a
     ``UserWarning`` says so: the LoRA does not fit the weights from which the model was loaded.
@@ -96,12 +103,14 @@ def export_peft(
     rank = _common_rank(ranks, uniform)
     base = _base_name(model)
     tensors = _lora_tensors(factors, pad_to=rank)
+    frozen = frozen_and_drawn_anew(model)
     directory = Path(directory)
     if prefix is not None:
-        if saved:
+        if saved or frozen:
+            more = f"{', '.join(saved)} is trained in full" if saved else f"{', '.join(frozen)} is in no checkpoint"
             raise ValueError(
-                f"diffusers reads no more than a LoRA, and {', '.join(saved)} is trained in full: freeze it, or merge "
-                "with l1ra.unpatch(model, merge=True) and call save_pretrained."
+                f"diffusers reads no more than a LoRA, and {more}: {'freeze it, or ' if saved else ''}call "
+                "model.save_pretrained, which writes all weights with the adapters merged."
             )
         start = f"{prefix.removesuffix('.')}." if prefix else ""
         _write(directory, {start + name: tensor for name, tensor in tensors.items()})
@@ -110,6 +119,9 @@ def export_peft(
     for name, module in saved.items():
         name = f"{PREFIX}{_uncompiled_name(name)}"
         tensors |= {f"{name}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
+    # PEFT and transformers load tensors under these names into the base model, as PEFT's own resized embeddings.
+    frozen = {f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen.items()}
+    tensors = {**frozen, **tensors}
     _write(directory, tensors, _adapter_config(model, ranks, saved, rank, base))
     return directory
 

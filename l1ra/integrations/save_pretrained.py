@@ -83,7 +83,7 @@ def _merged_weight(layer: L1RALinear, name: str) -> Tensor:
 def _is_saved_for_readers() -> bool:
     """Whether a ``save_pretrained`` of a class is running, or a ``save`` of sentence-transformers."""
     return any(
-        frame.f_code.co_name == METHOD or frame.f_globals.get("__name__", "").startswith("sentence_transformers.")
+        frame.f_code.co_name == METHOD or str(frame.f_globals.get("__name__")).startswith("sentence_transformers.")
         for frame in calls(METHOD, "save")
     )
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.integrations.call_stack import calls, first_argument
-from l1ra.layers.adapted_model import carried_tensors, controller_of, has_sharded_adapters
+from l1ra.layers.adapted_model import CONTROLLER, carried_tensors, controller_of, has_sharded_adapters
 from l1ra.layers.linear import L1RALinear
 
 __all__ = [
@@ -51,7 +51,7 @@ class Controller(Protocol):
 
     def statistics(self) -> dict[str, float]: ...
 
-    def expect_steps(self, total_steps: int) -> None: ...
+    def expect_steps(self, total_steps: int, done: int) -> None: ...
 
     def step(self, optimizer: Optimizer) -> None: ...
 
@@ -70,7 +70,7 @@ class RankCallback:
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.controller is not None:
-            self.controller.expect_steps(state.max_steps)
+            self.controller.expect_steps(state.max_steps, state.global_step)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
@@ -98,15 +98,14 @@ def make_callback(controller: Controller, *, makes_steps: bool) -> Any:
     return type("RankCallback", (RankCallback, TrainerCallback), {})(controller, makes_steps)
 
 
-def join_trainer(controller: Controller) -> int | None:
-    """Put a callback of ``controller`` first in the Trainer that is stepping an optimizer right now.
+def join_trainer(controller: Controller) -> None:
+    """Put a callback of ``controller`` first in the Trainer that is stepping an optimizer right now, if there is one.
 
-    Returns:
-        The Trainer's total number of steps; None without a Trainer.
+    The controller is told how long the Trainer's training is, which began before it had the callback.
     """
     found = next(_trainer_calls("train"), None)
     if found is None:
-        return None
+        return
     trainer, _ = found
     if not any(module is controller.model for module in trainer.model.modules()):
         warnings.warn(
@@ -120,7 +119,8 @@ def join_trainer(controller: Controller) -> int | None:
     # First, so that the integrations that report logs see the statistics. A new list, because the Trainer may be
     # iterating over the old one. A user who has passed no callback with auto=False makes the steps himself.
     handler.callbacks = [*(ours or [make_callback(controller, makes_steps=False)]), *others]
-    return trainer.state.max_steps
+    if not ours:
+        controller.expect_steps(trainer.state.max_steps, trainer.state.global_step)
 
 
 class TrainerHooks:
@@ -186,7 +186,8 @@ def save_controllers(folder: Path | None = None) -> bool:
 
 def _state_folders(model: nn.Module) -> dict[nn.Module, Path]:
     """For each model with a controller in ``model`` the folder of its state in a checkpoint."""
-    names = {part: name for name, part in model.named_modules() if controller_of(part) is not None}
+    # Wrappers pass attributes of the model inside on as their own: those of the module itself are looked at.
+    names = {part: name for name, part in model.named_modules() if CONTROLLER in vars(part)}
     return {part: Path(FOLDER, name if len(names) > 1 else "") for part, name in names.items()}
 
 

@@ -14,13 +14,17 @@ from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
 __all__ = [
     "CONTROLLER",
+    "DRAWN_ANEW",
     "MERGED_FOR_GOOD",
     "abbreviated",
     "adapters_disabled",
     "carried_tensors",
     "controller_of",
     "find_adapters",
+    "frozen_and_drawn_anew",
     "has_sharded_adapters",
+    "name_before_patch",
+    "optional_submodule",
     "task_head",
     "trained_modules",
     "trained_tensors",
@@ -28,6 +32,8 @@ __all__ = [
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its controller
 MERGED_FOR_GOOD = "_l1ra_merged_for_good"  # set on a model whose adapters were merged and removed
+# The attribute of a module with the names of its own parameters that are not those of the pretrained checkpoint.
+DRAWN_ANEW = "_l1ra_drawn_anew"
 # Task heads of transformers, which are newly initialised when a pretrained model is loaded, and the models with one.
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -57,6 +63,25 @@ def controller_of(model: nn.Module) -> Any:
     return getattr(model, CONTROLLER, None)
 
 
+def name_before_patch(name: str, adapted: Collection[str]) -> str:
+    """The name of a tensor of the base model before the layers ``adapted`` were adapted."""
+    layer, inside, rest = name.partition(".base_layer.")
+    return f"{layer}.{rest}" if inside and layer in adapted else name
+
+
+def optional_submodule(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a method of a transformers model returns, e.g. ``get_input_embeddings``.
+
+    Returns:
+        None if the model has no such method or no such module.
+    """
+    try:
+        part = getattr(model, getter)()
+    except Exception:  # transformers models without the module raise errors of various types
+        return None
+    return part if isinstance(part, nn.Module) else None
+
+
 def task_head(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of the head of a transformers model for classification or question answering.
 
@@ -79,14 +104,32 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name in the state dict -> tensor, for the tensors outside of the adapters that training changes.
+def frozen_and_drawn_anew(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the state dict -> tensor, for the frozen parameters that are not those of the pretrained checkpoint.
 
-    These are the trainable parameters, including those of base layers, and the persistent buffers, such as the running
-    statistics of a normalisation. A shared tensor is listed under the first of its names.
+    Nobody who loads the checkpoint again gets them. They are those that ``l1ra.patch`` has found; see
+    ``model.drawn_anew``. A shared parameter is listed under the first of its names.
+    """
+    marked = {
+        id(module._parameters[key])
+        for module in model.modules()
+        for key in module.__dict__.get(DRAWN_ANEW, ())
+        if module._parameters.get(key) is not None
+    }
+    return {n: p.detach() for n, p in model.named_parameters() if id(p) in marked and not p.requires_grad}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the state dict -> tensor, for the tensors outside of the adapters that the pretrained model does not
+    have.
+
+    These are the trainable parameters, including those of base layers, the persistent buffers, such as the running
+    statistics of a normalisation, and :func:`frozen_and_drawn_anew`. A shared tensor is listed under the first of its
+    names.
     """
     adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in ADAPTER_PARAMETERS}
     found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
+    found |= frozen_and_drawn_anew(model)
     for name, module in model.named_modules():
         # The buffers of a linear layer hold its quantised weight, which training does not change.
         if base_features(module) is None:
@@ -97,7 +140,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name in the state dict -> tensor, for all tensors that training changes.
+    """Name in the state dict -> tensor, for all tensors that the pretrained model does not have.
 
     These are the parameters of the adapters, including reserved rows, and :func:`trained_tensors`.
     """

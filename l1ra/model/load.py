@@ -9,7 +9,7 @@ from torch import nn
 
 from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.files.controller_state import check_state
-from l1ra.layers.adapted_model import controller_of, find_adapters
+from l1ra.layers.adapted_model import controller_of, find_adapters, name_before_patch
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.model.patch import patch, unpatch
@@ -74,7 +74,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, auto: bool = True) -> R
             controller.load_state_dict(state_before)
         raise
     parameters = dict(model.named_parameters())
-    for name in parameters.keys() & set(checkpoint.trained):
+    for name in (parameters.keys() & set(checkpoint.trained)) - set(checkpoint.frozen):
         parameters[name].requires_grad_(True)
     return controller
 
@@ -138,16 +138,11 @@ def _check_trained(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> N
     adapter_tensors = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in ADAPTER_PARAMETERS}
     for name in checkpoint.trained:
         saved = checkpoint.tensors.get(name)
-        own = state.get(name if adapted else _name_before_patch(name, checkpoint))
+        own = state.get(name if adapted else name_before_patch(name, checkpoint.adapters))
         fits = own is not None and saved is not None and own.shape == saved.shape
         if not fits or name in adapter_tensors:
             shape = None if saved is None else tuple(saved.shape)
             raise ValueError(f"the checkpoint is of another model: it has a trained {name} of shape {shape}.")
-
-
-def _name_before_patch(name: str, checkpoint: Checkpoint) -> str:
-    layer, inside, rest = name.partition(".base_layer.")
-    return f"{layer}.{rest}" if inside and layer in checkpoint.adapters else name
 
 
 def _is_in_checkpoint(name: str, checkpoint: Checkpoint) -> bool:

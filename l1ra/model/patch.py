@@ -15,13 +15,14 @@ from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
 from l1ra.allocation.plan import spread_evenly
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
-from l1ra.layers.adapted_model import MERGED_FOR_GOOD, controller_of, find_adapters
+from l1ra.layers.adapted_model import MERGED_FOR_GOOD, controller_of, find_adapters, optional_submodule
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.padded_weight import PaddedWeight, padding_pays_off
 from l1ra.layers.shared_input import share_inputs
+from l1ra.model.drawn_anew import drawn_anew, forget, mark, outside_warning
 from l1ra.model.merge import merge as merge_adapters
-from l1ra.model.targets import optional_submodule, saved_modules, select_targets, unadapted_warning
+from l1ra.model.targets import saved_modules, select_targets, unadapted_warning
 from l1ra.training.controller import RankController
 
 __all__ = ["check_unpatched", "patch", "unpatch"]
@@ -63,7 +64,8 @@ def patch(
             and layers that share their weight with another module. Any other string: a regular expression that matches
             the whole module name. A list: module names or their last components.
         modules_to_save: names of modules to train in full, e.g. a new head. None: the head of a transformers model for
-            classification or question answering. ``[]``: no module.
+            classification or question answering, and the modules that ``from_pretrained`` drew anew because the
+            checkpoint does not have them (known from transformers 5 on). ``[]``: no module.
         preset: ``"default"`` or ``"reference"``; can't be combined with ``config``.
         config: settings.
         auto: register hooks on optimizers. If False, call ``controller.step(optimizer)`` after each optimizer step.
@@ -80,10 +82,13 @@ def patch(
     check_unpatched(model)
     config = _resolve_config(preset, config, overrides)
     check_budget(budget)
-    saved = saved_modules(model, modules_to_save)
+    saved = saved_modules(model, modules_to_save, target_modules)
     targets = select_targets(model, target_modules, saved)
-    warning = unadapted_warning(model, saved) if target_modules == "all-linear" else ""
+    messages = [unadapted_warning(model, saved)] if target_modules == "all-linear" else []
+    if modules_to_save is None:
+        messages.append(outside_warning(model, targets))
     ranks = _initial_ranks(targets, budget, config)
+    anew = list(drawn_anew(model).values())
 
     original = _OriginalState.of(model)
     adapters: list[L1RALinear] = []
@@ -108,8 +113,9 @@ def patch(
         setattr(model, QUANTISED, False)
     object.__setattr__(model, ORIGINAL, original)
     save_pretrained.override(model)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
+    mark(model, anew)
+    for message in filter(None, messages):
+        warnings.warn(message, stacklevel=2)
     return controller
 
 
@@ -152,6 +158,7 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     if original.quantised:
         setattr(model, QUANTISED, True)
     save_pretrained.restore(model)
+    forget(model)
     object.__delattr__(model, ORIGINAL)
     if merge:
         object.__setattr__(model, MERGED_FOR_GOOD, True)

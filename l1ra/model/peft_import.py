@@ -18,9 +18,10 @@ from l1ra.allocation.plan import LayerPlan
 from l1ra.config import L1RAConfig
 from l1ra.files.peft_export import CONFIG, PREFIX, WEIGHTS, check_one_parent
 from l1ra.files.schema import mismatch
-from l1ra.layers.adapted_model import abbreviated, controller_of, find_adapters
+from l1ra.layers.adapted_model import abbreviated, controller_of, find_adapters, name_before_patch, optional_submodule
 from l1ra.layers.base_layers import FLOATS, base_features
 from l1ra.layers.linear import L1RALinear
+from l1ra.model.drawn_anew import mark
 from l1ra.model.patch import check_unpatched, patch, unpatch
 from l1ra.model.targets import name_matches
 from l1ra.training.controller import RankController
@@ -76,8 +77,8 @@ def from_peft(
     """Patch ``model`` with a plain LoRA that PEFT has saved, to continue its training with dynamic ranks.
 
     The patched model computes the same function as the model with the LoRA in PEFT: the same layers are adapted with
-    the same ranks, all gates are 1, and the LoRA's ``modules_to_save`` are loaded and trained in full. PEFT need not be
-    installed.
+    the same ranks, all gates are 1, and the LoRA's ``modules_to_save`` are loaded and trained in full. Weights of the
+    base model in the file, such as embeddings with new tokens, are loaded and stay frozen. PEFT need not be installed.
 
     Ranks whose rows of A and B are all zero, such as padding to a common rank, are not loaded. An adapter that has no
     other ranks gets one new rank with B = 0. The dropout is that of ``config``, not that of the LoRA.
@@ -122,10 +123,11 @@ def from_peft(
         for name, layer in find_adapters(model):
             _load_adapter(layer, *lora.layers[name], config)
         controller = RankController(model, cost if budget is None else budget, config=config, auto=auto)
-        state = model.state_dict()
+        state = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, value in lora.saved_tensors.items():
                 state[name].copy_(value)
+        mark(model, [state[name] for name in lora.saved_tensors])
     except BaseException:
         unpatch(model)
         raise
@@ -192,17 +194,32 @@ def _read_lora(model: nn.Module, directory: Path) -> _PlainLora:
     modules_to_save = [name for name in modules if endings and name.endswith(endings)]
     state = model.state_dict()
     expected = {key for name in modules_to_save for key in state if key.startswith(f"{name}.")}
-    _check_names("modules_to_save", expected, saved_tensors)
+    # Beside modules_to_save there may be weights that are not those of the base model's checkpoint.
+    base_names = {name: name_before_patch(name, factors) for name in saved_tensors}
+    surplus = [name for name, before in base_names.items() if before not in state]
+    _check_names("modules_to_save", expected, expected & saved_tensors.keys() | set(surplus))
     _check_names("target_modules", _targeted_layers(model, config, modules_to_save), factors)
     if not factors:
         raise ValueError(f"{directory} adapts no layer.")
+    embeddings = _embedding_addresses(model)
     for name, value in saved_tensors.items():
-        _check_shape(name, value, tuple(state[name].shape))
+        own = state[base_names[name]]
+        if own.shape[1:] == value.shape[1:] and own.shape != value.shape and own.data_ptr() in embeddings:
+            raise ValueError(
+                f"{name} has {len(value)} rows in {WEIGHTS} and {len(own)} in the model: call "
+                f"model.resize_token_embeddings({len(value)}) first."
+            )
+        _check_shape(name, value, tuple(own.shape))
         _check_finite(name, value)
     layers = {
         name: _folded_factors(name, parts, *base_features(modules[name]), config) for name, parts in factors.items()
     }
     return _PlainLora(layers, modules_to_save, saved_tensors)
+
+
+def _embedding_addresses(model: nn.Module) -> set[int]:
+    parts = [optional_submodule(model, f"get_{kind}_embeddings") for kind in ("input", "output")]
+    return {param.data_ptr() for part in parts if part is not None for param in part.parameters()}
 
 
 def _read_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

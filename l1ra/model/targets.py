@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from l1ra.layers.adapted_model import task_head
+from l1ra.layers.adapted_model import optional_submodule, task_head
 from l1ra.layers.base_layers import base_features
+from l1ra.model.drawn_anew import drawn_anew, new_modules
 
-__all__ = ["name_matches", "optional_submodule", "saved_modules", "select_targets", "unadapted_warning"]
+__all__ = ["name_matches", "saved_modules", "select_targets", "unadapted_warning"]
 
 
 def name_matches(name: str, pattern: str) -> bool:
@@ -20,25 +21,16 @@ def name_matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
-def optional_submodule(model: nn.Module, getter: str) -> nn.Module | None:
-    """The module that a method of a transformers model returns, e.g. ``get_input_embeddings``.
-
-    Returns:
-        None if the model has no such method or no such module.
-    """
-    try:
-        part = getattr(model, getter)()
-    except Exception:  # transformers models without the module raise errors of various types
-        return None
-    return part if isinstance(part, nn.Module) else None
-
-
-def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> dict[str, nn.Module]:
+def saved_modules(
+    model: nn.Module, modules_to_save: Sequence[str] | None, target_modules: str | Sequence[str] = "all-linear"
+) -> dict[str, nn.Module]:
     """The modules to train in full, by name.
 
     Args:
         modules_to_save: module names or their last components. None: the head of a transformers model for
-            classification or question answering, and nothing for other models.
+            classification or question answering, and the modules that its checkpoint does not have.
+        target_modules: as in :func:`select_targets`. Layers that it names are not trained in full because the
+            checkpoint does not have them.
 
     Raises:
         TypeError: ``modules_to_save`` is no list of strings.
@@ -49,7 +41,7 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> di
     if modules_to_save is not None and not _is_list_of_names(modules_to_save):
         raise TypeError(f"modules_to_save must be a list of names, not {modules_to_save!r}.")
     if modules_to_save is None:
-        return task_head(model)
+        return _new_modules(model, target_modules)
     modules = dict(model.named_modules())
     found = {}
     for pattern in modules_to_save:
@@ -58,6 +50,16 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str] | None) -> di
             raise ValueError(f"modules_to_save: no module is named {pattern!r}.{_suggestion(pattern, modules)}")
         found.update(matches)
     return found
+
+
+def _new_modules(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    new = new_modules(model, drawn_anew(model))
+    if target_modules != "all-linear":
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        named = {id(layer) for layer in _matching_layers(model, modules, target_modules).values()}
+        new = {n: module for n, module in new.items() if not any(id(inner) in named for inner in module.modules())}
+    found = task_head(model) | new
+    return {name: found[name] for name in found if not any(name.startswith(f"{outer}.") for outer in found)}
 
 
 def select_targets(

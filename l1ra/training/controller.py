@@ -25,6 +25,7 @@ from l1ra.layers.adapted_model import (
     adapters_disabled,
     controller_of,
     find_adapters,
+    frozen_and_drawn_anew,
     trained_tensors,
 )
 from l1ra.layers.linear import L1RALinear
@@ -123,7 +124,6 @@ class RankController:
         self._interval = Interval(adapters, self._bank, budget, costs, config, uses_importance=uses_importance)
         self._schedule: Schedule | None = None
         self._gradients: tuple[Tensor, Tensor | None] | None = None
-        self._trainer_steps: int | None = None
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
         self._ranks_fixed = self._sharded = False
@@ -220,12 +220,30 @@ class RankController:
         """
         return make_callback(self, makes_steps=not self.auto)
 
-    def expect_steps(self, total_steps: int) -> None:
+    def expect_steps(self, total_steps: int, done: int = 0) -> None:
         """Take the number of optimizer steps from a Trainer, unless ``total_steps`` was passed by the user.
 
-        Called by :meth:`callback` when a Trainer begins to train.
+        Called by :meth:`callback` when a Trainer begins to train. A Trainer that begins at step 0 trains anew, e.g.
+        with smaller batches after it ran out of memory: steps and history begin anew too, with the ranks as they are.
+
+        Args:
+            total_steps: of the training, those that were done before it was resumed included.
+            done: of these, the steps done so far.
         """
-        self._trainer_steps = total_steps
+        if self.config.total_steps is not None:
+            return
+        begins_anew = done == 0 and self.steps > 0
+        if begins_anew:
+            self.steps = 0
+            self._stepped.clear()
+            self.history.clear()
+            self._record(Reallocation(0, 0, {}))
+        if begins_anew or total_steps != self.total_steps:
+            if self.total_steps is not None:
+                self._interval.abandon()
+            self.total_steps = total_steps
+            if self._schedule is not None:
+                self._make_schedule()
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the model computes without its adapters, as before :func:`l1ra.patch`.
@@ -259,7 +277,8 @@ class RankController:
         Raises:
             OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
-        save(folder, self.config, self.adapters, trained_tensors(self.model), self.state_dict())
+        frozen = frozen_and_drawn_anew(self.model)
+        save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the adapters' own tensors, which are in the model's state dict."""
@@ -346,11 +365,11 @@ class RankController:
 
     def _count_step(self, optimizer: Optimizer) -> bool:
         """Whether a new training step begins: if several optimizers hold adapters, when one of them steps again."""
+        if optimizer not in self._known:
+            self._register(optimizer)
         is_new_step = not self._stepped or optimizer in self._stepped
         if is_new_step:
             self._stepped.clear()
-            if optimizer not in self._known:
-                self._register(optimizer)
             self.steps += 1
             if self.total_steps is not None and self.steps == self.total_steps + 1:
                 warnings.warn(
@@ -424,19 +443,17 @@ class RankController:
 
     def _register(self, optimizer: Optimizer) -> None:
         self._known.add(optimizer)
-        trainer_steps = join_trainer(self)
+        join_trainer(self)
         if self._schedule is None:
-            self._start(self._trainer_steps if trainer_steps is None else trainer_steps)
+            if world_size() > 1:
+                self._join_replicas()
+            self._make_schedule()
 
-    def _start(self, trainer_steps: int | None) -> None:
-        if self.total_steps is None:
-            self.total_steps = trainer_steps
+    def _make_schedule(self) -> None:
         # Beside a new head the first gradients tell about the head, not about the layers.
         adapter_ids = self._parameter_ids()
         only_adapters = not any(p.requires_grad for p in self.model.parameters() if id(p) not in adapter_ids)
         self._schedule = Schedule.from_config(self.config, self.total_steps, judge_early=only_adapters)
-        if world_size() > 1:
-            self._join_replicas()
         if not self._ranks_fixed:
             self._schedule.warn(self.config, self.total_steps, uses_importance=self._rule.uses_importance)
 

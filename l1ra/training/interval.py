@@ -131,6 +131,12 @@ class Interval:
         self.probes.discard()
         return done._replace(coherence=coherence)
 
+    def abandon(self) -> None:
+        """Drop what the interval has begun: the fading gates return to 1, and probes have observed nothing."""
+        self.fading = False
+        self.probes.discard()
+        self._bank.penalise([()] * len(self._layers))
+
     def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, fading: bool) -> None:
         """Take over a saved state: of :attr:`probes`, of :attr:`generator`, and :attr:`fading`."""
         self.generator.set_state(generator)

@@ -134,17 +134,29 @@ def test_a_cross_encoder_scores_as_the_trained_one(which, base, tmp_path):
     assert (torch.tensor(model.predict(pairs)) - expected).abs().max() > 1e-3
 
 
-def test_a_quantised_model_is_saved_as_a_lora(base, tmp_path):
+def quantised(base):
     bnb = pytest.importorskip("bitsandbytes")
-    pytest.importorskip("peft")
     model = embedder(base)
     layer = inner(model).encoder.layer[0].intermediate
     packed = bnb.nn.Linear4bit(16, 24, quant_type="nf4", compute_dtype=torch.float32)
     packed.load_state_dict(layer.dense.state_dict())
     layer.dense = packed.to("cpu")
+    return model
+
+
+def test_a_quantised_model_is_saved_as_a_lora(base, tmp_path):
+    pytest.importorskip("peft")
+    model = quantised(base)
     l1ra.patch(inner(model), 60)
     model.save_pretrained(str(tmp_path / "saved"))
     assert "adapter_model.safetensors" in os.listdir(tmp_path / "saved")
+
+
+def test_what_contains_a_quantised_model_is_refused_if_it_is_patched_as_a_whole(base, tmp_path):
+    model = quantised(base)
+    l1ra.patch(model, 60)
+    with pytest.raises(TypeError, match=r"quantised .* patch the transformers model alone"):
+        model.save_pretrained(str(tmp_path / "saved"))
 
 
 def texts(count=48):

@@ -160,9 +160,9 @@ HEAD = "base_model.model.lm_head.weight"
         ({A: None}, {}, "q_proj has a lora_B without its other half"),
         ({A: None, B: None}, {}, r"missing from .*: model\.layers\.0\.self_attn\.q_proj\."),
         ({HEAD: None}, {}, r"modules_to_save, tensors are missing from .*: lm_head\.weight"),
-        ({}, {"modules_to_save": None}, r"modules_to_save, tensors are surplus in .*: lm_head\.weight"),
         ({}, {"target_modules": ["up_proj"]}, "target_modules, tensors are surplus in"),
-        ({"base_model.model.model.norm.weight": torch.ones(16)}, {}, r"surplus in .*: model\.norm\.weight"),
+        ({"base_model.model.model.norm2.weight": torch.ones(16)}, {}, r"surplus in .*: model\.norm2\.weight"),
+        ({"base_model.model.model.norm.weight": torch.ones(17)}, {}, r"norm\.weight is \(17,\) .* should be \(16,\)"),
         ({"model.norm.weight": torch.ones(16)}, {}, r"model\.norm\.weight, which is no part"),
         (
             {A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3)},
@@ -175,7 +175,8 @@ HEAD = "base_model.model.lm_head.weight"
         ({A: torch.ones(3, 17)}, {}, r"q_proj\.lora_A is \(3, 17\) .* should be \(3, 16\)"),
         ({B: torch.ones(17, 3)}, {}, r"q_proj\.lora_B is \(17, 3\) .* should be \(16, 3\)"),
         ({A: torch.ones(2, 16), B: torch.ones(16, 2)}, {}, r"is \(2, 16\) .* should be \(3, 16\)"),
-        ({HEAD: torch.ones(51, 16)}, {}, r"lm_head\.weight is \(51, 16\) .* should be \(50, 16\)"),
+        ({HEAD: torch.ones(50, 17)}, {}, r"lm_head\.weight is \(50, 17\) .* should be \(50, 16\)"),
+        ({HEAD: torch.ones(51, 16)}, {}, r"51 rows in .* and 50 .*: call model\.resize_token_embeddings\(51\) first"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused_and_the_model_is_untouched(tensors, settings, message, tmp_path):

@@ -150,7 +150,7 @@ def test_new_ranks_start_with_a_clean_record():
     play(controller, {})
     bank.value[1] = 0.0
     bank.write_to_layers()
-    controller._start(None)
+    controller._make_schedule()
     controller._reallocate()
     assert list(controller.ranks.values()) == [3, 5, 4, 4]
     kept = [1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, *map(float, range(9, 17))]
@@ -165,7 +165,7 @@ def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(cam
     names, start = list(controller.ranks), controller.ranks
     controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
     play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
-    controller._start(None)
+    controller._make_schedule()
     controller._interval.choose_ranks(controller._importance(), controller._stage().progress, controller._given_back())
     assert controller._bank.weight.nonzero().flatten().tolist() == pressed
     controller._bank.value[:2] = 0.0
