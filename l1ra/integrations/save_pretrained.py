@@ -33,12 +33,13 @@ METHOD = "save_pretrained"
 def override(model: nn.Module) -> None:
     """Make everything that is saved with adapters of ``model`` readable.
 
-    ``model.save_pretrained`` becomes a :class:`SavePretrained` if it is that of transformers' models. A class with a
-    ``save_pretrained`` of its own keeps it, with all that it writes besides.
+    ``model.save_pretrained`` becomes a :class:`SavePretrained` if it is that of transformers' models. A class or model
+    with a ``save_pretrained`` of its own keeps it, with all that it writes besides.
     """
     kinds = {(kind.__module__, kind.__name__): kind for kind in type(model).__mro__}
     plain = kinds.get(("transformers.modeling_utils", "PreTrainedModel"))
-    if plain is not None and getattr(type(model), METHOD) is getattr(plain, METHOD):
+    is_plain = plain is not None and getattr(type(model), METHOD) is getattr(plain, METHOD)
+    if is_plain and METHOD not in vars(model):
         object.__setattr__(model, METHOD, SavePretrained(model))
     for _, layer in find_adapters(model):
         layer.register_state_dict_post_hook(_merge_for_readers)
@@ -46,7 +47,7 @@ def override(model: nn.Module) -> None:
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`override`, except for the hooks of adapters, which the model no longer has."""
-    if METHOD in vars(model):
+    if isinstance(vars(model).get(METHOD), SavePretrained):
         object.__delattr__(model, METHOD)
 
 

@@ -200,6 +200,21 @@ def test_an_unpatched_part_saves_as_it_computes(merge, tmp_path):
     assert torch.equal(computed(again(saved, tmp_path)), computed(saved))
 
 
+def test_a_method_that_others_gave_the_model_is_kept(tmp_path):
+    model = livelier(llama())
+
+    def save_pretrained(folder):
+        type(model).save_pretrained(model, folder)
+
+    model.save_pretrained = save_pretrained
+    l1ra.patch(model, 28)
+    shake(model, 1.0)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(computed(again(model, tmp_path)), computed(model), rtol=1e-4, atol=1e-5)
+    l1ra.unpatch(model)
+    assert model.save_pretrained is save_pretrained
+
+
 def test_a_value_head_is_saved_with_the_model_that_is_patched(tmp_path):
     model = ValueHead(livelier(llama()))
     l1ra.patch(model.inner, 28)
