@@ -205,10 +205,12 @@ def main() -> None:
 
     targets = options.target_modules or "all-linear"
     head = saved_modules(model, None)
-    budget = options.budget or RANKS_PER_ADAPTER * len(select_targets(model, targets, head))
-
-    # The whole integration. The model's output is still the same to the last bit.
-    controller = l1ra.patch(model, budget=budget, target_modules=targets, seed=options.seed)
+    try:
+        budget = options.budget or RANKS_PER_ADAPTER * len(select_targets(model, targets, head))
+        # The whole integration. The model's output is still the same to the last bit.
+        controller = l1ra.patch(model, budget=budget, target_modules=targets, seed=options.seed)
+    except ValueError as error:  # a budget or names that do not fit this model
+        raise DataError(str(error)) from None
 
     print("measuring the model before training, and the frozen baseline ...", flush=True)
     before = evaluate(model, test_set, collate)

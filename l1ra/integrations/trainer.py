@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,6 +49,7 @@ class Controller(Protocol):
     """The parts of ``RankController`` that a Trainer needs."""
 
     model: nn.Module
+    adapters: dict[str, L1RALinear]
 
     def statistics(self) -> dict[str, float]: ...
 
@@ -119,8 +121,39 @@ def join_trainer(controller: Controller) -> None:
     # First, so that the integrations that report logs see the statistics. A new list, because the Trainer may be
     # iterating over the old one. A user who has passed no callback with auto=False makes the steps himself.
     handler.callbacks = [*(ours or [make_callback(controller, makes_steps=False)]), *others]
+    _check_reference(trainer, controller)
     if not ours:
         controller.expect_steps(trainer.state.max_steps, trainer.state.global_step)
+
+
+def _check_reference(trainer: Any, controller: Controller) -> None:
+    """Check the reference model of one of TRL's trainers, which makes it without taking notice of adapters.
+
+    Raises:
+        ValueError: it would be synchronised with the trained model, or it has not the adapters with which the training
+            began.
+    """
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True copies parameters by their positions, which mixes up adapters and weights: pass "
+            "sync_ref_model=False."
+        )
+    reference = getattr(trainer, "ref_model", None)
+    if not isinstance(reference, nn.Module):
+        return
+    weights = dict(reference.named_parameters())
+    for name, layer in controller.adapters.items():
+        bare = weights.get(f"{name}.weight")
+        if layer.has_reference and bare is not None and _equal(bare, layer.base_layer.weight):
+            raise ValueError(
+                f"the reference model of {type(trainer).__name__} has not the adapters with which this training began. "
+                "With DPO pass precompute_ref_log_probs=True and create the trainer within controller.disabled(); "
+                "otherwise merge these adapters, save the merged model, and load and patch that one."
+            )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().to(b.device, b.dtype), b.detach())
 
 
 class TrainerHooks:

@@ -53,7 +53,7 @@ class L1RALinear(GatedLowRank):
     Attributes besides those of :class:`GatedLowRank`:
         base_layer: the frozen layer: an ``nn.Linear``, a transformers ``Conv1D`` or a quantised linear layer.
         strict: raise an error if no fused kernel can run, instead of falling back to plain PyTorch. Default False.
-        disabled: compute the base layer alone, see ``RankController.disabled``.
+        disabled: compute the base layer, with the reference if there is one; see ``RankController.disabled``.
         probe: collects the gradient of the weight while it is set, see :class:`Probe`.
         padded_weight: stores the base weight with padding, for the path ``"aug"``. None: the path is ``"chain"``.
         sharing: the layers that may be computed jointly with this one, see :class:`SharedInput`.
@@ -194,7 +194,10 @@ class L1RALinear(GatedLowRank):
         reason = "it was called with more than its input" if args or kwargs else ""
         path, output = self.call_path(x, reason), None
         if path is None:
-            return self.base_layer(x, *args, **kwargs)
+            output = self.base_layer(x, *args, **kwargs)
+            if self.merged or not self.has_reference:
+                return output
+            return output + self.reference_output(x).to(output.dtype)
         if not path.dense:
             output = self.base_layer(x, *args, **kwargs)
             if self.training:
@@ -210,7 +213,7 @@ class L1RALinear(GatedLowRank):
         return dispatch.gated_linears(x, [self.kernel_inputs(output)], self.dropout_p, path)[0]
 
     def call_path(self, x: Tensor, reason: str = "") -> dispatch.Path | None:
-        """The path of a call with ``x``, or None if only the base layer is computed: merged or disabled.
+        """The path of a call with ``x``, or None if the adapter is not computed: merged or disabled.
 
         A recompute under activation checkpointing uses the path of its forward. Otherwise a hook on the base layer, or
         a block in which adapters are disabled, that was added or removed in between would change the computation.

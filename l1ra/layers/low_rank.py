@@ -16,9 +16,10 @@ from l1ra.config import INITS
 from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.row_moves import RowMoves, row_sources
 
-__all__ = ["ADAPTER_PARAMETERS", "GatedLowRank"]
+__all__ = ["ADAPTER_PARAMETERS", "REFERENCE", "GatedLowRank"]
 
 ADAPTER_PARAMETERS = ("lora_A", "gate", "lora_B")  # names of an adapter's parameters
+REFERENCE = ("reference_A", "reference_B")  # buffers, see GatedLowRank.set_reference
 
 
 class GatedLowRank(nn.Module):
@@ -182,7 +183,31 @@ class GatedLowRank(nn.Module):
         sources = row_sources(plan)
         return (*sources, *[-1] * ((self.reserve or 0) - len(sources)))
 
+    @torch.no_grad()
+    def set_reference(self) -> None:
+        """Keep the adapter as it is now, for :meth:`reference_output`."""
+        b = self.lora_B[: self.rank] * (self.scaling * self.gate[: self.rank]).to(self.lora_B.dtype).unsqueeze(1)
+        self.register_buffer(REFERENCE[0], self.lora_A[: self.rank].detach().clone())
+        self.register_buffer(REFERENCE[1], b.detach())
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is an adapter of :meth:`set_reference`."""
+        return REFERENCE[0] in self._buffers
+
+    def reference_output(self, x: Tensor) -> Tensor:
+        """What the adapter of :meth:`set_reference` adds to the output for x ``(..., in_features)``."""
+        a, b = (self._buffers[name].to(x.dtype) for name in REFERENCE)
+        return F.linear(F.linear(x, a), b.t())
+
+    def _load_reference(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Make room for a reference in ``state_dict``, of which the shapes are not known before."""
+        for name in REFERENCE:
+            if (saved := state_dict.get(prefix + name)) is not None:
+                self.register_buffer(name, torch.empty_like(saved, device=self.lora_A.device))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._load_reference(state_dict, prefix)
         # The ranks of a checkpoint depend on the step at which it was saved. If the features agree, adopt its rank;
         # otherwise leave the error to torch.
         params = {name: getattr(self, name) for name in ADAPTER_PARAMETERS}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
 from l1ra.layers.precision import widest_float
@@ -74,6 +76,11 @@ def check_mergeable(base: nn.Module, name: str = "the adapter") -> None:
     Raises:
         TypeError: it can't; the message says why.
     """
+    if computed := _computed_weight(base):
+        raise TypeError(
+            f"{name} can't be merged: its weight is computed by {computed} for its base_layer makes it a plain one. "
+            "Call it to merge, or keep the adapters apart: l1ra.export_peft(model, directory)."
+        )
     reason = _why_not_mergeable(base)
     if reason:
         raise TypeError(
@@ -88,8 +95,23 @@ def why_not_exactly_mergeable(base: nn.Module) -> str:
     return f"its weight is quantised ({kind})" if kind else _why_not_mergeable(base)
 
 
+def _computed_weight(base: nn.Module) -> str:
+    """What computes the weight of ``base`` from other parameters, and the function that ends it; "" if nothing does."""
+    if parametrize.is_parametrized(base, "weight"):
+        kinds = ", ".join(type(each).__name__.strip("_") for each in base.parametrizations["weight"])
+        return f"the parametrization {kinds}; torch.nn.utils.parametrize.remove_parametrizations"
+    if any(isinstance(hook, BasePruningMethod) for hook in base._forward_pre_hooks.values()):
+        return "pruning; torch.nn.utils.prune.remove"
+    if "weight_g" in base._parameters:
+        return "weight_norm; torch.nn.utils.remove_weight_norm"
+    if "weight_orig" in base._parameters:
+        return "spectral_norm; torch.nn.utils.remove_spectral_norm"
+    return ""
+
+
 def _why_not_mergeable(base: nn.Module) -> str:
-    kind, weight = bnb_kind(base), base._parameters.get("weight")
+    # remove_parametrizations leaves some frozen weights as buffers.
+    kind, weight = bnb_kind(base), base._parameters.get("weight", base._buffers.get("weight"))
     if kind == "4-bit" and weight.quant_state is None:
         return "its weight is not quantised yet"
     if kind == "8-bit" and weight.dtype != torch.int8:
@@ -102,7 +124,7 @@ def _why_not_mergeable(base: nn.Module) -> str:
         return f"a {type(base).__name__} has a forward of its own"
     if weight is None:
         return "it has no weight of its own"
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"

@@ -11,7 +11,7 @@ from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.files.controller_state import check_state
 from l1ra.layers.adapted_model import controller_of, find_adapters, name_before_patch
 from l1ra.layers.base_layers import base_features
-from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS, REFERENCE
 from l1ra.model.patch import patch, unpatch
 from l1ra.training.controller import RankController
 
@@ -136,7 +136,8 @@ def _check_trained(model: nn.Module, checkpoint: Checkpoint, adapted: bool) -> N
     """Check that the other trained tensors of ``checkpoint`` have the shapes of those in ``model``."""
     state = model.state_dict()
     adapter_tensors = {f"{name}.{part}" for name in checkpoint.controller["ranks"] for part in ADAPTER_PARAMETERS}
-    for name in checkpoint.trained:
+    references = {f"{name}.{part}" for name in checkpoint.adapters for part in REFERENCE}
+    for name in set(checkpoint.trained) - references:  # the adapters make room for a reference
         saved = checkpoint.tensors.get(name)
         own = state.get(name if adapted else name_before_patch(name, checkpoint.adapters))
         fits = own is not None and saved is not None and own.shape == saved.shape

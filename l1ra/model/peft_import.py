@@ -78,7 +78,8 @@ def from_peft(
 
     The patched model computes the same function as the model with the LoRA in PEFT: the same layers are adapted with
     the same ranks, all gates are 1, and the LoRA's ``modules_to_save`` are loaded and trained in full. Weights of the
-    base model in the file, such as embeddings with new tokens, are loaded and stay frozen. PEFT need not be installed.
+    base model in the file, such as embeddings with new tokens, are loaded and stay frozen. The LoRA as it was loaded is
+    kept as the reference of ``controller.disabled()``. PEFT need not be installed.
 
     Ranks whose rows of A and B are all zero, such as padding to a common rank, are not loaded. An adapter that has no
     other ranks gets one new rank with B = 0. The dropout is that of ``config``, not that of the LoRA.
@@ -128,6 +129,7 @@ def from_peft(
             for name, value in lora.saved_tensors.items():
                 state[name].copy_(value)
         mark(model, [state[name] for name in lora.saved_tensors])
+        controller.set_reference()
     except BaseException:
         unpatch(model)
         raise

@@ -246,7 +246,8 @@ class RankController:
                 self._make_schedule()
 
     def disabled(self) -> AbstractContextManager[None]:
-        """A context in which the model computes without its adapters, as before :func:`l1ra.patch`.
+        """A context in which the model computes as before the training: as before :func:`l1ra.patch`, or with the
+        adapters of :meth:`set_reference`, those that :func:`l1ra.from_peft` has loaded.
 
         It gives the reference model of DPO and similar methods. Modules in ``modules_to_save`` have no weights from
         before the training: they stay as trained. The backward of a forward in the context reaches no adapter; with
@@ -263,6 +264,28 @@ class RankController:
                 its ``step()``). Nothing has changed then.
         """
         return adapters_disabled(self.adapters)
+
+    def set_reference(self) -> None:
+        """Make the adapters as they are now the reference of :meth:`disabled`, instead of the model without adapters.
+
+        For preference training that goes on from adapters which have been trained already. The reference needs as much
+        memory as A and B of the adapters, and is part of all checkpoints.
+
+        Example::
+
+            controller = l1ra.load(model, "out/sft")
+            controller.set_reference()  # DPO is to stay near to the result of the SFT
+            with controller.disabled():
+                trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=data)
+
+        Raises:
+            RuntimeError: an adapter is merged.
+        """
+        merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
+        if merged is not None:
+            raise RuntimeError(f"{merged} is merged into its weight: call l1ra.unmerge(model) before set_reference().")
+        for layer in self._layers:
+            layer.set_reference()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapters, all other trained tensors of the model and the controller's state, for :func:`l1ra.load`.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from circumstances import llama as one_layer
 from helpers import bert, llama, shake
-from trainer_helpers import STEPS, arguments, labelled, livelier, sentences
+from trainer_helpers import STEPS, arguments, labelled, livelier, sentences, tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import l1ra
@@ -229,16 +229,6 @@ def test_two_trainers_one_after_the_other_each_drive_their_own_model(tmp_path):
     first, *_ = train(tmp_path)
     second, *_ = train(tmp_path, max_steps=10)
     assert (first.steps, first.total_steps, second.steps, second.total_steps) == (STEPS, STEPS, 10, 10)
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"[PAD]": 0, "[EOS]": 1, "[UNK]": 2, **{f"w{i}": i for i in range(3, 50)}}
-    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import MLP, Adapted, assert_untouched, gpt2, llama, same_bits, shake, snapshot, tokens
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
@@ -125,10 +126,39 @@ def test_if_one_layer_refuses_none_is_merged():
     model[1] = nn.Linear(4, 4)
     l1ra.patch(model, 6)
     refused(shake(model), TypeError, "2 can't be merged: a Scaled has a forward of its own")
-    l1ra.unpatch(model)
-    model[2] = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
-    l1ra.patch(model, 6)
-    refused(shake(model), TypeError, "2 can't be merged: it has no weight of its own")
+
+
+COMPUTED = {
+    "the parametrization WeightNorm": nn.utils.parametrizations.weight_norm,
+    "the parametrization SpectralNorm": nn.utils.parametrizations.spectral_norm,
+    "the parametrization Orthogonal": nn.utils.parametrizations.orthogonal,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+}
+ENDS = {
+    "parametrize.remove_parametrizations": lambda base: parametrize.remove_parametrizations(base, "weight"),
+    "prune.remove": lambda base: prune.remove(base, "weight"),
+    "remove_weight_norm": nn.utils.remove_weight_norm,
+    "remove_spectral_norm": nn.utils.remove_spectral_norm,
+}
+
+
+@pytest.mark.parametrize("what", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_weight_that_is_computed_is_merged_once_it_is_plain(what):
+    model = nn.Sequential(nn.Linear(8, 6), COMPUTED[what](nn.Linear(6, 6)))
+    l1ra.patch(model, 4, total_steps=10)
+    shake(model).eval()
+    x = torch.randn(5, 8)
+    want = model(x).detach()
+    refused(model, TypeError, f"1 can't be merged: its weight is computed by {what}; torch.nn.utils")
+    with pytest.raises(TypeError) as info:
+        l1ra.merge(model)
+    end = next(end for name, end in ENDS.items() if f"{name} for its base_layer" in str(info.value))
+    end(model[1].base_layer)
+    l1ra.merge(model)
+    torch.testing.assert_close(model(x), want)
 
 
 def test_a_weight_that_another_module_has_too_is_not_merged_into():
