@@ -14,6 +14,7 @@ FILES = sorted([*ROOT.glob("l1ra/**/*.py"), *ROOT.glob("l1ra_kernels/**/*.py")])
 ROOMS = ["__main__", "", "reporting", "model", "training", "integrations", "files", "layers", "allocation", "config"]
 # What users may not have, or what costs seconds to import.
 OPTIONAL = {"transformers", "trl", "peft", "accelerate", "datasets", "matplotlib", "sklearn", "pandas", "bitsandbytes"}
+OPTIONAL |= {"sentence_transformers", "diffusers"}
 
 
 def imports(path):

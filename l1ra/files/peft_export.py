@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,14 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
-from l1ra.layers.adapted_model import find_adapters, frozen_and_drawn_anew, task_head, trained_modules
+from l1ra.layers.adapted_model import (
+    MERGED_FOR_GOOD,
+    find_adapters,
+    frozen_and_drawn_anew,
+    task_head,
+    trained_modules,
+)
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of each tensor's name
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+PREFIX = "base_model.model."  # of each tensor's name in PEFT's file
 # Suffix of a transformers model class -> PEFT's task_type, and the modules that PEFT trains in full for that task even
 # if modules_to_save does not name them.
 TASKS = {
@@ -33,7 +41,12 @@ TASKS = {
 
 
 def export_peft(
-    model: nn.Module, directory: str | Path, *, uniform: bool = False, dtype: torch.dtype | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    uniform: bool | int = False,
+    dtype: torch.dtype | None = None,
+    prefix: str | None = None,
 ) -> Path:
     """Write the adapters as a plain LoRA that ``PeftModel.from_pretrained(base_model, directory)`` loads.
 
@@ -44,6 +57,9 @@ def export_peft(
     Modules that are trained in full are written as ``modules_to_save``, and so is the head of a transformers model for
     classification or question answering. Other weights that the pretrained checkpoint does not have, such as embeddings
     with new tokens, are written under their names. The model is not changed, and adapters may be merged.
+
+    If ``l1ra.unpatch(model, merge=True)`` has changed the model's weights before, the files name no base model, and a
+    ``UserWarning`` says so: the LoRA does not fit the weights from which the model was loaded.
 
     The ranks differ between layers. ``rank_pattern`` and ``alpha_pattern`` give the rank of each layer by a regular
     expression for its whole name, which PEFT supports since version 0.15.
@@ -57,16 +73,23 @@ def export_peft(
         model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
-        uniform: pad all adapters with zeros to the largest rank and write no patterns, for readers that support a
-            single rank and alpha only, such as vLLM and the GGUF converter.
+        uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank
+            and alpha only, such as vLLM and the GGUF converter. True: the largest rank of this model. A number: this
+            rank, so that several exports have the same.
         dtype: of A and B in the file. None: the dtype of the adapter. In a 16-bit dtype, B is rounded once, after
             scaling and gates are multiplied in.
+        prefix: None writes PEFT's two files. A string writes diffusers' one, ``pytorch_lora_weights.safetensors``, in
+            which each tensor's name begins with ``prefix`` and a dot: the model's name in the pipeline whose
+            ``load_lora_weights`` reads it, ``"unet"`` or ``"transformer"``; or ``""`` for
+            ``model.load_lora_adapter(directory, prefix=None, use_safetensors=True)``.
 
     Returns:
         ``directory``.
 
     Raises:
-        ValueError: the model has no adapter, or PEFT can't represent what is trained. Nothing is written.
+        ValueError: the model has no adapter; or the reader can't represent what is trained; or a rank is above
+            ``uniform``. Nothing is written.
+        TypeError: ``uniform`` is neither a bool nor an int.
         OSError: the files can't be written. An older LoRA in the directory is unchanged.
     """
     model = _unwrap(model)
@@ -77,19 +100,62 @@ def export_peft(
     saved = _modules_to_save(model)
     factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    tensors = _lora_tensors(factors, pad_to=max(ranks.values()) if uniform else None)
-    for name, module in saved.items():
-        prefix = f"{PREFIX}{_uncompiled_name(name)}"
-        tensors |= {f"{prefix}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
-    # PEFT and transformers load tensors under these names into the base model, as PEFT's own resized embeddings.
-    frozen = {
-        f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen_and_drawn_anew(model).items()
-    }
-    tensors = {**frozen, **tensors}
-    config = _adapter_config(model, ranks, saved, uniform)
+    rank = _common_rank(ranks, uniform)
+    base = _base_name(model)
+    tensors = _lora_tensors(factors, pad_to=rank)
+    frozen = frozen_and_drawn_anew(model)
     directory = Path(directory)
-    _write(directory, tensors, config)
+    if prefix is not None:
+        if saved or frozen:
+            more = f"{', '.join(saved)} is trained in full" if saved else f"{', '.join(frozen)} is in no checkpoint"
+            raise ValueError(
+                f"diffusers reads no more than a LoRA, and {more}: {'freeze it, or ' if saved else ''}call "
+                "model.save_pretrained, which writes all weights with the adapters merged."
+            )
+        start = f"{prefix.removesuffix('.')}." if prefix else ""
+        _write(directory, {start + name: tensor for name, tensor in tensors.items()})
+        return directory
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    for name, module in saved.items():
+        name = f"{PREFIX}{_uncompiled_name(name)}"
+        tensors |= {f"{name}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
+    # PEFT and transformers load tensors under these names into the base model, as PEFT's own resized embeddings.
+    frozen = {f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen.items()}
+    tensors = {**frozen, **tensors}
+    _write(directory, tensors, _adapter_config(model, ranks, saved, rank, base))
     return directory
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Where readers find the weights that the LoRA belongs to; None if it is not known."""
+    name = getattr(model, "name_or_path", None) or None
+    if name is None or not any(hasattr(module, MERGED_FOR_GOOD) for module in model.modules()):
+        return name
+    warnings.warn(
+        f"the LoRA belongs to the weights that l1ra.unpatch(model, merge=True) has left, not to {name}, so its files "
+        "name no base model. Save the merged model before it is patched again, and load the LoRA onto that.",
+        stacklevel=3,
+    )
+    return None
+
+
+def _common_rank(ranks: Mapping[str, int], uniform: bool | int) -> int | None:
+    """The one rank of all adapters in the file, None if each has its own.
+
+    Args:
+        ranks: the rank of each adapter by name.
+        uniform: as in :func:`export_peft`.
+    """
+    if not isinstance(uniform, int):
+        raise TypeError(f"uniform must be True, False or a rank, not {uniform!r}.")
+    widest = max(ranks, key=ranks.get)
+    if isinstance(uniform, bool):
+        return ranks[widest] if uniform else None
+    if uniform < ranks[widest]:
+        raise ValueError(
+            f"uniform={uniform}, but {widest} has rank {ranks[widest]}: write uniform={ranks[widest]} or more."
+        )
+    return uniform
 
 
 def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -136,29 +202,33 @@ def _folded_factors(layer: L1RALinear, dtype: torch.dtype | None) -> tuple[Tenso
 
 
 def _lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], pad_to: int | None) -> dict[str, Tensor]:
-    """The tensors of the LoRA under PEFT's names, padded with zeros to the rank ``pad_to``."""
+    """The tensors of the LoRA under PEFT's names without the prefix, padded with zeros to the rank ``pad_to``."""
     tensors = {}
     for name, (a, b) in factors.items():
         if pad_to is not None:
             a, b = (nn.functional.pad(rows, (0, 0, 0, pad_to - len(rows))) for rows in (a, b))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = cpu_copy(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = cpu_copy(b.T)
+        tensors[f"{name}.lora_A.weight"] = cpu_copy(a)
+        tensors[f"{name}.lora_B.weight"] = cpu_copy(b.T)
     return tensors
 
 
 def _adapter_config(
-    model: nn.Module, ranks: Mapping[str, int], saved: Mapping[str, nn.Module], uniform: bool
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    saved: Mapping[str, nn.Module],
+    common_rank: int | None,
+    base: str | None,
 ) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    largest = max(ranks.values())
-    pattern = {} if uniform else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    rank = common_rank or max(ranks.values())
+    pattern = {} if common_rank else {f"^{re.escape(name)}": own for name, own in ranks.items()}
     return {
         "peft_type": "LORA",
         **_task_settings(model, saved),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(model, ranks),
         "modules_to_save": [_uncompiled_name(name) for name in saved] or None,
@@ -172,17 +242,20 @@ def _adapter_config(
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
+    """Write PEFT's two files, or diffusers' one if there is no ``config``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / WEIGHTS, directory / CONFIG) as (weights_file, config_file):
+    names = [DIFFUSERS_WEIGHTS] if config is None else [WEIGHTS, CONFIG]
+    with atomic_write(*(directory / name for name in names)) as (weights_file, *config_files):
         try:
             save_file(tensors, weights_file, metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors raises it in place of an OSError
-            raise OSError(f"{directory / WEIGHTS} can't be written: {error}.") from None
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
+            raise OSError(f"{directory / names[0]} can't be written: {error}.") from None
+        for file in config_files:
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _modules_to_save(model: nn.Module) -> dict[str, nn.Module]:

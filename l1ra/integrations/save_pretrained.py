@@ -1,11 +1,15 @@
-"""``save_pretrained`` of a patched transformers model: it writes a plain LoRA, as ``PeftModel.save_pretrained`` does.
+"""What ``save_pretrained`` of a patched model writes, and of models that contain it or are parts of it.
 
-The method of the model's class would write all weights under their names in the patched model. ``from_pretrained``
-would not find the adapted layers under these names, and would initialise them randomly.
+The patched model, if it is one of transformers, writes a plain LoRA, as ``PeftModel.save_pretrained`` does: its reader
+knows LoRA. Anything else that is saved for ``from_pretrained`` (a part, a model that contains the patched one, a
+pipeline, a model of another library) writes plain weights into which the adapters are merged. Without that, the weights
+would be written under their names in the patched model. ``from_pretrained`` would not find the adapted layers under
+these names, and would initialise them randomly.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,8 +20,9 @@ from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.files.peft_export import export_peft
-from l1ra.integrations.trainer import FOLDER, WEIGHTS, trainer_in
-from l1ra.layers.adapted_model import carried_tensors, controller_of, find_adapters
+from l1ra.integrations.call_stack import calls
+from l1ra.integrations.trainer import FOLDER, WEIGHTS, is_in_checkpoint, save_controllers
+from l1ra.layers.adapted_model import carried_tensors, controller_of, find_adapters, has_sharded_adapters
 from l1ra.layers.linear import L1RALinear
 
 __all__ = ["SavePretrained", "override", "restore"]
@@ -26,16 +31,62 @@ METHOD = "save_pretrained"
 
 
 def override(model: nn.Module) -> None:
-    """Replace ``model.save_pretrained`` by :class:`SavePretrained`, if ``model`` is a transformers model."""
-    kinds = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
-    if ("transformers.modeling_utils", "PreTrainedModel") in kinds:
+    """Make everything that is saved with adapters of ``model`` readable.
+
+    ``model.save_pretrained`` becomes a :class:`SavePretrained` if it is that of transformers' models. A class or model
+    with a ``save_pretrained`` of its own keeps it, with all that it writes besides.
+    """
+    kinds = {(kind.__module__, kind.__name__): kind for kind in type(model).__mro__}
+    plain = kinds.get(("transformers.modeling_utils", "PreTrainedModel"))
+    is_plain = plain is not None and getattr(type(model), METHOD) is getattr(plain, METHOD)
+    if is_plain and METHOD not in vars(model):
         object.__setattr__(model, METHOD, SavePretrained(model))
+    for _, layer in find_adapters(model):
+        layer.register_state_dict_post_hook(_merge_for_readers)
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`override`."""
-    if METHOD in vars(model):
+    """Undo :func:`override`, except for the hooks of adapters, which the model no longer has."""
+    if isinstance(vars(model).get(METHOD), SavePretrained):
         object.__delattr__(model, METHOD)
+
+
+def _merge_for_readers(layer: L1RALinear, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A hook of ``state_dict()``: in a ``save_pretrained`` the tensors of ``layer`` become those of a plain layer.
+
+    Raises:
+        TypeError: the adapter can't be merged without loss.
+    """
+    if not _is_saved_for_readers() or has_sharded_adapters(layer):
+        return
+    plain = {} if layer.merged else {"weight": _merged_weight(layer, prefix.rstrip("."))}
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        inside, base, name = key.removeprefix(prefix).partition("base_layer.")
+        value = state_dict.pop(key)
+        if base and not inside:
+            value = plain.get(name, value)
+            # Code of libraries assumes contiguous weights, and an augmented weight is not.
+            state_dict[prefix + name] = value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _merged_weight(layer: L1RALinear, name: str) -> Tensor:
+    """The weight with the adapter added, on the CPU: a GPU may have no room for a second set of weights."""
+    try:
+        return layer.merged_weight().cpu()
+    except TypeError as error:
+        raise TypeError(
+            f"{name or 'the layer'} can't be saved as a plain weight: {error}. Write a LoRA instead, with "
+            "l1ra.export_peft(model, directory) for the patched model; or patch the transformers model alone and not a "
+            f"model that contains it: then its {METHOD} writes a LoRA."
+        ) from None
+
+
+def _is_saved_for_readers() -> bool:
+    """Whether a ``save_pretrained`` of a class is running, or a ``save`` of sentence-transformers."""
+    return any(
+        frame.f_code.co_name == METHOD or str(frame.f_globals.get("__name__")).startswith("sentence_transformers.")
+        for frame in calls(METHOD, "save")
+    )
 
 
 class SavePretrained:
@@ -46,6 +97,11 @@ class SavePretrained:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Pipelines pass the options that they find in the signature.
+        return inspect.signature(getattr(type(self.model), METHOD).__get__(self.model))
 
     def __call__(
         self,
@@ -63,29 +119,48 @@ class SavePretrained:
         If PEFT can't represent what is trained, no LoRA is written and a warning states the reason. Outside of a
         Trainer's checkpoint the controller is then saved instead, so that the result of a training is not lost.
 
+        Plain weights are written by the method of the model's class, with all its options, if the adapters are merged
+        (:func:`l1ra.merge`), or if the model is saved as a part of something else, such as a pipeline or a
+        SentenceTransformer, whose reader may not know LoRA. In the second case a quantised model writes a LoRA.
+
         Args:
             save_directory: is created if it does not exist.
             is_main_process: if False, nothing is written.
-            state_dict: used if adapters are sharded; then the method of the model's class saves the model.
-            push_to_hub: must be False.
-            kwargs: options of transformers' method. They have no effect here unless adapters are sharded.
+            state_dict: used if the method of the model's class saves the model, as it does if adapters are sharded.
+            push_to_hub: must be False if a LoRA is written.
+            kwargs: options of transformers' method. They have no effect on a LoRA.
 
         Raises:
             ValueError: ``push_to_hub`` is set; or PEFT can't represent what is trained and the model has no
                 controller, because it is a copy of a patched model.
             OSError: the files can't be written.
         """
-        if push_to_hub:
-            raise ValueError("a patched model is not pushed while it is saved: call model.push_to_hub(repo_id).")
         model, folder = self.model, Path(save_directory)
-        if any(_is_sharded(layer) for _, layer in find_adapters(model)):
+        is_part, is_sharded = _is_saved_for_readers(), has_sharded_adapters(model)
+        if is_sharded and is_main_process and not is_in_checkpoint():
+            warnings.warn(
+                "the adapters are sharded, so the weights are saved under their names in the patched model, where "
+                "from_pretrained does not find them. Load them into a patched model in one process, and save that.",
+                stacklevel=2,
+            )
+        if is_sharded or self._is_plain(is_part):
             save_pretrained = getattr(type(model), METHOD)
-            save_pretrained(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            options = {**kwargs, "push_to_hub": push_to_hub}
+            save_pretrained(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+        elif push_to_hub:
+            raise ValueError("a patched model is not pushed while it is saved: call model.push_to_hub(repo_id).")
         elif is_main_process:
-            in_checkpoint = trainer_in("_save_checkpoint") is not None
-            if in_checkpoint:
+            in_checkpoint = save_controllers(folder)
+            if in_checkpoint and not is_part:
                 _write_trained_tensors(model, folder)
             self._export(folder, in_checkpoint)
+
+    def _is_plain(self, is_part: bool) -> bool:
+        """Whether plain weights are written."""
+        layers = [layer for _, layer in find_adapters(self.model)]
+        if is_part:
+            return all(layer.merged or not layer.why_not_exactly_mergeable() for layer in layers)
+        return any(layer.merged for layer in layers) and not is_in_checkpoint()
 
     def _export(self, folder: Path, in_checkpoint: bool) -> None:
         try:
@@ -94,21 +169,12 @@ class SavePretrained:
             controller = controller_of(self.model)
             if controller is None:  # a copy of a patched model has none
                 raise
-            if not in_checkpoint:  # in a checkpoint the callback saves the controller
+            if not in_checkpoint:  # where it has been saved already
                 controller.save(folder / FOLDER)
             warnings.warn(
                 f"no LoRA for PEFT is written: {error} Load {folder / FOLDER} with l1ra.load(model, folder).",
                 stacklevel=3,
             )
-
-
-def _is_sharded(layer: L1RALinear) -> bool:
-    """Whether FSDP or DeepSpeed has sharded the adapter.
-
-    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
-    """
-    a = layer.lora_A
-    return type(a) is not nn.Parameter or a.dim() != 2 or a.shape[1] != layer.in_features
 
 
 def _write_trained_tensors(model: nn.Module, folder: Path) -> None:

@@ -1,43 +1,57 @@
-"""transformers.Trainer and its subclasses, TRL's among them.
+"""transformers.Trainer and its subclasses, TRL's and sentence-transformers' among them.
 
-A Trainer takes the number of its steps into the schedule, the rank statistics into its logs and the controller's state
-into its checkpoints. A callback does all of it, see ``RankController.callback``. A user need not pass it: then it is
-added to the Trainer at an optimizer's first step.
+A Trainer takes the number of its steps into the schedule and the rank statistics into its logs. A callback does both,
+see ``RankController.callback``. A user need not pass it: then it is added to the Trainer at an optimizer's first step.
 
-The Trainer has to be found for that, and again when it reads a checkpoint, for which it has no callback. Nothing that
-the user passes to ``l1ra.patch`` refers to a Trainer, and neither do the model and the optimizer, but its method is on
-the call stack at these moments. :func:`trainer_in` looks there; it is the only place of the library that does so.
+A Trainer's checkpoints contain the controller's state. It is written whenever a Trainer saves the weights of its model
+for a checkpoint, for whatever reason and into whatever folder, and read when a Trainer reads them. Hooks of the model
+do both. They find the Trainer on the call stack, see ``call_stack.py``.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l1ra.files.checkpoint import read
-from l1ra.layers.adapted_model import carried_tensors, controller_of
+from l1ra.files.checkpoint import Checkpoint, read
+from l1ra.integrations.call_stack import calls, first_argument
+from l1ra.layers.adapted_model import CONTROLLER, carried_tensors, controller_of, has_sharded_adapters
 from l1ra.layers.linear import L1RALinear
 
-__all__ = ["FOLDER", "WEIGHTS", "RankCallback", "ResumeWithTrainer", "join_trainer", "make_callback", "trainer_in"]
+__all__ = [
+    "FOLDER",
+    "WEIGHTS",
+    "RankCallback",
+    "TrainerHooks",
+    "is_in_checkpoint",
+    "join_trainer",
+    "make_callback",
+    "save_controllers",
+]
 
 FOLDER = "l1ra"  # inside a checkpoint
 WEIGHTS = "model.safetensors"  # without it a Trainer does not accept a folder as a checkpoint
+# Methods of a Trainer: those that write a checkpoint, and those that write weights into the folder that they are given.
+CHECKPOINT_WRITERS = ("_save_checkpoint", "_tune_save_checkpoint")
+WEIGHT_WRITERS = ("save_model", "_save")
 
 
 class Controller(Protocol):
-    """The part of ``RankController`` that is used here."""
+    """The parts of ``RankController`` that a Trainer needs."""
 
+    model: nn.Module
     adapters: dict[str, L1RALinear]
 
     def statistics(self) -> dict[str, float]: ...
-
-    def save(self, folder: Path) -> None: ...
 
     def expect_steps(self, total_steps: int, done: int) -> None: ...
 
@@ -45,7 +59,7 @@ class Controller(Protocol):
 
 
 class RankCallback:
-    """Adds the rank statistics to a Trainer's training logs and the controller's state to its checkpoints.
+    """Tells the controller a Trainer's number of steps, and adds the rank statistics to its training logs.
 
     Args:
         controller: None in a copy: copies of a controller do not exist, and the callback then does nothing.
@@ -74,11 +88,6 @@ class RankCallback:
             if state.log_history:
                 state.log_history[-1].update(numbers)
 
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.controller is not None and args.should_save and os.path.isdir(folder):
-            self.controller.save(folder / FOLDER)
-
 
 def make_callback(controller: Controller, *, makes_steps: bool) -> Any:
     """A ``transformers.TrainerCallback`` that is a :class:`RankCallback`.
@@ -96,10 +105,16 @@ def join_trainer(controller: Controller) -> None:
 
     The controller is told how long the Trainer's training is, which began before it had the callback.
     """
-    found = trainer_in("train")
+    found = next(_trainer_calls("train"), None)
     if found is None:
         return
     trainer, _ = found
+    if not any(module is controller.model for module in trainer.model.modules()):
+        warnings.warn(
+            "the Trainer's model does not contain the patched model: its checkpoints hold no state of the ranks and "
+            "can't be resumed. Pass the patched model to the Trainer, or patch the Trainer's model.",
+            stacklevel=2,
+        )
     handler = trainer.callback_handler
     ours = [c for c in handler.callbacks if isinstance(c, RankCallback) and c.controller is controller]
     others = [callback for callback in handler.callbacks if callback not in ours]
@@ -141,51 +156,148 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.detach().to(b.device, b.dtype), b.detach())
 
 
-class ResumeWithTrainer:
-    """A hook of the model's ``load_state_dict``.
+class TrainerHooks:
+    """The hooks by which a controller's state gets into a Trainer's checkpoints and back.
 
-    If a Trainer is reading a checkpoint right now, to resume or as the best one, the model's controller takes over the
-    state that was saved with it. The hook has no reference to the controller, so that a copy of the model has none.
+    They have no reference to the controller, so that a copy of the model has hooks, but no controller.
     """
 
-    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
-        controller = controller_of(model)
-        checkpoint = _checkpoint_being_read()
-        if controller is None or checkpoint is None:
+    def __init__(self, model: nn.Module, layer: L1RALinear) -> None:
+        """Register the hooks.
+
+        Args:
+            model: the model of the controller.
+            layer: one of its adapters. Whatever saves the model, or a model that contains it, or its parts one by one,
+                asks this layer for its tensors.
+        """
+        reading = _Reading()
+        self._handles = [
+            layer.register_state_dict_pre_hook(_save_before_the_weights),
+            model.register_load_state_dict_pre_hook(reading.before),
+            model.register_load_state_dict_post_hook(reading.after),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _save_before_the_weights(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    save_controllers()
+
+
+def is_in_checkpoint() -> bool:
+    """Whether a Trainer is writing a checkpoint right now."""
+    return next(_trainer_calls(*CHECKPOINT_WRITERS), None) is not None
+
+
+def save_controllers(folder: Path | None = None) -> bool:
+    """If a Trainer is writing a checkpoint right now, write the state of its model's controllers into it.
+
+    Args:
+        folder: where the weights go, if the Trainer's methods don't tell.
+
+    Returns:
+        Whether a Trainer is writing a checkpoint.
+    """
+    for trainer, frame in _trainer_calls(*WEIGHT_WRITERS, *CHECKPOINT_WRITERS):
+        if frame.f_code.co_name in WEIGHT_WRITERS:
+            folder = first_argument(frame) or folder
+            continue
+        if folder is None:
+            runs = trainer._get_output_dir(trial=frame.f_locals.get("trial"))
+            folder = Path(runs) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.should_save:
+            for model, state_folder in _state_folders(trainer.model).items():
+                # Where adapters are sharded, ranks stay fixed, and one process cannot read all rows.
+                if not has_sharded_adapters(model):
+                    controller_of(model).save(Path(folder) / state_folder)
+        return True
+    return False
+
+
+def _state_folders(model: nn.Module) -> dict[nn.Module, Path]:
+    """For each model with a controller in ``model`` the folder of its state in a checkpoint."""
+    # Wrappers pass attributes of the model inside on as their own: those of the module itself are looked at.
+    names = {part: name for name, part in model.named_modules() if CONTROLLER in vars(part)}
+    return {part: Path(FOLDER, name if len(names) > 1 else "") for part, name in names.items()}
+
+
+class _Reading:
+    """Hooks of ``load_state_dict``, called before and after the model has taken its tensors.
+
+    If a Trainer is reading a checkpoint right now, to resume or as the best one, the model takes all that was trained
+    from the state that the controller has saved, and the controller takes over its own. The weights of the checkpoint
+    may have been saved for another reader, with the adapters merged.
+    """
+
+    def __init__(self) -> None:
+        self.found: Checkpoint | None = None
+        self.prefix = ""
+
+    def before(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        self.found, self.prefix = _checkpoint_being_read(model), prefix
+        if self.found is None:
             return
-        try:
-            found = read(checkpoint / FOLDER)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{checkpoint} holds no state of L1RA: saving it was interrupted, or it was written by a training "
-                "without L1RA. Resume from an older checkpoint."
-            ) from None
-        controller.load_state_dict(found.controller)
-        # A checkpoint has no frozen weights, and the Trainer would list them in a warning.
-        carried = carried_tensors(model)
-        incompatible_keys.missing_keys[:] = [name for name in incompatible_keys.missing_keys if name in carried]
+        own = model.state_dict().keys()
+        layers = tuple(f"{name}." if name else "" for name in self.found.adapters)
+        for key in list(state_dict):
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name.startswith(layers) and name not in own:
+                del state_dict[key]
+        state_dict.update({prefix + name: tensor for name, tensor in self.found.tensors.items()})
+
+    def after(self, model: nn.Module, incompatible_keys: Any) -> None:
+        found, self.found = self.found, None
+        if found is None:
+            return
+        controller_of(model).load_state_dict(found.controller)
+        # A checkpoint need not have frozen weights.
+        frozen = model.state_dict().keys() - carried_tensors(model).keys()
+        frozen_keys = {self.prefix + name for name in frozen}
+        incompatible_keys.missing_keys[:] = [key for key in incompatible_keys.missing_keys if key not in frozen_keys]
 
 
-def _checkpoint_being_read() -> Path | None:
-    if (found := trainer_in("_load_from_checkpoint")) is not None:
-        return Path(found[1]["resume_from_checkpoint"])
-    if (found := trainer_in("_load_best_model")) is not None:
-        return Path(found[0].state.best_model_checkpoint)
+def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
+    """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
+    if controller_of(model) is None or has_sharded_adapters(model):
+        return None
+    resumes = False
+    for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):
+        method = frame.f_code.co_name
+        resumes |= method == "_load_from_checkpoint"
+        if method == "train" and not resumes:
+            return None
+        checkpoint = trainer.state.best_model_checkpoint if method == "_load_best_model" else first_argument(frame)
+        if isinstance(checkpoint, str | os.PathLike):
+            folder = Path(checkpoint) / _state_folders(trainer.model).get(model, FOLDER)
+            try:
+                return read(folder)
+            except FileNotFoundError:
+                raise FileNotFoundError(_why_no_state(Path(checkpoint), folder)) from None
     return None
 
 
-def trainer_in(method: str) -> tuple[Any, dict[str, Any]] | None:
-    """The Trainer whose ``method`` is on the call stack, and the local variables of that call."""
+def _why_no_state(checkpoint: Path, folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} is incomplete: saving it was interrupted. Resume from another checkpoint."
+    return (
+        f"{checkpoint} holds no state of L1RA, a folder named {folder.relative_to(checkpoint)}: it was written by a "
+        "training without L1RA, or copied without this folder. If it holds a LoRA, l1ra.from_peft(model, folder) "
+        "starts a new training from it."
+    )
+
+
+def _trainer_calls(*methods: str) -> Iterator[tuple[Any, FrameType]]:
+    """The calls of a Trainer's ``methods`` on the call stack, innermost first: the Trainer, and the frame."""
     module = sys.modules.get("transformers.trainer")
     if module is None:
-        return None
-    frame = sys._getframe(1)
-    while frame is not None:
-        # Local variables are read in this frame alone: before Python 3.13 reading them keeps them alive as long as the
-        # frame, also a model that its function deletes.
-        if frame.f_code.co_name == method and frame.f_globals.get("__name__") == module.__name__:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, module.Trainer):
-                return owner, frame.f_locals
-        frame = frame.f_back
-    return None
+        return
+    for frame in calls(*methods):
+        # Subclasses have a _save_checkpoint of their own; their train() calls the Trainer's.
+        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") != module.__name__:
+            continue
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, module.Trainer):
+            yield trainer, frame

@@ -15,12 +15,14 @@ from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 __all__ = [
     "CONTROLLER",
     "DRAWN_ANEW",
+    "MERGED_FOR_GOOD",
     "abbreviated",
     "adapters_disabled",
     "carried_tensors",
     "controller_of",
     "find_adapters",
     "frozen_and_drawn_anew",
+    "has_sharded_adapters",
     "name_before_patch",
     "optional_submodule",
     "task_head",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its controller
+MERGED_FOR_GOOD = "_l1ra_merged_for_good"  # set on a model whose adapters were merged and removed
 # The attribute of a module with the names of its own parameters that are not those of the pretrained checkpoint.
 DRAWN_ANEW = "_l1ra_drawn_anew"
 # Task heads of transformers, which are newly initialised when a pretrained model is loaded, and the models with one.
@@ -42,6 +45,17 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, L1RALinear):
             yield name, module
+
+
+def has_sharded_adapters(model: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed has sharded an adapter of ``model``.
+
+    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
+    """
+    return any(
+        type(layer.lora_A) is not nn.Parameter or layer.lora_A.dim() != 2 or layer.lora_A.shape[1] != layer.in_features
+        for _, layer in find_adapters(model)
+    )
 
 
 def controller_of(model: nn.Module) -> Any:

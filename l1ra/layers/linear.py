@@ -23,7 +23,14 @@ from l1ra.layers.base_layers import (
 )
 from l1ra.layers.gradient_probe import Probe
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, GatedLowRank
-from l1ra.layers.merged_weight import OriginalWeight, Rounding, add_to_weight, restore_weight
+from l1ra.layers.merged_weight import (
+    OriginalWeight,
+    Rounding,
+    add_to_weight,
+    restore_weight,
+    weight_with,
+    why_not_exactly_mergeable,
+)
 from l1ra.layers.padded_weight import PaddedWeight
 from l1ra.layers.recompute import may_be_recomputed, repeat_decision
 from l1ra.layers.row_moves import RowMoves
@@ -286,6 +293,20 @@ class L1RALinear(GatedLowRank):
         exact = self.gate.dtype  # 16-bit parameters would be rounded twice
         delta = (self.lora_B.to(exact) * (self.scaling * self.gate).unsqueeze(1)).T @ self.lora_A.to(exact)
         return delta.T if is_conv1d(self.base_layer) else delta
+
+    def why_not_exactly_mergeable(self) -> str:
+        """Why there is no :meth:`merged_weight`, e.g. because the base weight is quantised; empty if there is one."""
+        return why_not_exactly_mergeable(self.base_layer)
+
+    def merged_weight(self) -> Tensor:
+        """The base weight with the adapter added, in the dtype and layout of the base weight. The layer is unchanged.
+
+        Raises:
+            TypeError: the base weight can't be added to without loss; the message is a reason.
+        """
+        if reason := self.why_not_exactly_mergeable():
+            raise TypeError(reason)
+        return weight_with(self.base_layer, self.delta_weight())
 
     def merge(self) -> None:
         """Add the adapter to the base weight. The forward computes the base layer alone until :meth:`unmerge`.

@@ -12,7 +12,15 @@ from torch.nn.utils.prune import BasePruningMethod
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
 from l1ra.layers.precision import widest_float
 
-__all__ = ["OriginalWeight", "Rounding", "add_to_weight", "check_mergeable", "restore_weight"]
+__all__ = [
+    "OriginalWeight",
+    "Rounding",
+    "add_to_weight",
+    "check_mergeable",
+    "restore_weight",
+    "weight_with",
+    "why_not_exactly_mergeable",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,12 @@ def check_mergeable(base: nn.Module, name: str = "the adapter") -> None:
         )
 
 
+def why_not_exactly_mergeable(base: nn.Module) -> str:
+    """Why :func:`weight_with` can't add to the weight of ``base``; empty if it can."""
+    kind = bnb_kind(base)
+    return f"its weight is quantised ({kind})" if kind else _why_not_mergeable(base)
+
+
 def _computed_weight(base: nn.Module) -> str:
     """What computes the weight of ``base`` from other parameters, and the function that ends it; "" if nothing does."""
     if parametrize.is_parametrized(base, "weight"):
@@ -102,8 +116,10 @@ def _why_not_mergeable(base: nn.Module) -> str:
         return "its weight is not quantised yet"
     if kind == "8-bit" and weight.dtype != torch.int8:
         return "it quantises its floating-point weight anew at each call"
+    if weight is not None and weight.is_meta:
+        return "its weight is on the meta device"
     if kind:
-        return "the weight is on the meta device" if weight.is_meta else ""
+        return ""
     if has_own_forward(base):
         return f"a {type(base).__name__} has a forward of its own"
     if weight is None:
@@ -136,8 +152,7 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[OriginalWeight, Round
     kind, old = bnb_kind(base), base.weight
     if not kind:
         original = OriginalWeight(old.detach().clone())
-        wide = torch.promote_types(delta.dtype, old.dtype)
-        old.copy_(old.to(wide) + delta.to(wide))
+        old.copy_(weight_with(base, delta))
         return original, None
     original = OriginalWeight(old) if kind == "4-bit" else OriginalWeight(old, (base.state.CB, base.state.SCB))
     exact = _dequantised(old, base)
@@ -151,6 +166,17 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> tuple[OriginalWeight, Round
     if kind == "4-bit":
         new.module, base.quant_state = base, new.quant_state
     return original, Rounding(kind, error, change, weight)
+
+
+@torch.no_grad()
+def weight_with(base: nn.Module, delta: Tensor) -> Tensor:
+    """The floating-point weight of ``base`` plus ``delta``, computed in the wider of the two dtypes and rounded once.
+
+    Returns:
+        A new tensor in the shape and dtype of the weight.
+    """
+    wide = torch.promote_types(delta.dtype, base.weight.dtype)
+    return (base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
 from l1ra.allocation.plan import spread_evenly
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
-from l1ra.layers.adapted_model import controller_of, find_adapters, optional_submodule
+from l1ra.layers.adapted_model import MERGED_FOR_GOOD, controller_of, find_adapters, optional_submodule
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.padded_weight import PaddedWeight, padding_pays_off
@@ -160,6 +160,8 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
     save_pretrained.restore(model)
     forget(model)
     object.__delattr__(model, ORIGINAL)
+    if merge:
+        object.__setattr__(model, MERGED_FOR_GOOD, True)
     return model
 
 

@@ -18,7 +18,7 @@ from l1ra.allocation.plan import ranks_given_back
 from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
-from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer, make_callback
+from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
     abbreviated,
@@ -133,7 +133,7 @@ class RankController:
         self._hooks = OptimizerHooks(self._parameter_ids, self._before_step, self._after_step) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
-        self._resuming = model.register_load_state_dict_post_hook(ResumeWithTrainer())
+        self._checkpoints = TrainerHooks(model, self._layers[0])
         setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
@@ -207,8 +207,8 @@ class RankController:
         """A ``transformers.TrainerCallback`` that connects this controller to a Trainer explicitly.
 
         A Trainer does not need it: the controller finds a Trainer by itself at the first optimizer step. The callback
-        does the same: it takes the number of steps from the Trainer, adds :meth:`statistics` to its logs and the state
-        of the ranks to its checkpoints. With ``auto=False`` it also calls :meth:`step`.
+        does the same: it takes the number of steps from the Trainer and adds :meth:`statistics` to its logs. With
+        ``auto=False`` it also calls :meth:`step`. A Trainer's checkpoints contain the state of the ranks either way.
 
         Example::
 
@@ -348,7 +348,7 @@ class RankController:
         if self._hooks is not None:
             self._hooks.close()
         self._backwards.close()
-        self._resuming.remove()
+        self._checkpoints.remove()
         self._interval.probes.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)

@@ -10,12 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MLP, SIZES, Adapted, assert_untouched, bert, gpt2, little_room, llama, same_bits, shake, snapshot
+from helpers import (
+    MLP,
+    SIZES,
+    Adapted,
+    assert_untouched,
+    bert,
+    full,
+    gpt2,
+    little_room,
+    llama,
+    same_bits,
+    shake,
+    snapshot,
+)
 from peft_helpers import Cut, close, config_of, lively, loaded, logits, uneven
 from torch import nn
 
 import l1ra
-from l1ra.files.peft_export import CONFIG, WEIGHTS
+from l1ra.files.peft_export import CONFIG, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS
 from l1ra.layers.adapted_model import find_adapters
 
 peft = pytest.importorskip("peft")
@@ -58,6 +71,57 @@ def test_live_ranks_alone_are_written_and_never_an_empty_one(tmp_path):
         "base_model.model.layers.2.lora_B.weight": (4, 2),
     }
     assert not st.load_file(tmp_path / WEIGHTS)["base_model.model.layers.1.lora_B.weight"].any()
+
+
+def test_exports_of_one_given_rank_are_combined_and_swapped(tmp_path):
+    """PEFT does neither with different ranks."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    base = lively(llama())
+    first, second = uneven(copy.deepcopy(base)), shake(uneven(copy.deepcopy(base)), 1.0)
+    for model, name in ((first, "first"), (second, "second")):
+        l1ra.export_peft(model, tmp_path / name, uniform=6)
+    both = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first", adapter_name="first")
+    both.load_adapter(tmp_path / "second", adapter_name="second")
+    both.add_weighted_adapter(["first", "second"], [1.0, 0.0], "mix", combination_type="linear")
+    both.set_adapter("mix")
+    close(logits(both), logits(first))
+    swapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "first")
+    hotswap_adapter(swapped, tmp_path / "second", adapter_name="default")
+    close(logits(swapped), logits(second))
+    assert (logits(second) - logits(first)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("uniform", "error", "message"),
+    [
+        (2, ValueError, r"uniform=2, but layers\.2 has rank 3: write uniform=3 or more"),
+        (0, ValueError, "write uniform=3 or more"),
+        (2.5, TypeError, "uniform must be True, False or a rank, not 2.5"),
+        ("yes", TypeError, "uniform must be True, False or a rank, not 'yes'"),
+    ],
+)
+def test_a_rank_that_is_too_small_is_refused_with_the_layer(uniform, error, message, tmp_path):
+    model = lively(MLP())
+    l1ra.patch(model, 6).close()
+    layers = [layer for _, layer in find_adapters(model)]
+    layers[0].resize(full(1))
+    layers[2].resize(full(2, 1))
+    with pytest.raises(error, match=message):
+        l1ra.export_peft(model, tmp_path / "lora", uniform=uniform)
+    assert not (tmp_path / "lora").exists()
+    l1ra.export_peft(model, tmp_path / "lora", uniform=3)
+
+
+@pytest.mark.parametrize(("prefix", "start"), [("", ""), ("unet", "unet."), ("unet.", "unet.")])
+def test_a_prefix_writes_diffusers_file_with_the_same_tensors(prefix, start, tmp_path):
+    model = uneven(lively(MLP()))
+    l1ra.export_peft(model, tmp_path / "peft")
+    l1ra.export_peft(model, tmp_path / "diffusers", prefix=prefix)
+    assert os.listdir(tmp_path / "diffusers") == [DIFFUSERS_WEIGHTS]
+    ours, pefts = st.load_file(tmp_path / "diffusers" / DIFFUSERS_WEIGHTS), st.load_file(tmp_path / "peft" / WEIGHTS)
+    assert {start + name.removeprefix(PREFIX) for name in pefts} == ours.keys()
+    assert all(same_bits(ours[start + name.removeprefix(PREFIX)], value) for name, value in pefts.items())
 
 
 def test_uniform_is_one_rank_and_one_scale_for_all(tmp_path):

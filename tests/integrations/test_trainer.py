@@ -115,11 +115,10 @@ def test_a_copy_of_a_callback_does_nothing():
 
 
 def test_a_callback_needs_no_trainer_on_the_call_stack(tmp_path, monkeypatch):
-    monkeypatch.setattr("l1ra.integrations.trainer.trainer_in", lambda method: None)
-    controller, trainer, _ = train(tmp_path, explicit=True, save_strategy="steps", save_steps=10)
+    monkeypatch.setattr("l1ra.integrations.trainer.calls", lambda *names: iter(()))
+    controller, trainer, _ = train(tmp_path, explicit=True)
     assert controller.total_steps == STEPS and controller.history[-1]["step"] == 21
     assert any("l1ra/ranks" in entry for entry in trainer.state.log_history)
-    assert (tmp_path / "checkpoint-10" / "l1ra" / "l1ra.json").exists()
 
 
 def test_a_step_that_accelerate_skipped_moves_no_gate():
@@ -336,12 +335,3 @@ def resumable(path, make, save_steps=10, resume=None, data=None, max_steps=20, p
     trainer = Trainer(model, args, train_dataset=data or sentences())
     trainer.train(resume_from_checkpoint=str(path / resume) if resume else None)
     return controller, trainer
-
-
-def test_a_checkpoint_that_was_broken_off_while_saving_is_told(tmp_path):
-    import shutil
-
-    resumable(tmp_path, llama, patch={"interval": 3})
-    shutil.rmtree(tmp_path / "checkpoint-10" / "l1ra")
-    with pytest.raises(FileNotFoundError, match="holds no state of L1RA: saving it was interrupted"):
-        resumable(tmp_path, llama, patch={"interval": 3}, resume="checkpoint-10")
