@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,12 +29,20 @@ from l1ra.layers.adapted_model import (
     trained_tensors,
 )
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
-from l1ra.training.gate_bank import GateBank
+from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
-from l1ra.training.optimizer_hooks import BackwardCounter, OptimizerHooks
+from l1ra.training.optimizer_hooks import (
+    BackwardCounter,
+    EndOfBackward,
+    HeldAdapters,
+    OptimizerHooks,
+    OtherOptimizers,
+    in_backward,
+)
 from l1ra.training.reallocation import Reallocation
 from l1ra.training.schedule import Schedule, Stage
 
@@ -122,7 +131,12 @@ class RankController:
         uses_importance = self._rule.uses_importance
         self._interval = Interval(adapters, self._bank, budget, costs, config, uses_importance=uses_importance)
         self._schedule: Schedule | None = None
-        self._gradients: tuple[Tensor, Tensor | None] | None = None
+        self._gradients: GateGradients | None = None
+        self._taken: dict[int, Tensor] = {}  # gradients of gates in a backward in which optimizers step
+        self._pending_graphs = PendingGraphs()
+        self._watches_graphs = False
+        self._steps_parts = False  # whether some step has trained a part of the adapters only
+        self._advanced_to = 0  # the last step after which the interval has advanced
         self._trainer_steps: int | None = None
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
@@ -130,9 +144,14 @@ class RankController:
         self.initial_ranks = self.ranks
         self._record(Reallocation(0, 0, {}))
 
-        self._hooks = OptimizerHooks(self._parameter_ids, self._before_step, self._after_step) if auto else None
+        self._held = HeldAdapters(self._layers)
+        self._others = OtherOptimizers(model)
+        self._end = EndOfBackward(self._end_step)
+        hooks = (self._held, self._before_step, self._after_step, self._other_step)
+        self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
+        self._watch_graphs(True)
         self._resuming = model.register_load_state_dict_post_hook(ResumeWithTrainer())
         setattr(model, CONTROLLER, self)
 
@@ -195,12 +214,15 @@ class RankController:
             raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
-        if all(layer.gate.grad is None for layer in self._layers):
+        if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
             warnings.warn(
                 "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
                 "cleared.",
                 stacklevel=2,
             )
+        if not self._held.by(optimizer):
+            self._other_step(optimizer)
+        self._before_step(optimizer)
         self._after_step(optimizer)
 
     def callback(self) -> Any:
@@ -296,7 +318,8 @@ class RankController:
         self._bank.load_state_dict(state["gates"])
         self._interval.load(state["probes"], state["generator"], state["closing"])
         self.initial_ranks = dict(state["initial_ranks"])
-        self.steps, self.moved = state["steps"], state["moved"]
+        self.steps = self._advanced_to = state["steps"]
+        self.moved = state["moved"]
         self.total_steps = self.total_steps or state["total_steps"]
         self.history = [dict(entry) for entry in state["history"]]
         load_groups(self.adapters, state["sharing"])
@@ -307,50 +330,80 @@ class RankController:
             self._hooks.close()
         self._backwards.close()
         self._resuming.remove()
+        self._watch_graphs(False)
         self._interval.probes.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
     # --- one training step
 
+    def _held_by(self, optimizer: Optimizer) -> Sequence[int]:
+        # An optimizer that is passed to step() may hold copies of its own.
+        return self._held.by(optimizer) or (() if self.auto else range(len(self.adapters)))
+
     def _before_step(self, optimizer: Optimizer) -> None:
         """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
-        if any(layer.disabled for layer in self._layers):
+        layers, held = self._layers, self._held_by(optimizer)
+        if any(layers[i].disabled for i in held):
             raise RuntimeError(
                 "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
                 "the block before optimizer.step()."
             )
         if self._schedule is None:
-            self._sharded = adapters_are_sharded(self._layers)
+            self._sharded = adapters_are_sharded(layers)
         if self._sharded:
-            for layer in self._layers:
+            for layer in layers:
                 layer.gate.grad = None
-            return
-        self._bank.refresh()
-        self._gradients = self._bank.take_gradients(optimizer) or self._gradients
+        elif in_backward():
+            for i, grad in self._bank.take_gradients(held).items():
+                grad = unscaled(grad, optimizer)
+                self._taken[i] = self._taken[i] + grad if i in self._taken else grad
+        else:
+            self._bank.refresh()
+            found = self._bank.flatten(self._bank.take_gradients(held))
+            if found is not None:
+                self._gradients = found._replace(flat=unscaled(found.flat, optimizer))
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Move the gates, and ranks if they are due: now, or at the end of the backward that is running."""
+        self._end.step(optimizer)
+
+    def _other_step(self, optimizer: Optimizer) -> None:
+        """An optimizer that holds no adapter has stepped."""
+        if not self._known:
+            self._others.step(optimizer)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer) -> None:
-        """Move the gates, and ranks if they are due."""
-        if self._gradients is None:
-            self._before_step(optimizer)  # a closure computed the gradients within the step
-        is_new_step = self._count_step(optimizer)
-        if self._gradients is not None and not self._ranks_fixed:
-            grad, seen = self._gradients
-            self._bank.update(self._rule.step(self._bank, grad, self._stage(), seen), grad, seen)
-        self._gradients = None
+    def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
+        """Move the gates of the adapters whose optimizers have stepped, and ranks if they are due."""
+        held = sorted({i for optimizer in optimizers for i in self._held_by(optimizer)})
+        if self._gradients is None and not self._sharded:
+            # They were computed within the step, by its closure or by a backward that has ended now.
+            self._bank.refresh()
+            self._gradients = self._bank.flatten(self._taken | self._bank.take_gradients(held))
+            self._taken = {}
+        is_new_step = self._count_step(optimizers)
+        found, self._gradients = self._gradients, None
+        moved = ()
+        if found is not None:
+            moved = found.layers
+            if not self._ranks_fixed:
+                self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+            self._steps_parts |= len(moved) < len(self.adapters)
+            self._watch_graphs(self._steps_parts)
         if not self._sharded:
-            self._bank.write_to_layers()
-        if is_new_step and not self._ranks_fixed:
-            self._advance_interval()
+            self._bank.write_to_layers(held, moved)
+        if not self._ranks_fixed and (is_new_step or self._advanced_to < self.steps - 1):
+            self._advance()
 
-    def _count_step(self, optimizer: Optimizer) -> bool:
+    def _count_step(self, optimizers: Sequence[Optimizer]) -> bool:
         """Whether a new training step begins: if several optimizers hold adapters, when one of them steps again."""
-        is_new_step = not self._stepped or optimizer in self._stepped
+        is_new_step = not self._stepped or any(optimizer in self._stepped for optimizer in optimizers)
         if is_new_step:
             self._stepped.clear()
-            if optimizer not in self._known:
-                self._register(optimizer)
+            for optimizer in optimizers:
+                if optimizer not in self._known:
+                    self._register(optimizer)
             self.steps += 1
             if self.total_steps is not None and self.steps == self.total_steps + 1:
                 warnings.warn(
@@ -358,15 +411,37 @@ class RankController:
                     "optimizer steps of all trainings together as total_steps to l1ra.patch or RankController.",
                     stacklevel=3,
                 )
-        self._stepped.add(optimizer)
+        self._stepped.update(optimizers)
         self._backwards.reset()
         return is_new_step
 
     # --- the interval
 
-    def _advance_interval(self) -> None:
+    def _watch_graphs(self, on: bool) -> None:
+        """Know of pending graphs from now on, or not. Where each step trains all adapters, none is left after it."""
+        if on != self._watches_graphs:
+            self._watches_graphs = on
+            for layer in self._layers:
+                layer.pending_graphs = self._pending_graphs if on else None
+
+    def _advance(self) -> None:
+        """After an optimizer has stepped: do what is due, once no backward needs the adapters as they are."""
+        if self._pending_graphs:
+            if self.steps == self._advanced_to + self._schedule.interval + 1:
+                warnings.warn(
+                    f"no rank has moved since step {self._advanced_to}: a backward through adapters that no optimizer "
+                    "has stepped since their forward may still come. Run it, or compute outputs that you keep under "
+                    "torch.no_grad().",
+                    stacklevel=4,
+                )
+            return
+        for step in range(self._advanced_to + 1, self.steps + 1):
+            self._advance_interval(step)
+        self._advanced_to = self.steps
+
+    def _advance_interval(self, step: int) -> None:
         """After a training step: end the interval with a reallocation, choose ranks in its middle, or start probes."""
-        interval, schedule, step = self._interval, self._schedule, self.steps
+        interval, schedule = self._interval, self._schedule
         if schedule.reallocates_after(step):
             self._reallocate()
         if interval.fading:
@@ -403,15 +478,27 @@ class RankController:
         self._record(done)
 
     def _warn_of_untrained(self) -> None:
-        trained = self._bank.by_adapter(self._bank.age > 0)
-        untrained = [name for name, row in zip(self.adapters, trained, strict=True) if not any(row)]
-        if untrained and self.skipped_steps < self.steps:
-            warnings.warn(
-                f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
-                f"{abbreviated(untrained)}. The model does not call these layers, or reads their weights without "
-                "calling them: leave them out of target_modules.",
-                stacklevel=2,
-            )
+        held = {i for optimizer in self._optimizers() for i in self._held_by(optimizer)}
+        rows = self._bank.by_adapter(self._bank.age > 0)
+        untrained = [i for i, row in enumerate(rows) if not any(row)]
+        names = list(self.adapters)
+        for untold, why in (
+            (
+                [names[i] for i in untrained if i in held],
+                "The model does not call these layers, or reads their weights without calling them: leave them out of "
+                "target_modules.",
+            ),
+            (
+                [names[i] for i in untrained if i not in held],
+                "No optimizer holds them: give it all parameters of the model that require a gradient.",
+            ),
+        ):
+            if untold and self.skipped_steps < self.steps:
+                warnings.warn(
+                    f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
+                    f"{abbreviated(untold)}. {why}",
+                    stacklevel=2,
+                )
 
     def _optimizers(self) -> list[Optimizer]:
         return list(self._hooks.optimizers) if self._hooks is not None else self._passed

@@ -1,0 +1,50 @@
+"""Graphs whose backward has yet to run, and needs the tensors of an adapter as they are."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["PendingGraphs"]
+
+
+class PendingGraphs:
+    """The calls of adapters whose outputs may still be differentiated.
+
+    A call is forgotten when the backward reaches it, or when its graph is freed. It also no longer counts once a
+    parameter of its adapter was written, as by an optimizer: torch then refuses to run its backward.
+    """
+
+    def __init__(self) -> None:
+        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+
+    def add(self, layer: Any, output: Tensor) -> None:
+        """Record a call of an adapter that has returned ``output``."""
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(_Call(layer, self._calls))
+
+    def __bool__(self) -> bool:
+        """Whether a backward may still need the parameters of an adapter."""
+        return any(call.is_valid for call in list(self._calls))
+
+
+class _Call:
+    """A hook of the graph, by which alone it is kept alive."""
+
+    __slots__ = ("__weakref__", "_calls", "_layer", "_version")
+
+    def __init__(self, layer: Any, calls: weakref.WeakSet) -> None:
+        # Weak: a layer may keep its output, and with a cycle through the graph neither would ever be freed.
+        self._layer = weakref.ref(layer)
+        self._version, self._calls = layer.parameter_version, calls
+        calls.add(self)
+
+    def __call__(self, _: Any) -> None:
+        self._calls.discard(self)
+
+    @property
+    def is_valid(self) -> bool:
+        layer = self._layer()
+        return layer is not None and layer.parameter_version == self._version
