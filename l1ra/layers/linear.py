@@ -54,6 +54,7 @@ class L1RALinear(GatedLowRank):
         pending_graphs: records the calls whose backward has yet to run, while it is set.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         in_features: int,
@@ -141,6 +142,7 @@ class L1RALinear(GatedLowRank):
         )
         return layer
 
+    @torch.inference_mode(False)  # what is made here is trained later
     def _adapt(self, base: nn.Module, dropout: float, *adapter: Any) -> None:
         """The common part of the constructors. ``adapter``: arguments of :class:`GatedLowRank` from the rank on."""
         if not 0 <= dropout < 1:

@@ -99,7 +99,7 @@ class GatedLowRank(nn.Module):
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None, out: Tensor | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU, in ``out`` if it is given."""
-        rows = torch.empty(count, self.in_features, device="cpu") if out is None else out
+        rows = torch.empty(count, self.in_features, dtype=torch.float32, device="cpu") if out is None else out
         if self.init == "gaussian":
             return rows.normal_(generator=generator).div_(self.initial_rank)
         bound = 1 / math.sqrt(self.in_features)
@@ -182,6 +182,7 @@ class GatedLowRank(nn.Module):
         sources = row_sources(plan)
         return (*sources, *[-1] * ((self.reserve or 0) - len(sources)))
 
+    @torch.inference_mode(False)  # a resized parameter is trained later
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The ranks of a checkpoint depend on the step at which it was saved. If the features agree, adopt its rank;
         # otherwise leave the error to torch.
@@ -194,7 +195,7 @@ class GatedLowRank(nn.Module):
             rows = rank if self.reserve is None else self.reserve
             if rank <= rows:
                 if rank != self.rank:
-                    self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
+                    self.resize(LayerPlan((), rank), self.lora_A.new_zeros(rank, self.in_features))
                 for name, saved in found.items():
                     state_dict[prefix + name] = F.pad(saved[:rank].movedim(0, -1), (0, rows - rank)).movedim(-1, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)

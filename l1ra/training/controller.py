@@ -76,6 +76,7 @@ class RankController:
             of the adapter's gradients in the interval before, see ``gradient_probe.coherence``; empty without probes).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -304,6 +305,7 @@ class RankController:
             "generator": self._interval.generator.get_state(),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a ``state_dict()``. The model's own state dict must have been loaded before.
 

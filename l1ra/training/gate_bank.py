@@ -75,7 +75,7 @@ class GateBank:
         self.ranks = [layer.rank for layer in self.layers]
         # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
         factors = [factor for layer in self.layers for factor in [layer.rank_scaling] * layer.rank]
-        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device)).to(device)
+        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device), device="cpu").to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
@@ -160,8 +160,8 @@ class GateBank:
     def penalise(self, chosen: Sequence[Sequence[int]]) -> None:
         """From now on apply the L1 penalty to these rows of each adapter, and to no others."""
         rows = [start + row for start, rows in zip(self._starts(), chosen, strict=True) for row in rows]
-        weight = torch.zeros(len(self.value))
-        weight[torch.tensor(rows, dtype=torch.long)] = self.PENALTY_WEIGHT
+        weight = torch.zeros(len(self.value), dtype=torch.float32, device="cpu")
+        weight[torch.tensor(rows, dtype=torch.long, device="cpu")] = self.PENALTY_WEIGHT
         self.weight = weight.to(self.weight)
 
     def _starts(self) -> Iterator[int]:

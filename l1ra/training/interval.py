@@ -63,7 +63,7 @@ class Interval:
         """
         self.probes = ProbeSet(adapters)
         self.fading = False
-        self.generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
+        self.generator = torch.Generator("cpu").manual_seed(config.seed + SEED_OFFSET)
         self._adapters = adapters
         self._layers = list(adapters.values())
         self._bank = bank
@@ -168,7 +168,7 @@ class Interval:
     def _new_rows(self, plan: Plan) -> list[Tensor | None]:
         """For each adapter A of its new ranks, ``(grow, in_features)`` float32 on the CPU; None if it grows by none."""
         shapes = [(grow, layer.in_features) for layer, grow in zip(self._layers, plan.grow, strict=True)]
-        parts = views(torch.empty(sum(map(math.prod, shapes)), device="cpu"), shapes)
+        parts = views(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32, device="cpu"), shapes)
         rows = [
             layer.initial_rows(grow, self.generator, out=part) if grow else None
             for layer, grow, part in zip(self._layers, plan.grow, parts, strict=True)
