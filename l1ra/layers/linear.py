@@ -51,6 +51,7 @@ class L1RALinear(GatedLowRank):
         probe: collects the gradient of the weight while it is set, see :class:`Probe`.
         padded_weight: stores the base weight with padding, for the path ``"aug"``. None: the path is ``"chain"``.
         sharing: the layers that may be computed jointly with this one, see :class:`SharedInput`.
+        family: a number of the controller, which copies of the layer keep. None without one.
         pending_graphs: records the calls whose backward has yet to run, while it is set.
     """
 
@@ -157,6 +158,7 @@ class L1RALinear(GatedLowRank):
         self.probe: Probe | None = None
         self.padded_weight: PaddedWeight | None = None
         self.sharing: SharedInput | None = None
+        self.family: int | None = None
         self.pending_graphs: PendingGraphs | None = None
         self._original_weight: OriginalWeight | None = None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import uuid
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,6 +32,7 @@ from l1ra.layers.adapted_model import (
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.shared_input import learned_groups, load_groups
+from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
@@ -145,6 +147,10 @@ class RankController:
         self.initial_ranks = self.ranks
         self._record(Reallocation(0, 0, {}))
 
+        self._averages = Averages(model, adapters)
+        family = uuid.uuid4().int
+        for layer in adapters.values():
+            layer.family = family
         self._held = HeldAdapters(self._layers)
         self._others = OtherOptimizers(model)
         self._end = EndOfBackward(self._end_step)
@@ -268,6 +274,31 @@ class RankController:
                 its ``step()``). Nothing has changed then.
         """
         return adapters_disabled(self.adapters)
+
+    def follow(self, average: Any, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Let the rows of an average of the weights (EMA, SWA) move with the ranks.
+
+        torch's ``AveragedModel`` is followed without this call. Call it once for any other average, when it has been
+        made from the patched model, and again if it was replaced. The average is moved at the same step as the model:
+        update it after the optimizer's step, as usual.
+
+        Example::
+
+            ema = EMAModel([p for p in model.parameters() if p.requires_grad], decay=0.999)  # of diffusers
+            controller.follow(ema)
+
+        Args:
+            average: a copy of the model; or the averages of its parameters, ``{name: tensor}`` or a list, or an object
+                with such a list in ``.shadow_params``, which is read anew at each move. The tensors remain the same
+                objects.
+            parameters: to which the averages of a list belong, in order. None: all parameters of the model, or those
+                that require a gradient.
+
+        Raises:
+            TypeError: it is no average that can be followed.
+            ValueError: it does not fit the model: it was made before ``l1ra.patch``, or has other ranks.
+        """
+        self._averages.follow(average, parameters)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapters, all other trained tensors of the model and the controller's state, for :func:`l1ra.load`.
@@ -475,7 +506,8 @@ class RankController:
             return
         if len(self.history) == 1:
             self._warn_of_untrained()
-        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers())
+            self._warn_of_averages()
+        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
 
@@ -501,6 +533,14 @@ class RankController:
                     f"{abbreviated(untold)}. {why}",
                     stacklevel=2,
                 )
+
+    def _warn_of_averages(self) -> None:
+        if (average := self._averages.not_followed()) is not None:
+            warnings.warn(
+                f"{type(average).__name__} seems to average the weights of this model, and its rows do not move with "
+                "the ranks: call controller.follow(ema) after it was made.",
+                stacklevel=2,
+            )
 
     def _optimizers(self) -> list[Optimizer]:
         return list(self._hooks.optimizers) if self._hooks is not None else self._passed

@@ -18,6 +18,7 @@ from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
 from l1ra.layers.tensor_lists import transferred, views
+from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
@@ -111,22 +112,29 @@ class Interval:
             self._bank.penalise(self._replicas.broadcast(chosen))
 
     def reallocate(
-        self, importance: Importance | None, given_back: Sequence[int], optimizers: Sequence[Optimizer]
+        self,
+        importance: Importance | None,
+        given_back: Sequence[int],
+        optimizers: Sequence[Optimizer],
+        averages: Averages,
     ) -> Reallocation:
         """End: prune the ranks whose gate is 0, give as many to the adapters in need, rotate to principal axes.
 
         Args:
             importance, given_back: as in :meth:`choose_ranks`.
             optimizers: their state moves along.
+            averages: of the adapters; they move along.
         """
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
-        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan))
+        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
         self._bank.penalise([()] * len(self._layers))
         if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
             layers = zip(self._layers, rows, strict=True)
-            self._bank.rotate(rows, rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast))
+            rotations = rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast)
+            self._bank.rotate(rows, rotations)
+            averages.rotate(rows, rotations)
         self.fading = False
         self.probes.discard()
         return done._replace(coherence=coherence)
