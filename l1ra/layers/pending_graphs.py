@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +15,30 @@ class PendingGraphs:
     """The calls of adapters whose outputs may still be differentiated.
 
     A call is forgotten when the backward reaches it, or when its graph is freed. It also no longer counts once a
-    parameter of its adapter was written, as by an optimizer: torch then refuses to run its backward.
+    parameter of its adapter was written, as by an optimizer: torch then refuses to run its backward. So where each step
+    trains all adapters, no call counts after it, and calls are not recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
+        """Record calls of ``layers``, of type ``L1RALinear``, from now on."""
         self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self._layers = layers
+        self._trained_parts = False
+        self._record(True)
+
+    def after_step(self, *, trains_all: bool) -> None:
+        """An optimizer has stepped, and has trained all adapters or some of them."""
+        self._trained_parts |= not trains_all
+        self._record(self._trained_parts)
+
+    def stop(self) -> None:
+        """Record no calls any more."""
+        self._record(False)
+
+    def _record(self, on: bool) -> None:
+        if on != (self._layers[0].pending_graphs is self):
+            for layer in self._layers:
+                layer.pending_graphs = self if on else None
 
     def add(self, layer: Any, output: Tensor) -> None:
         """Record a call of an adapter that has returned ``output``."""

@@ -20,10 +20,10 @@ from l1ra.allocation.plan import ranks_given_back
 from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
+from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
 from l1ra.integrations.trainer import ResumeWithTrainer, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
-    abbreviated,
     adapters_disabled,
     controller_of,
     find_adapters,
@@ -37,6 +37,7 @@ from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, j
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
+from l1ra.training.notices import warn_of_average, warn_of_graphs, warn_of_untrained
 from l1ra.training.optimizer_hooks import (
     BackwardCounter,
     EndOfBackward,
@@ -136,9 +137,7 @@ class RankController:
         self._schedule: Schedule | None = None
         self._gradients: GateGradients | None = None
         self._taken: dict[int, Tensor] = {}  # gradients of gates in a backward in which optimizers step
-        self._pending_graphs = PendingGraphs()
-        self._watches_graphs = False
-        self._steps_parts = False  # whether some step has trained a part of the adapters only
+        self._pending_graphs = PendingGraphs(self._layers)
         self._advanced_to = 0  # the last step after which the interval has advanced
         self._trainer_steps: int | None = None
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -158,8 +157,11 @@ class RankController:
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
-        self._watch_graphs(True)
-        self._resuming = model.register_load_state_dict_post_hook(ResumeWithTrainer())
+        self._state_hooks = [
+            model.register_load_state_dict_post_hook(ResumeWithTrainer()),
+            model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
+            model.register_state_dict_post_hook(SaveWithAccelerator()),
+        ]
         setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
@@ -362,8 +364,9 @@ class RankController:
         if self._hooks is not None:
             self._hooks.close()
         self._backwards.close()
-        self._resuming.remove()
-        self._watch_graphs(False)
+        for handle in self._state_hooks:
+            handle.remove()
+        self._pending_graphs.stop()
         self._interval.probes.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
@@ -415,24 +418,22 @@ class RankController:
             self._bank.refresh()
             self._gradients = self._bank.flatten(self._taken | self._bank.take_gradients(held))
             self._taken = {}
-        is_new_step = self._count_step(optimizers)
+        self._count_step(optimizers)
         found, self._gradients = self._gradients, None
         moved = ()
         if found is not None:
             moved = found.layers
             if not self._ranks_fixed:
                 self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
-            self._steps_parts |= len(moved) < len(self.adapters)
-            self._watch_graphs(self._steps_parts)
+            self._pending_graphs.after_step(trains_all=len(moved) == len(self.adapters))
         if not self._sharded:
             self._bank.write_to_layers(held, moved)
-        if not self._ranks_fixed and (is_new_step or self._advanced_to < self.steps - 1):
+        if not self._ranks_fixed and self._advanced_to < self.steps:
             self._advance()
 
-    def _count_step(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether a new training step begins: if several optimizers hold adapters, when one of them steps again."""
-        is_new_step = not self._stepped or any(optimizer in self._stepped for optimizer in optimizers)
-        if is_new_step:
+    def _count_step(self, optimizers: Sequence[Optimizer]) -> None:
+        """Count a new training step: if several optimizers hold adapters, when one of them steps again."""
+        if not self._stepped or any(optimizer in self._stepped for optimizer in optimizers):
             self._stepped.clear()
             for optimizer in optimizers:
                 if optimizer not in self._known:
@@ -446,27 +447,14 @@ class RankController:
                 )
         self._stepped.update(optimizers)
         self._backwards.reset()
-        return is_new_step
 
     # --- the interval
-
-    def _watch_graphs(self, on: bool) -> None:
-        """Know of pending graphs from now on, or not. Where each step trains all adapters, none is left after it."""
-        if on != self._watches_graphs:
-            self._watches_graphs = on
-            for layer in self._layers:
-                layer.pending_graphs = self._pending_graphs if on else None
 
     def _advance(self) -> None:
         """After an optimizer has stepped: do what is due, once no backward needs the adapters as they are."""
         if self._pending_graphs:
             if self.steps == self._advanced_to + self._schedule.interval + 1:
-                warnings.warn(
-                    f"no rank has moved since step {self._advanced_to}: a backward through adapters that no optimizer "
-                    "has stepped since their forward may still come. Run it, or compute outputs that you keep under "
-                    "torch.no_grad().",
-                    stacklevel=4,
-                )
+                warn_of_graphs(self._advanced_to)
             return
         for step in range(self._advanced_to + 1, self.steps + 1):
             self._advance_interval(step)
@@ -505,42 +493,18 @@ class RankController:
             )
             return
         if len(self.history) == 1:
-            self._warn_of_untrained()
-            self._warn_of_averages()
+            self._warn_at_first()
         done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
 
-    def _warn_of_untrained(self) -> None:
-        held = {i for optimizer in self._optimizers() for i in self._held_by(optimizer)}
-        rows = self._bank.by_adapter(self._bank.age > 0)
-        untrained = [i for i, row in enumerate(rows) if not any(row)]
-        names = list(self.adapters)
-        for untold, why in (
-            (
-                [names[i] for i in untrained if i in held],
-                "The model does not call these layers, or reads their weights without calling them: leave them out of "
-                "target_modules.",
-            ),
-            (
-                [names[i] for i in untrained if i not in held],
-                "No optimizer holds them: give it all parameters of the model that require a gradient.",
-            ),
-        ):
-            if untold and self.skipped_steps < self.steps:
-                warnings.warn(
-                    f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
-                    f"{abbreviated(untold)}. {why}",
-                    stacklevel=2,
-                )
-
-    def _warn_of_averages(self) -> None:
+    def _warn_at_first(self) -> None:
+        if self.skipped_steps < self.steps:
+            rows = self._bank.by_adapter(self._bank.age > 0)
+            held = {i for optimizer in self._optimizers() for i in self._held_by(optimizer)}
+            warn_of_untrained(dict(zip(self.adapters, rows, strict=True)), held, self.steps)
         if (average := self._averages.not_followed()) is not None:
-            warnings.warn(
-                f"{type(average).__name__} seems to average the weights of this model, and its rows do not move with "
-                "the ranks: call controller.follow(ema) after it was made.",
-                stacklevel=2,
-            )
+            warn_of_average(average)
 
     def _optimizers(self) -> list[Optimizer]:
         return list(self._hooks.optimizers) if self._hooks is not None else self._passed
