@@ -47,7 +47,7 @@ from l1ra.training.optimizer_hooks import (
     in_backward,
 )
 from l1ra.training.reallocation import Reallocation
-from l1ra.training.schedule import Schedule, Stage
+from l1ra.training.schedule import Schedule, Stage, TrainedSteps
 
 __all__ = ["RankController"]
 
@@ -146,6 +146,7 @@ class RankController:
         self.initial_ranks = self.ranks
         self._record(Reallocation(0, 0, {}))
 
+        self._trained = TrainedSteps(len(adapters))
         self._averages = Averages(model, adapters)
         family = uuid.uuid4().int
         for layer in adapters.values():
@@ -355,6 +356,7 @@ class RankController:
         self.initial_ranks = dict(state["initial_ranks"])
         self.steps = self._advanced_to = state["steps"]
         self.moved = state["moved"]
+        self._trained = TrainedSteps(len(self.adapters), since=self.steps)
         self.total_steps = self.total_steps or state["total_steps"]
         self.history = [dict(entry) for entry in state["history"]]
         load_groups(self.adapters, state["sharing"])
@@ -406,7 +408,7 @@ class RankController:
 
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
-        if not self._known:
+        if not any(self._held.by(known) for known in self._known):
             self._others.step(optimizer)
 
     @torch.no_grad()
@@ -425,6 +427,7 @@ class RankController:
             moved = found.layers
             if not self._ranks_fixed:
                 self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+            self._trained.add(moved)
             self._pending_graphs.after_step(trains_all=len(moved) == len(self.adapters))
         if not self._sharded:
             self._bank.write_to_layers(held, moved)
@@ -469,7 +472,8 @@ class RankController:
             return
         interval.probes.take_step()
         if schedule.in_second_half(step):
-            interval.choose_ranks(self._importance(), self._stage().progress, self._given_back())
+            progress, periods = self._stage().progress, self._trained.periods(self.steps)
+            interval.choose_ranks(self._importance(), progress, self._given_back(), periods)
         elif schedule.in_first_half(step):
             interval.start_probes()
 

@@ -157,11 +157,19 @@ class GateBank:
                 return True
         return False
 
-    def penalise(self, chosen: Sequence[Sequence[int]]) -> None:
-        """From now on apply the L1 penalty to these rows of each adapter, and to no others."""
+    def penalise(self, chosen: Sequence[Sequence[int]], periods: Sequence[int]) -> None:
+        """From now on apply the L1 penalty to these rows of each adapter, and to no others.
+
+        Args:
+            periods: of each adapter, in how many steps it is trained once. Its penalty is as many times larger, so that
+                its gates fade as soon.
+        """
         rows = [start + row for start, rows in zip(self._starts(), chosen, strict=True) for row in rows]
+        factors = [period for rows, period in zip(chosen, periods, strict=True) for _ in rows]
         weight = torch.zeros(len(self.value), dtype=torch.float32, device="cpu")
-        weight[torch.tensor(rows, dtype=torch.long, device="cpu")] = self.PENALTY_WEIGHT
+        weight[torch.tensor(rows, dtype=torch.long, device="cpu")] = self.PENALTY_WEIGHT * torch.tensor(
+            factors, dtype=torch.float32, device="cpu"
+        )
         self.weight = weight.to(self.weight)
 
     def _starts(self) -> Iterator[int]:

@@ -87,13 +87,16 @@ class Interval:
         if not self.probes and (self._uses_importance or self._config.new_rows == "gradient"):
             self.probes.start(self.generator)
 
-    def choose_ranks(self, importance: Importance | None, progress: float, given_back: Sequence[int]) -> None:
+    def choose_ranks(
+        self, importance: Importance | None, progress: float, given_back: Sequence[int], periods: Sequence[int]
+    ) -> None:
         """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
         Args:
             importance: by the gate rule; None if the rule has none.
             progress: share of the way to the last reallocation, 0 to 1.
             given_back: the number of ranks that each adapter has received and lost again.
+            periods: in how many steps each adapter is trained once.
         """
         self.fading = True
         self.probes.stop()
@@ -109,7 +112,7 @@ class Interval:
                 given_back=given_back,
                 learning=self._learning(self.probes.coherence()),
             )
-            self._bank.penalise(self._replicas.broadcast(chosen))
+            self._bank.penalise(*self._replicas.broadcast((chosen, periods)))
 
     def reallocate(
         self,
@@ -128,7 +131,7 @@ class Interval:
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
         done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
-        self._bank.penalise([()] * len(self._layers))
+        self._bank.penalise([()] * len(self._layers), [1] * len(self._layers))
         if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
             layers = zip(self._layers, rows, strict=True)
