@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["PendingGraphs"]
@@ -14,9 +15,9 @@ __all__ = ["PendingGraphs"]
 class PendingGraphs:
     """The calls of adapters whose outputs may still be differentiated.
 
-    A call is forgotten when the backward reaches it, or when its graph is freed. It also no longer counts once a
-    parameter of its adapter was written, as by an optimizer: torch then refuses to run its backward. So where each step
-    trains all adapters, no call counts after it, and calls are not recorded.
+    A call is forgotten when a backward reaches it that frees its graph, or when the graph is gone. It also no longer
+    counts once a parameter of its adapter was written, as by an optimizer: torch then refuses to run its backward. So
+    where each step trains all adapters, no call counts after it, and calls are not recorded.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -62,7 +63,9 @@ class _Call:
         calls.add(self)
 
     def __call__(self, _: Any) -> None:
-        self._calls.discard(self)
+        # A graph that is retained may be differentiated again.
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._calls.discard(self)
 
     @property
     def is_valid(self) -> bool:

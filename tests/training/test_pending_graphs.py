@@ -184,6 +184,20 @@ def test_a_generator_and_its_critic_with_several_steps_of_one_a_step_of_the_othe
     assert controller.moved > 0 and controller._bank.age.min() >= 0
 
 
+def test_a_graph_that_is_retained_over_a_step_of_the_other_tower():
+    model, controller, data = towers()
+    optimizers = [optimizer_of(trainable(tower)) for tower in model]
+    for _ in range(40):
+        first, second = losses_of(model, data)
+        second.backward(retain_graph=True)
+        first.backward()
+        optimizers[0].step()
+        second.backward()
+        optimizers[1].step()
+        model.zero_grad()
+    assert controller.moved > 0
+
+
 def test_outputs_that_are_kept_with_their_graphs_delay_nothing_once_their_adapters_were_stepped():
     model, controller, data = towers()
     optimizers = [optimizer_of(trainable(tower)) for tower in model]
