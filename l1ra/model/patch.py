@@ -34,7 +34,6 @@ SEVERAL_ADAPTERS_HINT = (
 )
 
 
-@torch.inference_mode(False)  # what is made here is trained later
 def patch(
     model: nn.Module,
     budget: int,
