@@ -108,7 +108,7 @@ def _pattern(dtype: torch.dtype, fill: str) -> int:
 
     ``fill`` is a hexadecimal string, because the cache would treat -0.0 and 0.0 as the same key.
     """
-    element = torch.full((1,), float.fromhex(fill), dtype=dtype)
+    element = torch.full((1,), float.fromhex(fill), dtype=dtype, device="cpu")
     if element.element_size() > LARGEST_UNIT:
         raise ValueError(f"rows of {dtype} can't be moved: one element is more than {LARGEST_UNIT} bytes.")
     return element.repeat(LARGEST_UNIT // element.element_size()).view(torch.int64).item()
@@ -120,7 +120,9 @@ def _on_device(numbers: list[int], device: torch.device) -> Tensor:
     The copy is from pinned memory, because the host would wait for a copy from pageable memory. PyTorch does not reuse
     the pinned memory before the copy is complete.
     """
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
 
 
 def _launch(

@@ -114,6 +114,6 @@ def _check_gates_and_generator(state: Mapping[str, Any]) -> None:
         if found is None or found.shape != shape or not torch.isfinite(found).all():
             raise ValueError(f"the state of the gates has no finite {name!r} of shape {shape}.")
     try:
-        torch.Generator().set_state(state["generator"])
+        torch.Generator("cpu").set_state(state["generator"])
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"the state has no generator: {error}.") from None

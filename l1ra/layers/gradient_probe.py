@@ -95,7 +95,7 @@ def start_probes(count: int, adapters: Sequence[tuple[Tensor, Tensor]], generato
         generator: a CPU generator, for ``mix``, from which the probes draw in order.
     """
     shapes = [(count, b.shape[1]) for _, b in adapters]
-    mixes = views(torch.empty(sum(map(math.prod, shapes)), device="cpu"), shapes)
+    mixes = views(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32, device="cpu"), shapes)
     for mix in mixes:
         mix.normal_(generator=generator)
     probes: dict[int, Probe] = {}

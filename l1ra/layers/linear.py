@@ -32,6 +32,7 @@ from l1ra.layers.merged_weight import (
     why_not_exactly_mergeable,
 )
 from l1ra.layers.padded_weight import PaddedWeight
+from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import may_be_recomputed, repeat_decision
 from l1ra.layers.row_moves import RowMoves
 from l1ra.layers.shared_input import SharedInput
@@ -57,8 +58,11 @@ class L1RALinear(GatedLowRank):
         probe: collects the gradient of the weight while it is set, see :class:`Probe`.
         padded_weight: stores the base weight with padding, for the path ``"aug"``. None: the path is ``"chain"``.
         sharing: the layers that may be computed jointly with this one, see :class:`SharedInput`.
+        family: a number of the controller, which copies of the layer keep. None without one.
+        pending_graphs: records the calls whose backward has yet to run, while it is set.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         in_features: int,
@@ -146,6 +150,7 @@ class L1RALinear(GatedLowRank):
         )
         return layer
 
+    @torch.inference_mode(False)  # what is made here is trained later
     def _adapt(self, base: nn.Module, dropout: float, *adapter: Any) -> None:
         """The common part of the constructors. ``adapter``: arguments of :class:`GatedLowRank` from the rank on."""
         if not 0 <= dropout < 1:
@@ -160,6 +165,8 @@ class L1RALinear(GatedLowRank):
         self.probe: Probe | None = None
         self.padded_weight: PaddedWeight | None = None
         self.sharing: SharedInput | None = None
+        self.family: int | None = None
+        self.pending_graphs: PendingGraphs | None = None
         self._original_weight: OriginalWeight | None = None
 
     @property
@@ -206,11 +213,13 @@ class L1RALinear(GatedLowRank):
                 path = dispatch.path_for(output.device, output.dtype, path.reason)
         if self.strict and not path.fused:
             raise RuntimeError(f"strict=True, but the adapter would run as plain PyTorch: {path.reason}.")
-        if self.sharing is not None and path.dense and path.fused:
-            shared = self.sharing.output_for(self, x)
-            if shared is not None:
-                return shared
-        return dispatch.gated_linears(x, [self.kernel_inputs(output)], self.dropout_p, path)[0]
+        shares = self.sharing is not None and path.dense and path.fused
+        y = self.sharing.output_for(self, x) if shares else None
+        if y is None:
+            y = dispatch.gated_linears(x, [self.kernel_inputs(output)], self.dropout_p, path)[0]
+        if not torch.compiler.is_compiling() and self.pending_graphs is not None:
+            self.pending_graphs.add(self, y)
+        return y
 
     def call_path(self, x: Tensor, reason: str = "") -> dispatch.Path | None:
         """The path of a call with ``x``, or None if the adapter is not computed: merged or disabled.
@@ -377,12 +386,12 @@ class L1RALinear(GatedLowRank):
     def _replicate_for_data_parallel(self) -> L1RALinear:
         # A replica of nn.DataParallel exists for one forward on its own device, and must not keep any state.
         replica = super()._replicate_for_data_parallel()
-        replica.padded_weight = replica.sharing = None
+        replica.padded_weight = replica.sharing = replica.pending_graphs = None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no controller that would remove its probe or enable it again.
-        return {**self.__dict__, "probe": None, "disabled": False}
+        return {**self.__dict__, "probe": None, "disabled": False, "pending_graphs": None}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling * self.rank_scaling:g}" + (", merged" if self.merged else "")

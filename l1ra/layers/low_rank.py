@@ -100,7 +100,7 @@ class GatedLowRank(nn.Module):
 
     def initial_rows(self, count: int, generator: torch.Generator | None = None, out: Tensor | None = None) -> Tensor:
         """``count`` new random rows of A, ``(count, in_features)`` float32 on the CPU, in ``out`` if it is given."""
-        rows = torch.empty(count, self.in_features, device="cpu") if out is None else out
+        rows = torch.empty(count, self.in_features, dtype=torch.float32, device="cpu") if out is None else out
         if self.init == "gaussian":
             return rows.normal_(generator=generator).div_(self.initial_rank)
         bound = 1 / math.sqrt(self.in_features)
@@ -206,6 +206,7 @@ class GatedLowRank(nn.Module):
             if (saved := state_dict.get(prefix + name)) is not None:
                 self.register_buffer(name, torch.empty_like(saved, device=self.lora_A.device))
 
+    @torch.inference_mode(False)  # a resized parameter is trained later
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._load_reference(state_dict, prefix)
         # The ranks of a checkpoint depend on the step at which it was saved. If the features agree, adopt its rank;
@@ -219,7 +220,7 @@ class GatedLowRank(nn.Module):
             rows = rank if self.reserve is None else self.reserve
             if rank <= rows:
                 if rank != self.rank:
-                    self.resize(LayerPlan((), rank), torch.zeros(rank, self.in_features))
+                    self.resize(LayerPlan((), rank), self.lora_A.new_zeros(rank, self.in_features))
                 for name, saved in found.items():
                     state_dict[prefix + name] = F.pad(saved[:rank].movedim(0, -1), (0, rows - rank)).movedim(-1, 0)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -80,6 +80,7 @@ def patch(
         RuntimeError: ``strict`` is set and an adapter would run as plain PyTorch. The model is unchanged.
     """
     check_unpatched(model)
+    _check_weights(model)
     config = _resolve_config(preset, config, overrides)
     check_budget(budget)
     saved = saved_modules(model, modules_to_save, target_modules)
@@ -96,6 +97,7 @@ def patch(
         # All adapters are built before the model is changed, so that an error in between leaves it unchanged.
         for adapter in _build_adapters(targets, ranks, config):
             adapters.append(adapter)
+        _check_devices(dict(zip(targets, adapters, strict=True)))
         for adapter in adapters:
             _configure_kernels(adapter, config)
         original.replace(model, {id(base): a for base, a in zip(targets.values(), adapters, strict=True)})
@@ -188,6 +190,24 @@ def check_unpatched(model: nn.Module) -> None:
             )
 
 
+def _check_weights(model: nn.Module) -> None:
+    made_there = next((name for name, param in model.named_parameters() if param.is_inference()), None)
+    if made_there is not None:
+        raise ValueError(
+            f"{made_there} was made in torch.inference_mode(), so that no gradient can pass it: build or load the "
+            "model outside of it, or under torch.no_grad()."
+        )
+
+
+def _check_devices(adapters: Mapping[str, L1RALinear]) -> None:
+    without_values = next((name for name, layer in adapters.items() if layer.lora_A.is_meta), None)
+    if without_values is not None:
+        raise ValueError(
+            f"{without_values} is on the meta device, without values: load the model's weights, for example with "
+            "from_pretrained, before l1ra.patch."
+        )
+
+
 def _resolve_config(preset: str | None, config: L1RAConfig | None, overrides: dict[str, Any]) -> L1RAConfig:
     if preset is not None and config is not None:
         raise ValueError("pass preset or config, not both: L1RAConfig.from_preset(preset) makes a config.")
@@ -219,7 +239,7 @@ def _initial_ranks(targets: Mapping[str, nn.Module], budget: int, config: L1RACo
 
 
 def _build_adapters(targets: Mapping[str, nn.Module], ranks: Sequence[int], config: L1RAConfig) -> Iterator[L1RALinear]:
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
     for base, rank in zip(targets.values(), ranks, strict=True):
         yield L1RALinear.from_linear(
             base,

@@ -60,7 +60,7 @@ def run_checks(device: torch.device) -> list[Check]:
 
     The state of torch's random number generators is preserved.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad(), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         warnings.simplefilter("ignore")
         layers = [_check_layer(name, make, device, dtype) for name, make in LAYERS.items() for dtype in DTYPES]
@@ -84,7 +84,7 @@ def _check_layer(
     dtype_name, path = str(dtype).removeprefix("torch."), ""
     try:
         base = make(device, dtype)
-        x, dy = (torch.randn(TOKENS, size).to(device, dtype) for size in (IN, OUT))
+        x, dy = (torch.randn(TOKENS, size, dtype=torch.float32).to(device, dtype) for size in (IN, OUT))
         base(x)
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
@@ -109,25 +109,25 @@ def _error_message(error: Exception) -> str:
 
 
 def _linear(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return nn.Linear(IN, OUT).to(device, dtype)
+    return nn.Linear(IN, OUT, dtype=torch.float32).to(device, dtype)
 
 
 def _conv1d(device: torch.device, dtype: torch.dtype) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(OUT, IN).to(device, dtype)
+    return Conv1D(OUT, IN).float().to(device, dtype)
 
 
 def _four_bit(device: torch.device, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
-    return Linear4bit(IN, OUT, compute_dtype=dtype, quant_type="nf4").to(device)
+    return Linear4bit(IN, OUT, compute_dtype=dtype, quant_type="nf4").float().to(device)
 
 
 def _eight_bit(device: torch.device, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.nn import Linear8bitLt
 
-    return Linear8bitLt(IN, OUT, has_fp16_weights=False).to(device)
+    return Linear8bitLt(IN, OUT, has_fp16_weights=False).float().to(device)
 
 
 AUGMENTED = "nn.Linear, augment=True"
@@ -198,8 +198,9 @@ def _train_briefly(device: torch.device) -> tuple[nn.Module, nn.Module, RankCont
         The original model, the trained copy, its controller, and the largest relative change of the copy's output in a
         reallocation.
     """
-    plain = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).to(device, torch.float32)
-    x, target = (torch.randn(TOKENS, 16).to(device, torch.float32) for _ in range(2))
+    layers = (nn.Linear(16, 32, dtype=torch.float32), nn.Tanh(), nn.Linear(32, 16, dtype=torch.float32))
+    plain = nn.Sequential(*layers).to(device)
+    x, target = (torch.randn(TOKENS, 16, dtype=torch.float32).to(device) for _ in range(2))
     model = copy.deepcopy(plain)
     controller = patch(model, BUDGET, auto=False, **FAST_SETTINGS)
     # Without the gates: the controller would overwrite them in the step over which the output is compared.

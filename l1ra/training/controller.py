@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import uuid
 import warnings
 import weakref
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,10 +20,10 @@ from l1ra.allocation.plan import ranks_given_back
 from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
+from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
 from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
-    abbreviated,
     adapters_disabled,
     controller_of,
     find_adapters,
@@ -29,14 +31,24 @@ from l1ra.layers.adapted_model import (
     trained_tensors,
 )
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.shared_input import learned_groups, load_groups
+from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
-from l1ra.training.gate_bank import GateBank
+from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
-from l1ra.training.optimizer_hooks import BackwardCounter, OptimizerHooks
+from l1ra.training.notices import warn_of_average, warn_of_graphs, warn_of_untrained
+from l1ra.training.optimizer_hooks import (
+    BackwardCounter,
+    EndOfBackward,
+    HeldAdapters,
+    OptimizerHooks,
+    OtherOptimizers,
+    in_backward,
+)
 from l1ra.training.reallocation import Reallocation
-from l1ra.training.schedule import Schedule, Stage
+from l1ra.training.schedule import Schedule, Stage, TrainedSteps
 
 __all__ = ["RankController"]
 
@@ -68,6 +80,7 @@ class RankController:
             of the adapter's gradients in the interval before, see ``gradient_probe.coherence``; empty without probes).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -123,17 +136,33 @@ class RankController:
         uses_importance = self._rule.uses_importance
         self._interval = Interval(adapters, self._bank, budget, costs, config, uses_importance=uses_importance)
         self._schedule: Schedule | None = None
-        self._gradients: tuple[Tensor, Tensor | None] | None = None
+        self._gradients: GateGradients | None = None
+        self._taken: dict[int, Tensor] = {}  # gradients of gates in a backward in which optimizers step
+        self._pending_graphs = PendingGraphs(self._layers)
+        self._advanced_to = 0  # the last step after which the interval has advanced
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
         self._ranks_fixed = self._sharded = False
         self.initial_ranks = self.ranks
         self._record(Reallocation(0, 0, {}))
 
-        self._hooks = OptimizerHooks(self._parameter_ids, self._before_step, self._after_step) if auto else None
+        self._trained = TrainedSteps(len(adapters))
+        self._averages = Averages(model, adapters)
+        family = uuid.uuid4().int
+        for layer in adapters.values():
+            layer.family = family
+        self._held = HeldAdapters(self._layers)
+        self._others = OtherOptimizers(model)
+        self._end = EndOfBackward(self._end_step)
+        hooks = (self._held, self._before_step, self._after_step, self._other_step)
+        self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
         self._checkpoints = TrainerHooks(model, self._layers[0])
+        self._state_hooks = [
+            model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
+            model.register_state_dict_post_hook(SaveWithAccelerator()),
+        ]
         setattr(model, CONTROLLER, self)
 
     def __reduce__(self) -> tuple:
@@ -195,12 +224,15 @@ class RankController:
             raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
-        if all(layer.gate.grad is None for layer in self._layers):
+        if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
             warnings.warn(
                 "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
                 "cleared.",
                 stacklevel=2,
             )
+        if not self._held.by(optimizer):
+            self._other_step(optimizer)
+        self._before_step(optimizer)
         self._after_step(optimizer)
 
     def callback(self) -> Any:
@@ -234,7 +266,8 @@ class RankController:
             return
         begins_anew = done == 0 and self.steps > 0
         if begins_anew:
-            self.steps = 0
+            self.steps = self._advanced_to = 0
+            self._trained = TrainedSteps(len(self.adapters))
             self._stepped.clear()
             self.history.clear()
             self._record(Reallocation(0, 0, {}))
@@ -287,6 +320,31 @@ class RankController:
         for layer in self._layers:
             layer.set_reference()
 
+    def follow(self, average: Any, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Let the rows of an average of the weights (EMA, SWA) move with the ranks.
+
+        torch's ``AveragedModel`` is followed without this call. Call it once for any other average, when it has been
+        made from the patched model, and again if it was replaced. The average is moved at the same step as the model:
+        update it after the optimizer's step, as usual.
+
+        Example::
+
+            ema = EMAModel([p for p in model.parameters() if p.requires_grad], decay=0.999)  # of diffusers
+            controller.follow(ema)
+
+        Args:
+            average: a copy of the model; or the averages of its parameters, ``{name: tensor}`` or a list, or an object
+                with such a list in ``.shadow_params``, which is read anew at each move. The tensors remain the same
+                objects.
+            parameters: to which the averages of a list belong, in order. None: all parameters of the model, or those
+                that require a gradient.
+
+        Raises:
+            TypeError: it is no average that can be followed.
+            ValueError: it does not fit the model: it was made before ``l1ra.patch``, or has other ranks.
+        """
+        self._averages.follow(average, parameters)
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the adapters, all other trained tensors of the model and the controller's state, for :func:`l1ra.load`.
 
@@ -324,6 +382,7 @@ class RankController:
             "generator": self._interval.generator.get_state(),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a ``state_dict()``. The model's own state dict must have been loaded before.
 
@@ -338,7 +397,9 @@ class RankController:
         self._bank.load_state_dict(state["gates"])
         self._interval.load(state["probes"], state["generator"], state["closing"])
         self.initial_ranks = dict(state["initial_ranks"])
-        self.steps, self.moved = state["steps"], state["moved"]
+        self.steps = self._advanced_to = state["steps"]
+        self.moved = state["moved"]
+        self._trained = TrainedSteps(len(self.adapters), since=self.steps)
         self.total_steps = self.total_steps or state["total_steps"]
         self.history = [dict(entry) for entry in state["history"]]
         load_groups(self.adapters, state["sharing"])
@@ -349,49 +410,80 @@ class RankController:
             self._hooks.close()
         self._backwards.close()
         self._checkpoints.remove()
+        for handle in self._state_hooks:
+            handle.remove()
+        self._pending_graphs.stop()
         self._interval.probes.stop()
         if controller_of(self.model) is self:
             delattr(self.model, CONTROLLER)
 
     # --- one training step
 
+    def _held_by(self, optimizer: Optimizer) -> Sequence[int]:
+        # An optimizer that is passed to step() may hold copies of its own.
+        return self._held.by(optimizer) or (() if self.auto else range(len(self.adapters)))
+
     def _before_step(self, optimizer: Optimizer) -> None:
         """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
-        if any(layer.disabled for layer in self._layers):
+        layers, held = self._layers, self._held_by(optimizer)
+        if any(layers[i].disabled for i in held):
             raise RuntimeError(
                 "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
                 "the block before optimizer.step()."
             )
         if self._schedule is None:
-            self._sharded = adapters_are_sharded(self._layers)
+            self._sharded = adapters_are_sharded(layers)
         if self._sharded:
-            for layer in self._layers:
+            for layer in layers:
                 layer.gate.grad = None
-            return
-        self._bank.refresh()
-        self._gradients = self._bank.take_gradients(optimizer) or self._gradients
+        elif in_backward():
+            for i, grad in self._bank.take_gradients(held).items():
+                grad = unscaled(grad, optimizer)
+                self._taken[i] = self._taken[i] + grad if i in self._taken else grad
+        else:
+            self._bank.refresh()
+            found = self._bank.flatten(self._bank.take_gradients(held))
+            if found is not None:
+                self._gradients = found._replace(flat=unscaled(found.flat, optimizer))
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Move the gates, and ranks if they are due: now, or at the end of the backward that is running."""
+        self._end.step(optimizer)
+
+    def _other_step(self, optimizer: Optimizer) -> None:
+        """An optimizer that holds no adapter has stepped."""
+        if not any(self._held.by(known) for known in self._known):
+            self._others.step(optimizer)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer) -> None:
-        """Move the gates, and ranks if they are due."""
-        if self._gradients is None:
-            self._before_step(optimizer)  # a closure computed the gradients within the step
-        is_new_step = self._count_step(optimizer)
-        if self._gradients is not None and not self._ranks_fixed:
-            grad, seen = self._gradients
-            self._bank.update(self._rule.step(self._bank, grad, self._stage(), seen), grad, seen)
-        self._gradients = None
+    def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
+        """Move the gates of the adapters whose optimizers have stepped, and ranks if they are due."""
+        held = sorted({i for optimizer in optimizers for i in self._held_by(optimizer)})
+        if self._gradients is None and not self._sharded:
+            # They were computed within the step, by its closure or by a backward that has ended now.
+            self._bank.refresh()
+            self._gradients = self._bank.flatten(self._taken | self._bank.take_gradients(held))
+            self._taken = {}
+        self._count_step(optimizers)
+        found, self._gradients = self._gradients, None
+        moved = ()
+        if found is not None:
+            moved = found.layers
+            if not self._ranks_fixed:
+                self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+            self._trained.add(moved)
+            self._pending_graphs.after_step(trains_all=len(moved) == len(self.adapters))
         if not self._sharded:
-            self._bank.write_to_layers()
-        if is_new_step and not self._ranks_fixed:
-            self._advance_interval()
+            self._bank.write_to_layers(held, moved)
+        if not self._ranks_fixed and self._advanced_to < self.steps:
+            self._advance()
 
-    def _count_step(self, optimizer: Optimizer) -> bool:
-        """Whether a new training step begins: if several optimizers hold adapters, when one of them steps again."""
-        if optimizer not in self._known:
-            self._register(optimizer)
-        is_new_step = not self._stepped or optimizer in self._stepped
-        if is_new_step:
+    def _count_step(self, optimizers: Sequence[Optimizer]) -> None:
+        """Count a new training step: if several optimizers hold adapters, when one of them steps again."""
+        for optimizer in optimizers:
+            if optimizer not in self._known:
+                self._register(optimizer)
+        if not self._stepped or any(optimizer in self._stepped for optimizer in optimizers):
             self._stepped.clear()
             self.steps += 1
             if self.total_steps is not None and self.steps == self.total_steps + 1:
@@ -400,22 +492,32 @@ class RankController:
                     "optimizer steps of all trainings together as total_steps to l1ra.patch or RankController.",
                     stacklevel=3,
                 )
-        self._stepped.add(optimizer)
+        self._stepped.update(optimizers)
         self._backwards.reset()
-        return is_new_step
 
     # --- the interval
 
-    def _advance_interval(self) -> None:
+    def _advance(self) -> None:
+        """After an optimizer has stepped: do what is due, once no backward needs the adapters as they are."""
+        if self._pending_graphs:
+            if self.steps == self._advanced_to + self._schedule.interval + 1:
+                warn_of_graphs(self._advanced_to)
+            return
+        for step in range(self._advanced_to + 1, self.steps + 1):
+            self._advance_interval(step)
+        self._advanced_to = self.steps
+
+    def _advance_interval(self, step: int) -> None:
         """After a training step: end the interval with a reallocation, choose ranks in its middle, or start probes."""
-        interval, schedule, step = self._interval, self._schedule, self.steps
+        interval, schedule = self._interval, self._schedule
         if schedule.reallocates_after(step):
             self._reallocate()
         if interval.fading:
             return
         interval.probes.take_step()
         if schedule.in_second_half(step):
-            interval.choose_ranks(self._importance(), self._stage().progress, self._given_back())
+            progress, periods = self._stage().progress, self._trained.periods(self.steps)
+            interval.choose_ranks(self._importance(), progress, self._given_back(), periods)
         elif schedule.in_first_half(step):
             interval.start_probes()
 
@@ -439,21 +541,18 @@ class RankController:
             )
             return
         if len(self.history) == 1:
-            self._warn_of_untrained()
-        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers())
+            self._warn_at_first()
+        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
 
-    def _warn_of_untrained(self) -> None:
-        trained = self._bank.by_adapter(self._bank.age > 0)
-        untrained = [name for name, row in zip(self.adapters, trained, strict=True) if not any(row)]
-        if untrained and self.skipped_steps < self.steps:
-            warnings.warn(
-                f"no gradient has reached these adapters in {self.steps} steps, so that they learn nothing: "
-                f"{abbreviated(untrained)}. The model does not call these layers, or reads their weights without "
-                "calling them: leave them out of target_modules.",
-                stacklevel=2,
-            )
+    def _warn_at_first(self) -> None:
+        if self.skipped_steps < self.steps:
+            rows = self._bank.by_adapter(self._bank.age > 0)
+            held = {i for optimizer in self._optimizers() for i in self._held_by(optimizer)}
+            warn_of_untrained(dict(zip(self.adapters, rows, strict=True)), held, self.steps)
+        if (average := self._averages.not_followed()) is not None:
+            warn_of_average(average)
 
     def _optimizers(self) -> list[Optimizer]:
         return list(self._hooks.optimizers) if self._hooks is not None else self._passed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,24 @@ from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
-__all__ = ["GateBank"]
+__all__ = ["GateBank", "GateGradients", "unscaled"]
 
 # Name of a tensor -> its value for a new rank.
 STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0, "weight": 0.0}
+
+
+class GateGradients(NamedTuple):
+    """The gradients of the master gates.
+
+    Attributes:
+        flat: ``(R,)``.
+        seen: ``(R,)`` bool, the gates that had a gradient; None if all had.
+        layers: the numbers of the layers whose gates had one.
+    """
+
+    flat: Tensor
+    seen: Tensor | None
+    layers: Collection[int]
 
 
 class GateBank:
@@ -60,7 +75,7 @@ class GateBank:
         self.ranks = [layer.rank for layer in self.layers]
         # B was divided by this number to the last bit, so the gates of a float64 adapter take it without rounding.
         factors = [factor for layer in self.layers for factor in [layer.rank_scaling] * layer.rank]
-        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device)).to(device)
+        self._rank_scaling = torch.tensor(factors, dtype=widest_float(device), device="cpu").to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.value.device != device:
@@ -68,28 +83,29 @@ class GateBank:
                 setattr(self, name, getattr(self, name).to(device))
             self._rank_scaling = self._rank_scaling.to(device, widest_float(device))
 
-    def take_gradients(self, optimizer: Optimizer) -> tuple[Tensor, Tensor | None] | None:
-        """Remove the gradients from the layers' gates, before ``optimizer`` steps.
+    def take_gradients(self, chosen: Iterable[int]) -> dict[int, Tensor]:
+        """Remove the gradients from the gates of the layers with these numbers: layer number -> gradient."""
+        taken = {}
+        for i in chosen:
+            gate = tensor_of(self.layers[i], "gate")
+            if gate.grad is not None:
+                taken[i], gate.grad = gate.grad, None
+        return taken
 
-        Returns:
-            The gradient of the master gates ``(R,)`` and a bool mask ``(R,)`` of the gates that had one, None if all
-            had. None instead of both if no gate has a gradient.
-        """
-        gates = [tensor_of(layer, "gate") for layer in self.layers]
-        grads = [gate.grad for gate in gates]
-        if all(grad is None for grad in grads):
+    def flatten(self, taken: Mapping[int, Tensor]) -> GateGradients | None:
+        """The gradients of the layers' gates, by layer number, as one of the master gates; None if there are none."""
+        if not taken:
             return None
-        for gate in gates:
-            gate.grad = None
-        self._move_to(gates[0].device)
+        self._move_to(tensor_of(self.layers[0], "gate").device)
         device, dtype = self.value.device, self.value.dtype
         seen = none = None
-        if any(grad is None for grad in grads):
+        if len(taken) < len(self.layers):
             none = torch.zeros(max(self.ranks), device=device, dtype=dtype)
-            had = torch.tensor([grad is not None for grad in grads])
-            seen = had.repeat_interleave(torch.tensor(self.ranks)).to(device)
-        parts = [(none if grad is None else grad)[:rank] for grad, rank in zip(grads, self.ranks, strict=True)]
-        return _unscaled((torch.cat(transferred(parts, device, dtype)) * self._rank_scaling).to(dtype), optimizer), seen
+            had = torch.tensor([i in taken for i in range(len(self.layers))], device="cpu")
+            seen = had.repeat_interleave(torch.tensor(self.ranks, device="cpu")).to(device)
+        parts = [taken.get(i, none)[:rank] for i, rank in enumerate(self.ranks)]
+        flat = (torch.cat(transferred(parts, device, dtype)) * self._rank_scaling).to(dtype)
+        return GateGradients(flat, seen, taken.keys())
 
     def update(self, new: dict[str, Tensor], grad: Tensor, seen: Tensor | None) -> None:
         """Take over the new state that a rule has returned; see ``Rule.step``.
@@ -105,9 +121,19 @@ class GateBank:
             setattr(self, name, tensor)
 
     @torch.no_grad()
-    def write_to_layers(self) -> None:
-        """Copy the master gates into the layers, which undoes whatever an optimizer did to them."""
-        copy_all_(_gates_of(self.layers), self._layer_gates())
+    def write_to_layers(self, held: Collection[int] | None = None, moved: Collection[int] = ()) -> None:
+        """Copy the master gates into the layers, which undoes whatever an optimizer did to them.
+
+        Args:
+            held: the numbers of the layers to write; None: all, each of which may have moved.
+            moved: the layers among them whose master gates may have changed. The gates of the others keep their
+                values, and are written without a mark: a backward that needs them may be waiting.
+        """
+        gates, own = _gates_of(self.layers), self._layer_gates()
+        if held is not None:
+            gates = [gates[i] if i in moved else gates[i].data for i in held]
+            own = [own[i] for i in held]
+        copy_all_(gates, own)
 
     def _layer_gates(self) -> tuple[Tensor, ...]:
         return (self.value * self._rank_scaling).split(self.ranks)
@@ -131,11 +157,19 @@ class GateBank:
                 return True
         return False
 
-    def penalise(self, chosen: Sequence[Sequence[int]]) -> None:
-        """From now on apply the L1 penalty to these rows of each adapter, and to no others."""
+    def penalise(self, chosen: Sequence[Sequence[int]], periods: Sequence[int]) -> None:
+        """From now on apply the L1 penalty to these rows of each adapter, and to no others.
+
+        Args:
+            periods: of each adapter, in how many steps it is trained once. Its penalty is as many times larger, so that
+                its gates fade as soon.
+        """
         rows = [start + row for start, rows in zip(self._starts(), chosen, strict=True) for row in rows]
-        weight = torch.zeros(len(self.value))
-        weight[torch.tensor(rows, dtype=torch.long)] = self.PENALTY_WEIGHT
+        factors = [period for rows, period in zip(chosen, periods, strict=True) for _ in rows]
+        weight = torch.zeros(len(self.value), dtype=torch.float32, device="cpu")
+        weight[torch.tensor(rows, dtype=torch.long, device="cpu")] = self.PENALTY_WEIGHT * torch.tensor(
+            factors, dtype=torch.float32, device="cpu"
+        )
         self.weight = weight.to(self.weight)
 
     def _starts(self) -> Iterator[int]:
@@ -196,7 +230,7 @@ def _gates_of(layers: Sequence[L1RALinear]) -> list[Tensor]:
     return [gate if layer.reserve is None else gate[: layer.rank] for layer, gate in zip(layers, gates, strict=True)]
 
 
-def _unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
+def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
     """The gradient without the loss scale of a GradScaler; NaN if the scaler has found that it is not finite.
 
     A fused optimizer unscales within its step. GradScaler then leaves scale and verdict in its attributes.

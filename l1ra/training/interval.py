@@ -18,6 +18,7 @@ from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
 from l1ra.layers.tensor_lists import transferred, views
+from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
@@ -63,7 +64,7 @@ class Interval:
         """
         self.probes = ProbeSet(adapters)
         self.fading = False
-        self.generator = torch.Generator().manual_seed(config.seed + SEED_OFFSET)
+        self.generator = torch.Generator("cpu").manual_seed(config.seed + SEED_OFFSET)
         self._adapters = adapters
         self._layers = list(adapters.values())
         self._bank = bank
@@ -86,13 +87,16 @@ class Interval:
         if not self.probes and (self._uses_importance or self._config.new_rows == "gradient"):
             self.probes.start(self.generator)
 
-    def choose_ranks(self, importance: Importance | None, progress: float, given_back: Sequence[int]) -> None:
+    def choose_ranks(
+        self, importance: Importance | None, progress: float, given_back: Sequence[int], periods: Sequence[int]
+    ) -> None:
         """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
         Args:
             importance: by the gate rule; None if the rule has none.
             progress: share of the way to the last reallocation, 0 to 1.
             given_back: the number of ranks that each adapter has received and lost again.
+            periods: in how many steps each adapter is trained once.
         """
         self.fading = True
         self.probes.stop()
@@ -108,25 +112,32 @@ class Interval:
                 given_back=given_back,
                 learning=self._learning(self.probes.coherence()),
             )
-            self._bank.penalise(self._replicas.broadcast(chosen))
+            self._bank.penalise(*self._replicas.broadcast((chosen, periods)))
 
     def reallocate(
-        self, importance: Importance | None, given_back: Sequence[int], optimizers: Sequence[Optimizer]
+        self,
+        importance: Importance | None,
+        given_back: Sequence[int],
+        optimizers: Sequence[Optimizer],
+        averages: Averages,
     ) -> Reallocation:
         """End: prune the ranks whose gate is 0, give as many to the adapters in need, rotate to principal axes.
 
         Args:
             importance, given_back: as in :meth:`choose_ranks`.
             optimizers: their state moves along.
+            averages: of the adapters; they move along.
         """
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
-        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan))
-        self._bank.penalise([()] * len(self._layers))
+        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
+        self._bank.penalise([()] * len(self._layers), [1] * len(self._layers))
         if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
             layers = zip(self._layers, rows, strict=True)
-            self._bank.rotate(rows, rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast))
+            rotations = rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast)
+            self._bank.rotate(rows, rotations)
+            averages.rotate(rows, rotations)
         self.fading = False
         self.probes.discard()
         return done._replace(coherence=coherence)
@@ -174,7 +185,7 @@ class Interval:
     def _new_rows(self, plan: Plan) -> list[Tensor | None]:
         """For each adapter A of its new ranks, ``(grow, in_features)`` float32 on the CPU; None if it grows by none."""
         shapes = [(grow, layer.in_features) for layer, grow in zip(self._layers, plan.grow, strict=True)]
-        parts = views(torch.empty(sum(map(math.prod, shapes)), device="cpu"), shapes)
+        parts = views(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32, device="cpu"), shapes)
         rows = [
             layer.initial_rows(grow, self.generator, out=part) if grow else None
             for layer, grow, part in zip(self._layers, plan.grow, parts, strict=True)

@@ -5,60 +5,78 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-__all__ = ["BackwardCounter", "OptimizerHooks"]
+from l1ra.layers.linear import L1RALinear
+from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+
+__all__ = ["BackwardCounter", "EndOfBackward", "HeldAdapters", "OptimizerHooks", "OtherOptimizers", "in_backward"]
+
+
+class HeldAdapters:
+    """The adapters of which an optimizer holds a parameter."""
+
+    def __init__(self, layers: Sequence[L1RALinear]) -> None:
+        self._layers = layers
+        self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+
+    def by(self, optimizer: Optimizer) -> Sequence[int]:
+        """The numbers of the adapters, ascending."""
+        size = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._known.get(optimizer)
+        if known is None or known[0] != size:
+            held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            owned = [{id(getattr(layer, name)) for name in ADAPTER_PARAMETERS} for layer in self._layers]
+            known = self._known[optimizer] = (size, [i for i, ids in enumerate(owned) if not ids.isdisjoint(held)])
+        return known[1]
 
 
 class OptimizerHooks:
-    """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold some parameters.
+    """Calls ``before(optimizer)`` and ``after(optimizer)`` around the steps of optimizers that hold adapters, and
+    ``other(optimizer)`` after the steps of all others.
 
     Built on torch's global step hooks. The three callables must be bound methods: they are referenced weakly, so that
     the hooks do not keep their object alive and stop when it is gone.
 
     Attributes:
-        optimizers: the optimizers with these parameters that have stepped.
+        optimizers: the optimizers with adapters that have stepped.
     """
 
-    def __init__(self, param_ids: Callable[[], set[int]], before: Callable, after: Callable) -> None:
+    def __init__(self, held: HeldAdapters, before: Callable, after: Callable, other: Callable) -> None:
         """
         Args:
-            param_ids: returns the ids of the parameters.
+            held: tells which optimizers hold adapters.
             before: called before each step.
             after: called after each step.
+            other: called after each step of an optimizer that holds none.
         """
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._param_ids = weakref.WeakMethod(param_ids)
-        self._callbacks = {"before": weakref.WeakMethod(before), "after": weakref.WeakMethod(after)}
-        self._known: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+        self._held = held
+        callbacks = {"before": before, "after": after, "other": other}
+        self._callbacks = {when: weakref.WeakMethod(callback) for when, callback in callbacks.items()}
         self._number = next(_numbers)
         _active.add(self)
         _hook_into_torch()
 
     def call(self, when: str, optimizer: Optimizer) -> None:
-        """Call ``"before"`` or ``"after"`` if ``optimizer`` holds any of the parameters."""
+        """Call what is due ``"before"`` or ``"after"`` the step."""
+        if self._held.by(optimizer):
+            self.optimizers.add(optimizer)
+        elif when == "after":
+            when = "other"
+        else:
+            return
         callback = self._callbacks[when]()
-        if callback is not None and self._holds_params(optimizer):
+        if callback is not None:
             callback(optimizer)
 
     def close(self) -> None:
         """Stop calling."""
         _active.discard(self)
-
-    def _holds_params(self, optimizer: Optimizer) -> bool:
-        size = tuple(len(group["params"]) for group in optimizer.param_groups)
-        known = self._known.get(optimizer)
-        if known is None or known[0] != size:
-            param_ids = self._param_ids()
-            held = (id(param) for group in optimizer.param_groups for param in group["params"])
-            known = self._known[optimizer] = (size, param_ids is not None and not param_ids().isdisjoint(held))
-            if known[1]:
-                self.optimizers.add(optimizer)
-        return known[1]
 
 
 # torch calls its hooks while it iterates over them, so a hook that is removed within a step, by close() or by garbage
@@ -78,6 +96,67 @@ def _call_all(when: str, optimizer: Optimizer) -> None:
     # In the order of construction: data-parallel processes must call theirs in the same order.
     for hooks in sorted(_active, key=lambda hooks: hooks._number):
         hooks.call(when, optimizer)
+
+
+def in_backward() -> bool:
+    """Whether this thread is running a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class EndOfBackward:
+    """Calls ``callback(optimizers)`` with those that have stepped: at once, or at the end of the backward in which they
+    step.
+
+    Optimizers of single parameters, in gradient hooks, step while the backward still needs the parameters of other
+    layers, and of their own.
+    """
+
+    def __init__(self, callback: Callable[[list[Optimizer]], None]) -> None:
+        """``callback`` must be a bound method, and is referenced weakly."""
+        self._callback = weakref.WeakMethod(callback)
+        self._stepped: list[Optimizer] = []
+        self._backward = -1  # in which the call is registered
+
+    def step(self, optimizer: Optimizer) -> None:
+        """``optimizer`` has stepped."""
+        self._stepped.append(optimizer)
+        if not in_backward():
+            self._call()
+        elif self._backward != (current := torch._C._current_graph_task_id()):
+            self._backward = current
+            torch.autograd.Variable._execution_engine.queue_callback(self._call)
+
+    def _call(self) -> None:
+        stepped, self._stepped = self._stepped, []
+        if stepped and (callback := self._callback()) is not None:
+            callback(stepped)
+
+
+class OtherOptimizers:
+    """Warns of an optimizer that holds frozen weights of a model and no adapter, if none trains the adapters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._waits: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # steps until it is told
+
+    def step(self, optimizer: Optimizer) -> None:
+        """``optimizer`` has stepped, and none that holds adapters has."""
+        if optimizer not in self._waits:
+            frozen = {id(param) for param in self._model.parameters() if not param.requires_grad}
+            held = [param for group in optimizer.param_groups for param in group["params"]]
+            if frozen.isdisjoint(map(id, held)):
+                self._waits[optimizer] = -1
+            else:
+                # With a head among them, it may be the first of two optimizers, and the other one has the adapters.
+                self._waits[optimizer] = 2 if any(param.requires_grad for param in held) else 1
+        self._waits[optimizer] -= 1
+        if self._waits[optimizer] == 0:
+            warnings.warn(
+                f"L1RA: {type(optimizer).__name__} holds weights that l1ra.patch has frozen and no adapter, so that no "
+                "adapter learns anything. Make the optimizer after l1ra.patch: "
+                "torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).",
+                stacklevel=2,
+            )
 
 
 class BackwardCounter:

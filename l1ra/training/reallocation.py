@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from l1ra.allocation.plan import Plan
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import RowMoves
+from l1ra.training.averages import Averages
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.optimizer_state import plan_state, scale_states
 
@@ -39,6 +40,7 @@ def move_ranks(
     bank: GateBank,
     optimizers: Sequence[Optimizer],
     new_rows: Sequence[Tensor | None],
+    averages: Averages | None = None,
 ) -> Reallocation:
     """Prune and append ranks of all adapters as ``plan`` says.
 
@@ -49,6 +51,7 @@ def move_ranks(
         bank: the gates of these adapters.
         optimizers: whose state moves along.
         new_rows: for each adapter A of its new ranks, ``(grow, in_features)``, or None if it grows by none.
+        averages: of these adapters; they move along.
 
     Returns:
         The number of ranks that were pruned, and by which adapters grew, without coherence.
@@ -68,6 +71,8 @@ def move_ranks(
     for optimizer in optimizers:
         plan_state(moves, optimizer, resized)
     moves.afterwards(partial(scale_states, optimizers, rescaled))
+    if averages is not None:
+        averages.plan_move(moves, plan, new_rows)
     bank.plan_move(moves, plan)
     moves.run()
     bank.write_to_layers()

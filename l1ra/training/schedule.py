@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from l1ra.config import L1RAConfig
 
-__all__ = ["Schedule", "Stage"]
+__all__ = ["Schedule", "Stage", "TrainedSteps"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,27 @@ class Schedule:
 
     def _next_end(self, step: int) -> int:
         return (step // self.interval + 1) * self.interval
+
+
+class TrainedSteps:
+    """How many of the steps have trained each adapter: some losses reach only a part of them."""
+
+    def __init__(self, adapters: int, since: int = 0) -> None:
+        """Count from step ``since`` on."""
+        self._since = since
+        self._in_all = 0  # the steps that have trained all adapters
+        self._in_parts = [0] * adapters
+
+    def add(self, trained: Collection[int]) -> None:
+        """A step has trained the adapters with these numbers."""
+        if len(trained) == len(self._in_parts):
+            self._in_all += 1
+        else:
+            for i in trained:
+                self._in_parts[i] += 1
+
+    def periods(self, step: int) -> list[int]:
+        """In how many steps each adapter is trained once, rounded up; 1 for those that never are."""
+        steps = step - self._since
+        counts = [self._in_all + part for part in self._in_parts]
+        return [max(1, math.ceil(steps / count - 0.02)) if count else 1 for count in counts]

@@ -56,7 +56,7 @@ def test_the_papers_rule_is_adam_e(settings):
 @pytest.mark.parametrize("interval", [1, 2, 3, 20, 75])
 def test_gates_that_are_pressed_fade_to_exactly_zero_within_half_an_interval(interval):
     made = bank()
-    made.penalise([(0, 2), (3,)])
+    made.penalise([(0, 2), (3,)], [1, 1])
     rule, at = AdaptiveL1(L1RAConfig()), Stage(interval, 0.3, False, interval)
     for steps in range(max(1, interval // 2)):
         assert steps == 0 or (made.value[[0, 2, 7]] > 0).all()
@@ -81,7 +81,7 @@ def test_adaptive_gates_that_are_zero_stay_so_until_they_are_cut():
 
 def test_adaptive_gates_recover_once_no_reallocation_will_come():
     made = bank(gates=[0.4, 0.6, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
-    made.penalise([(0, 1, 2), ()])
+    made.penalise([(0, 1, 2), ()], [1, 1])
     run(AdaptiveL1(L1RAConfig()), made, weak_and_strong(INTERVAL), progress=1.0, over=True)
     assert (made.value == 1).all()
 
@@ -166,7 +166,9 @@ def test_what_an_adapter_gave_back_counts_where_ranks_are_given_up_and_dealt(cam
     controller.history += [{"ranks": {**start, names[2]: 4 + came_back}}, {"ranks": start}]
     play(controller, {}, [[1.0] * 4, [1.0] * 4, [4.0] * 4, [1.0] * 4])  # a need of 4, or of 4 / 3 after eight that left
     controller._make_schedule()
-    controller._interval.choose_ranks(controller._importance(), controller._stage().progress, controller._given_back())
+    controller._interval.choose_ranks(
+        controller._importance(), controller._stage().progress, controller._given_back(), [1] * len(controller.adapters)
+    )
     assert controller._bank.weight.nonzero().flatten().tolist() == pressed
     controller._bank.value[:2] = 0.0
     controller._bank.write_to_layers()

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import Adapted, patched, step, trainable
+from helpers import Adapted, llama, patched, step, tokens, trainable
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -194,3 +194,77 @@ def test_an_explicit_step_after_the_gradients_were_cleared_is_said():
     optimizer.zero_grad()
     with pytest.warns(UserWarning, match="before the gradients are cleared"):
         controller.step(optimizer)
+
+
+class WithHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def told_by(model, optimizers, steps=6):
+    """The warnings of a training in which these optimizers step one after the other."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            model(torch.ones(3, 4)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    return [str(w.message) for w in caught if "Make the optimizer after l1ra.patch" in str(w.message)]
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=1e-2)
+
+
+@pytest.mark.parametrize("auto", [True, False])
+@pytest.mark.parametrize(("steps", "head", "says"), [(1, [], 1), (1, ["head"], 0), (2, ["head"], 1), (6, ["head"], 1)])
+def test_an_optimizer_that_was_made_before_patch_is_named(steps, head, says, auto):
+    model = WithHead()
+    optimizer = sgd(model.parameters())
+    controller = l1ra.patch(model, 2, modules_to_save=head, target_modules=["body"], total_steps=500, auto=auto)
+    if not auto:
+        optimizer.register_step_post_hook(lambda *_: controller.step(optimizer))
+    assert len(told_by(model, [optimizer], steps)) == says
+
+
+def test_a_trainer_with_an_optimizer_that_was_made_before_patch_is_told(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    l1ra.patch(model, 28)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    with pytest.warns(UserWarning, match="AdamW holds weights that l1ra.patch has frozen and no adapter"):
+        Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+
+
+@pytest.mark.parametrize("first", ["head", "adapters", "body and head"])
+def test_optimizers_of_other_parts_are_not_named(first):
+    model, other = WithHead(), nn.Linear(3, 3)
+    early = sgd(model.parameters())
+    controller = l1ra.patch(model, 2, modules_to_save=["head"], target_modules=["body"], total_steps=500)
+    adapters = sgd([p for layer in controller.adapters.values() for p in layer.parameters() if p.requires_grad])
+    optimizers = {
+        "head": [sgd(model.head.parameters()), adapters],
+        "adapters": [adapters, sgd(model.head.parameters()), sgd(other.parameters())],
+        "body and head": [early, adapters],
+    }[first]
+    other(torch.ones(1, 3)).sum().backward()
+    assert told_by(model, optimizers) == [] and controller.steps == 6
+
+
+def test_muon_takes_the_matrices_and_the_gates_need_no_optimizer():
+    model, controller, _, x, y = patched(min_coherence=0.0)
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad and p.ndim == 2], lr=1e-2)
+    first = step(model, optimizer, x, y).item()
+    for _ in range(50):
+        last = step(model, optimizer, x, y).item()
+    assert (
+        controller.moved > 0 and last < first and all(layer.gate.grad is None for layer in controller.adapters.values())
+    )

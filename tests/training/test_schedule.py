@@ -3,7 +3,7 @@
 import pytest
 
 from l1ra import L1RAConfig
-from l1ra.training.schedule import Schedule
+from l1ra.training.schedule import Schedule, TrainedSteps
 
 
 def steps(total, until=None, **settings):
@@ -107,3 +107,12 @@ def test_in_the_first_interval_a_quarter_of_it_is_enough_if_ranks_are_judged_ear
     assert [early.min_age(step) for step in (1, interval)] == [quarter, quarter]
     assert [early.min_age(step) for step in (interval + 1, 3 * interval)] == [interval, interval]
     assert {patient.min_age(step) for step in range(1, 3 * interval)} == {interval}
+
+
+def test_the_period_in_which_an_adapter_is_trained_is_that_of_its_own_steps():
+    trained = TrainedSteps(4, since=100)
+    assert trained.periods(100) == [1, 1, 1, 1]
+    for step in range(100):
+        trained.add([0, 1, 2, 3] if step < 40 else [0, 1] if step % 2 else [0])
+    assert trained.periods(200) == [1, 2, 3, 3]
+    assert TrainedSteps(1).periods(7) == [1]

@@ -1,0 +1,79 @@
+"""accelerate's ``Accelerator.save_state`` and ``load_state``.
+
+They write and read the state dict of the model, and the state of objects that were registered with
+``register_for_checkpointing``. For a controller that was not, hooks of the model's ``state_dict`` and
+``load_state_dict`` write and read its state beside the model's.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from l1ra.files.checkpoint import read
+from l1ra.integrations.call_stack import calls
+from l1ra.layers.adapted_model import controller_of
+
+__all__ = ["ResumeWithAccelerator", "SaveWithAccelerator"]
+
+FOLDER = "l1ra"  # inside the folder of save_state
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # there a process has a part of the adapters, and no rank moves
+
+
+class SaveWithAccelerator:
+    """A hook of the model's ``state_dict``: within ``Accelerator.save_state`` it writes the controller's state.
+
+    The hook has no reference to the controller, so that a copy of the model has none.
+    """
+
+    def __call__(self, model: nn.Module, *args: Any) -> None:
+        controller = controller_of(model)
+        found = None if controller is None else _accelerator_in("save_state", controller)
+        if found is not None:
+            accelerator, variables = found
+            if accelerator.is_main_process:
+                controller.save(Path(variables["output_dir"]) / FOLDER)
+
+
+class ResumeWithAccelerator:
+    """A hook of the model's ``load_state_dict``: within ``Accelerator.load_state`` the controller takes over the state
+    that was saved with the model's."""
+
+    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
+        controller = controller_of(model)
+        found = None if controller is None else _accelerator_in("load_state", controller)
+        if found is None:
+            return
+        folder = Path(found[1]["input_dir"])
+        try:
+            checkpoint = read(folder / FOLDER)
+        except FileNotFoundError:
+            warnings.warn(
+                f"{folder} holds no state of L1RA: the ranks are those that were saved, but the controller begins "
+                "anew, at step 0. If it was saved with accelerator.register_for_checkpointing(controller), call this "
+                "before load_state.",
+                stacklevel=2,
+            )
+        else:
+            controller.load_state_dict(checkpoint.controller)
+
+
+def _accelerator_in(method: str, controller: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The Accelerator whose ``method`` is being called, and the local variables of that call.
+
+    None if there is none, if ``controller`` is registered with it, so that the Accelerator has its state, or if the
+    Accelerator shards the model.
+    """
+    module = sys.modules.get("accelerate.accelerator")
+    frames = () if module is None else calls(method)
+    frame = next((frame for frame in frames if frame.f_globals.get("__name__") == module.__name__), None)
+    if frame is None:
+        return None
+    variables = frame.f_locals
+    accelerator = variables["self"]
+    registered = any(known is controller for known in accelerator._custom_objects)
+    return None if registered or accelerator.distributed_type in SHARDED else (accelerator, variables)
