@@ -172,6 +172,10 @@ class GateBank:
         )
         self.weight = weight.to(self.weight)
 
+    def penalise_none(self) -> None:
+        """From now on apply no penalty: all gates return to 1."""
+        self.weight = torch.zeros_like(self.weight)
+
     def _starts(self) -> Iterator[int]:
         """The first row of each adapter."""
         return itertools.accumulate(self.ranks[:-1], initial=0)

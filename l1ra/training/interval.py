@@ -131,7 +131,7 @@ class Interval:
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
         done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
-        self._bank.penalise([()] * len(self._layers), [1] * len(self._layers))
+        self._bank.penalise_none()
         if self._config.principal_axes and self._uses_importance:
             rows = self._bank.rows_at_one()
             layers = zip(self._layers, rows, strict=True)
@@ -146,7 +146,7 @@ class Interval:
         """Drop what the interval has begun: the fading gates return to 1, and probes have observed nothing."""
         self.fading = False
         self.probes.discard()
-        self._bank.penalise([()] * len(self._layers))
+        self._bank.penalise_none()
 
     def load(self, probes: dict[str, dict[str, Tensor]], generator: Tensor, fading: bool) -> None:
         """Take over a saved state: of :attr:`probes`, of :attr:`generator`, and :attr:`fading`."""
