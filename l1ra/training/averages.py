@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,14 +56,23 @@ class Averages:
     def __init__(self, model: nn.Module, adapters: Mapping[str, L1RALinear]) -> None:
         self._model = model
         self._adapters = adapters
-        self._followed: list[_Followed] = []
+        # An average that its user has replaced is gone. Lists and dicts can't be referred to weakly.
+        self._followed: list[tuple[Callable[[], Any], list[nn.Parameter] | None]] = []
 
     def follow(self, average: Any, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """See ``RankController.follow``."""
-        followed = _Followed(average, None if parameters is None else list(parameters))
-        self._parts(followed)
-        if all(known.average is not average for known in self._followed):
-            self._followed.append(followed)
+        parameters = None if parameters is None else list(parameters)
+        self._parts(_Followed(average, parameters))
+        try:
+            reference = weakref.ref(average)
+        except TypeError:
+            reference = partial(lambda kept: kept, average)
+        if all(known.average is not average for known in self._alive()):
+            self._followed.append((reference, parameters))
+
+    def _alive(self) -> list[_Followed]:
+        found = [_Followed(reference(), parameters) for reference, parameters in self._followed]
+        return [followed for followed in found if followed.average is not None]
 
     def plan_move(self, moves: RowMoves, plan: Plan, new_rows: Sequence[Tensor | None]) -> None:
         """Add the moves of all averages to ``moves``, by a plan that the model's adapters will follow.
@@ -109,7 +118,7 @@ class Averages:
         module = sys.modules.get("diffusers.training_utils")
         if module is None:
             return None
-        known = {id(followed.average) for followed in self._followed}
+        known = {id(followed.average) for followed in self._alive()}
         for found in gc.get_objects():
             if type(found) is module.EMAModel and id(found) not in known:
                 try:
@@ -120,9 +129,9 @@ class Averages:
         return None
 
     def _all(self) -> Iterator[list[_Part]]:
-        for followed in self._followed:
-            yield self._parts(followed)
-        known = {id(followed.average) for followed in self._followed}
+        alive = self._alive()
+        yield from map(self._parts, alive)
+        known = {id(followed.average) for followed in alive}
         mine = next(iter(self._adapters.values())).family
         for average in list(_averaged_models):
             if id(average) not in known and any(layer.family == mine for _, layer in find_adapters(average)):

@@ -41,6 +41,18 @@ SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 EXACT = "bit for bit"
 
 
+def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def _by_peft(model: nn.Module, base: Path, folder: Path) -> nn.Module:
+    import peft
+
+    l1ra.export_peft(model, folder)
+    return peft.PeftModel.from_pretrained(type(model).from_pretrained(base), folder)
+
+
 @dataclass(frozen=True)
 class Tool:
     """A tool, and a training with it.
@@ -52,6 +64,9 @@ class Tool:
             Returns the model and its controller.
         base: makes the pretrained model.
         inputs: of the model, to compare outputs.
+        outputs: of a model.
+        loaded_by: the library that loads the result, as in the table.
+        load: ``load(model, base, folder)`` saves the trained model into ``folder`` and loads it with that library.
         resumes: ``EXACT``, or why a resumed training is not the unbroken one.
         note: for the table.
         warns: a warning that is expected, a regular expression.
@@ -61,7 +76,10 @@ class Tool:
     package: str
     train: Callable[[Path, Path, int, int, bool], tuple[nn.Module, l1ra.RankController]]
     base: Callable[[], nn.Module]
-    inputs: dict[str, torch.Tensor]
+    inputs: Any
+    outputs: Callable[[nn.Module, Any], torch.Tensor] = logits
+    loaded_by: str = "peft"
+    load: Callable[[nn.Module, Path, Path], nn.Module] = _by_peft
     resumes: str = EXACT
     note: str = ""
     warns: str = ""
@@ -294,6 +312,118 @@ def _lightning(base: Path, folder: Path, steps: int, stop: int, resume: bool):
     return module.model, module.controller
 
 
+def _embedder(base: Path) -> nn.Module:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    return SentenceTransformer(modules=[Transformer(str(base)), Pooling(16)], device="cpu")
+
+
+def _sentence_transformers(base: Path, folder: Path, steps: int, stop: int, resume: bool):
+    import sentence_transformers as st
+    from datasets import Dataset
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    model = _embedder(base)
+    layers = r".*encoder\.layer.*(query|key|value|dense)"  # the pooler is not called
+    controller = l1ra.patch(model, 24, target_modules=layers, **MOVING)
+    texts = [" ".join(WORDS[(i + 3 * j) % 47] for j in range(6)) for i in range(49)]
+    data = Dataset.from_dict({"anchor": texts[:-1], "positive": texts[1:]})
+    settings = arguments(folder, max_steps=steps, save_strategy="steps", save_steps=HALF, seed=5)
+    trainer = st.SentenceTransformerTrainer(
+        model,
+        st.SentenceTransformerTrainingArguments(**settings),
+        train_dataset=data,
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=[_StopAt(stop)] if stop < steps else None,
+    )
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
+    return model, controller
+
+
+def _encoded(model: nn.Module, texts: list[str]) -> torch.Tensor:
+    return torch.tensor(model.eval().encode(texts))
+
+
+def _by_sentence_transformers(model: nn.Module, base: Path, folder: Path) -> nn.Module:
+    from sentence_transformers import SentenceTransformer
+
+    model.save_pretrained(str(folder))
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def encoder() -> nn.Module:
+    return bert().bert
+
+
+def unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def _diffusers(base: Path, folder: Path, steps: int, stop: int, resume: bool):
+    """As diffusers' LoRA scripts: noise is predicted, an EMA runs along, accelerate saves the state."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    model = UNet2DConditionModel.from_pretrained(base)
+    attention = ["to_q", "to_k", "to_v", "to_out.0"]
+    controller = l1ra.patch(model, 64, target_modules=attention, total_steps=steps, **MOVING)
+    accelerator = Accelerator(cpu=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = EMAModel(trained, decay=0.9)
+    controller.follow(average)
+    made, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
+    accelerator.register_for_checkpointing(controller)
+    if resume:
+        accelerator.load_state(str(folder / "state"))
+        average = EMAModel(trained, decay=0.9)
+        average.load_state_dict(torch.load(folder / "ema.pt"))
+        controller.follow(average)
+    noise = DDPMScheduler(num_train_timesteps=50)
+    for i in range(HALF if resume else 0, stop):
+        generator = torch.Generator().manual_seed(i)
+        latents, text, target = (torch.randn(2, *s, generator=generator) for s in ((4, 8, 8), (5, 16), (4, 8, 8)))
+        times = torch.randint(0, 50, (2,), generator=generator)
+        found = made(noise.add_noise(latents, target, times), times, text).sample
+        accelerator.backward((found - target).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(trained)
+    if stop == HALF:
+        accelerator.save_state(str(folder / "state"))
+        torch.save(average.state_dict(), folder / "ema.pt")
+    average.copy_to(trained)
+    return model, controller
+
+
+def _denoised(model: nn.Module, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    with torch.no_grad():
+        return model.eval()(x, torch.tensor([3, 40]), text).sample
+
+
+def _by_diffusers(model: nn.Module, base: Path, folder: Path) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    l1ra.export_peft(model, folder, prefix="")
+    fresh = UNet2DConditionModel.from_pretrained(base)
+    fresh.load_lora_adapter(folder, prefix=None, use_safetensors=True)
+    return fresh
+
+
 TOOLS = [
     Tool("Trainer", "transformers", _with_trainer(llama, _trainer), llama, IDS),
     Tool("Trainer, classifier", "transformers", _with_trainer(bert, _trainer), bert, IDS),
@@ -346,6 +476,28 @@ TOOLS = [
         llama,
         IDS,
     ),
+    Tool(
+        "SentenceTransformerTrainer",
+        "sentence-transformers",
+        _sentence_transformers,
+        encoder,
+        ["w3 w6 w9 w12", "w20 w23"],
+        _encoded,
+        "sentence-transformers",
+        _by_sentence_transformers,
+        note="adapters are merged into what it saves",
+    ),
+    Tool(
+        "a UNet, with EMAModel",
+        "diffusers",
+        _diffusers,
+        unet,
+        1,
+        _denoised,
+        "diffusers",
+        _by_diffusers,
+        note="`controller.follow(ema)`; the average is what is exported, with `prefix=`",
+    ),
     Tool("accelerate", "accelerate", _accelerate, llama, IDS),
     Tool("Lightning", "lightning", _lightning, llama, IDS, note="the controller's state in two hooks of the module"),
     Tool("own loop, AdamW", "torch", _own_loop(_adamw), llama, IDS),
@@ -369,13 +521,13 @@ def version(package: str) -> str:
     return importlib.metadata.version(package).split("+")[0]
 
 
-def rows() -> list[tuple[str, str, str, str]]:
-    """The rows of the table in ``docs/tools.md``: the tool, its package, how it resumes, and the note."""
-    return [(tool.name, tool.package, tool.resumes, tool.note) for tool in TOOLS]
+def rows() -> list[tuple[str, ...]]:
+    """The rows of ``docs/tools.md``: the tool, its package, how it resumes, what loads its result, and the note."""
+    return [(tool.name, tool.package, tool.resumes, tool.loaded_by, tool.note) for tool in TOOLS]
 
 
 def table() -> str:
     """The table, with the versions that are installed."""
-    lines = ["| tool | tested with | resumed half-way | |", "|---|---|---|---|"]
-    lines += [f"| {name} | {package} {version(package)} | {how} | {note} |" for name, package, how, note in rows()]
+    lines = ["| tool | tested with | resumed half-way | loaded by | |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {package} {version(package)} | {' | '.join(rest)} |" for name, package, *rest in rows()]
     return "\n".join(lines)

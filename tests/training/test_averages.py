@@ -238,3 +238,20 @@ def test_an_average_that_was_loaded_with_other_ranks_is_named_at_the_next_move()
         for _ in range(10):
             F.mse_loss(model(x), y).backward()
             optimizer.step()
+
+
+def test_an_average_that_was_replaced_is_not_followed_any_more():
+    controller, model, _, first = training(20, kind="EMAModel")
+    second = diffusers.EMAModel(trainable(model), decay=DECAY)
+    controller.follow(second)
+    first.shadow_params = [tensor[:1] for tensor in first.shadow_params]  # it does not fit any more
+    del first
+    x, y = task(Residual())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    moved = controller.moved
+    for _ in range(10):
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert controller.moved > moved
+    assert [tensor.shape for tensor in second.shadow_params] == [p.shape for p in trainable(model)]
