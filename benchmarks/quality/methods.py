@@ -113,7 +113,7 @@ def adapt(
     for parameter in head:
         parameter.requires_grad_(True)
     adapted.trained, adapted.head = [p for p in adapted.model.parameters() if p.requires_grad], head
-    _check_head(adapted, saved_modules(model, None))
+    _check_head(adapted, {name: model.get_submodule(name) for name in heads})
     _check_spent(method, adapted)
     return adapted
 

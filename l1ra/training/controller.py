@@ -32,6 +32,7 @@ from l1ra.layers.adapted_model import (
 )
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
+from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
@@ -45,7 +46,6 @@ from l1ra.training.optimizer_hooks import (
     HeldAdapters,
     OptimizerHooks,
     OtherOptimizers,
-    in_backward,
 )
 from l1ra.training.reallocation import Reallocation
 from l1ra.training.schedule import Schedule, Stage, TrainedSteps

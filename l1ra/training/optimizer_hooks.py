@@ -13,8 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+from l1ra.layers.recompute import in_backward
 
-__all__ = ["BackwardCounter", "EndOfBackward", "HeldAdapters", "OptimizerHooks", "OtherOptimizers", "in_backward"]
+__all__ = ["BackwardCounter", "EndOfBackward", "HeldAdapters", "OptimizerHooks", "OtherOptimizers"]
 
 
 class HeldAdapters:
@@ -96,11 +97,6 @@ def _call_all(when: str, optimizer: Optimizer) -> None:
     # In the order of construction: data-parallel processes must call theirs in the same order.
     for hooks in sorted(_active, key=lambda hooks: hooks._number):
         hooks.call(when, optimizer)
-
-
-def in_backward() -> bool:
-    """Whether this thread is running a backward."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class EndOfBackward:
