@@ -201,6 +201,11 @@ def _check_weights(model: nn.Module) -> None:
 
 def _check_devices(adapters: Mapping[str, L1RALinear]) -> None:
     without_values = next((name for name, layer in adapters.items() if layer.lora_A.is_meta), None)
+    if without_values is not None and hasattr(adapters[without_values].base_layer, "_hf_hook"):
+        raise ValueError(
+            f"{without_values} is offloaded by accelerate, and an offloaded model can't be trained: load it without "
+            "offloading, quantised or spread over several GPUs if it must be smaller."
+        )
     if without_values is not None:
         raise ValueError(
             f"{without_values} is on the meta device, without values: load the model's weights, for example with "

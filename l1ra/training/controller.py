@@ -431,6 +431,11 @@ class RankController:
                 "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
                 "the block before optimizer.step()."
             )
+        if held and layers[held[0]].lora_A.is_meta:
+            raise RuntimeError(
+                "the adapters are on the meta device and get no gradient, as accelerate offloads the model: train it "
+                'without cpu_offload, disk_offload or a device_map with "cpu" or "disk".'
+            )
         if self._schedule is None:
             self._sharded = adapters_are_sharded(layers)
         if self._sharded:

@@ -124,6 +124,22 @@ def test_weights_on_the_meta_device_are_refused():
     assert not any(isinstance(module, l1ra.L1RALinear) for module in model.modules())
 
 
+def test_offloaded_weights_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(Residual(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"blocks.0 is offloaded by accelerate"):
+        l1ra.patch(model, 16)
+    model = Residual()
+    l1ra.patch(model, 16, total_steps=10)
+    x, y = task(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    optimizer.param_groups[0]["params"] = trainable(model)
+    with pytest.raises(RuntimeError, match=r"adapters are on the meta device.* without cpu_offload"):
+        optimizer.step()
+
+
 def test_a_report_is_printed_under_any_default():
     model = Residual()
     l1ra.patch(model, 16)
