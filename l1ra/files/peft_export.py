@@ -18,6 +18,7 @@ from l1ra.layers.adapted_model import (
     MERGED_FOR_GOOD,
     find_adapters,
     frozen_and_drawn_anew,
+    running_statistics,
     task_head,
     trained_modules,
 )
@@ -103,7 +104,8 @@ def export_peft(
     rank = _common_rank(ranks, uniform)
     base = _base_name(model)
     tensors = _lora_tensors(factors, pad_to=rank)
-    frozen = frozen_and_drawn_anew(model)
+    statistics = {name: value for name, value in running_statistics(model).items() if not _is_inside(name, saved)}
+    frozen = frozen_and_drawn_anew(model) | statistics
     directory = Path(directory)
     if prefix is not None:
         if saved or frozen:
@@ -300,6 +302,10 @@ def _also_matched_by_peft(names: Collection[str], model: nn.Module, modules: Map
         not_adapted = re.compile(rf"(^|.*\.){name}($|\..*)")
         matched |= {other: name for other, _ in find_adapters(model) if not_adapted.match(other)}
     return matched
+
+
+def _is_inside(name: str, modules: Collection[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _has_adapters(module: nn.Module) -> bool:

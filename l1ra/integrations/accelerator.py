@@ -16,7 +16,7 @@ from torch import nn
 
 from l1ra.files.checkpoint import read
 from l1ra.integrations.call_stack import calls
-from l1ra.layers.adapted_model import controller_of
+from l1ra.layers.adapted_model import CONTROLLER, controller_of
 
 __all__ = ["ResumeWithAccelerator", "SaveWithAccelerator"]
 
@@ -36,7 +36,7 @@ class SaveWithAccelerator:
         if found is not None:
             accelerator, variables = found
             if accelerator.is_main_process:
-                controller.save(Path(variables["output_dir"]) / FOLDER)
+                controller.save(Path(variables["output_dir"]) / _state_folder(accelerator, model))
 
 
 class ResumeWithAccelerator:
@@ -48,9 +48,10 @@ class ResumeWithAccelerator:
         found = None if controller is None else _accelerator_in("load_state", controller)
         if found is None:
             return
-        folder = Path(found[1]["input_dir"])
+        accelerator, variables = found
+        folder = Path(variables["input_dir"])
         try:
-            checkpoint = read(folder / FOLDER)
+            checkpoint = read(folder / _state_folder(accelerator, model))
         except FileNotFoundError:
             warnings.warn(
                 f"{folder} holds no state of L1RA: the ranks are those that were saved, but the controller begins "
@@ -60,6 +61,19 @@ class ResumeWithAccelerator:
             )
         else:
             controller.load_state_dict(checkpoint.controller)
+
+
+def _state_folder(accelerator: Any, model: nn.Module) -> Path:
+    """Where the state of the controller of ``model`` is: below the number of the prepared model that contains it, and
+    its name in that, if the Accelerator has several models with controllers."""
+    # Wrappers pass attributes of the model inside on as their own: those of the module itself are looked at.
+    places = {
+        part: Path(str(i), name)
+        for i, prepared in enumerate(accelerator._models)
+        for name, part in prepared.named_modules()
+        if CONTROLLER in vars(part)
+    }
+    return Path(FOLDER) if len(places) < 2 or model not in places else Path(FOLDER) / places[model]
 
 
 def _accelerator_in(method: str, controller: Any) -> tuple[Any, dict[str, Any]] | None:

@@ -43,6 +43,7 @@ WEIGHTS = "model.safetensors"  # without it a Trainer does not accept a folder a
 # Methods of a Trainer: those that write a checkpoint, and those that write weights into the folder that they are given.
 CHECKPOINT_WRITERS = ("_save_checkpoint", "_tune_save_checkpoint")
 WEIGHT_WRITERS = ("save_model", "_save")
+CALLS_ON_SAVE = "_maybe_log_save_evaluate"
 
 
 class Controller(Protocol):
@@ -78,6 +79,10 @@ class RankCallback:
         # Accelerate wraps the optimizer, and skips its step if a gradient in float16 has overflowed.
         if self.controller is not None and self.makes_steps and not getattr(optimizer, "step_was_skipped", False):
             self.controller.step(getattr(optimizer, "optimizer", optimizer))
+
+    def on_save(self, args, state, control, **kwargs):
+        # A Trainer whose _save writes single parameters has asked no model for its state dict.
+        save_controllers(afterwards=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.controller is None or logs is None:
@@ -192,16 +197,17 @@ def is_in_checkpoint() -> bool:
     return next(_trainer_calls(*CHECKPOINT_WRITERS), None) is not None
 
 
-def save_controllers(folder: Path | None = None) -> bool:
+def save_controllers(folder: Path | None = None, *, afterwards: bool = False) -> bool:
     """If a Trainer is writing a checkpoint right now, write the state of its model's controllers into it.
 
     Args:
         folder: where the weights go, if the Trainer's methods don't tell.
+        afterwards: the Trainer has just written one; leave the state alone if it is there.
 
     Returns:
         Whether a Trainer is writing a checkpoint.
     """
-    for trainer, frame in _trainer_calls(*WEIGHT_WRITERS, *CHECKPOINT_WRITERS):
+    for trainer, frame in _trainer_calls(*((CALLS_ON_SAVE,) if afterwards else (*WEIGHT_WRITERS, *CHECKPOINT_WRITERS))):
         if frame.f_code.co_name in WEIGHT_WRITERS:
             folder = first_argument(frame) or folder
             continue
@@ -211,8 +217,9 @@ def save_controllers(folder: Path | None = None) -> bool:
         if trainer.args.should_save:
             for model, state_folder in _state_folders(trainer.model).items():
                 # Where adapters are sharded, ranks stay fixed, and one process cannot read all rows.
-                if not has_sharded_adapters(model):
-                    controller_of(model).save(Path(folder) / state_folder)
+                into = Path(folder) / state_folder
+                if not (has_sharded_adapters(model) or (afterwards and into.is_dir())):
+                    controller_of(model).save(into)
         return True
     return False
 

@@ -25,6 +25,7 @@ __all__ = [
     "has_sharded_adapters",
     "name_before_patch",
     "optional_submodule",
+    "running_statistics",
     "task_head",
     "trained_modules",
     "trained_tensors",
@@ -117,6 +118,18 @@ def frozen_and_drawn_anew(model: nn.Module) -> dict[str, Tensor]:
         if module._parameters.get(key) is not None
     }
     return {n: p.detach() for n, p in model.named_parameters() if id(p) in marked and not p.requires_grad}
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Name in the state dict -> buffer, for the moving statistics of batch normalisation, which change in training also
+    where their module is frozen."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for key, value in module._buffers.items()
+        if value is not None
+    }
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

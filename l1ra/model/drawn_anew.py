@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l1ra.layers.adapted_model import DRAWN_ANEW, optional_submodule
+from l1ra.layers.adapted_model import DRAWN_ANEW, abbreviated, optional_submodule
 from l1ra.layers.base_layers import FLOATS
 
 __all__ = ["drawn_anew", "forget", "mark", "new_modules", "outside_warning"]
@@ -29,7 +29,10 @@ def drawn_anew(model: nn.Module) -> dict[str, nn.Parameter]:
         # Quantised weights are of other types and dtypes.
         plain = {n: p for n, p in part.named_parameters(prefix) if type(p) is nn.Parameter and p.dtype in FLOATS}
         unknown = {name: param for name, param in plain.items() if not getattr(param, LOADED, False)}
-        if 2 * _size(unknown) <= _size(plain):  # otherwise something has replaced the parameters since
+        # New heads and embeddings are outside of stacks. In them, something has replaced the parameters since.
+        stacked = {id(p) for m in part.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
+        sizes = [sum(p.numel() for p in params.values() if id(p) in stacked) for params in (unknown, plain)]
+        if 2 * sizes[0] <= sizes[1]:
             found |= unknown
         ids = _resized_embeddings(part)
         found |= {name: param for name, param in plain.items() if id(param) in ids}
@@ -62,31 +65,34 @@ def forget(model: nn.Module) -> None:
         module.__dict__.pop(DRAWN_ANEW, None)
 
 
-def outside_warning(model: nn.Module, adapted: Collection[str]) -> str:
+def outside_warning(model: nn.Module, adapted: Collection[str], saved: Mapping[str, nn.Module]) -> str:
     """A warning about weights beside a pretrained transformers model, such as a head in a module of the user's own.
 
     Nothing tells whether they are new. If they are, they must be trained in full, and saved.
 
     Args:
         adapted: the layers to adapt.
+        saved: the modules that are trained in full.
 
     Returns:
         "" if there are no such weights, or no pretrained model.
     """
-    parts = _pretrained_models(model)
-    inside = {id(param) for _, part in parts for param in part.parameters()}
-    beside = {
-        name.rpartition(".")[0]
-        for name, param in model.named_parameters()
-        if id(param) not in inside and param.is_floating_point()
-    }
+    parts = [part for _, part in _pretrained_models(model)]
+    known = {id(param) for part in (*parts, *saved.values()) for param in part.parameters()}
+    beside = [name for name, p in model.named_parameters() if id(p) not in known and p.is_floating_point()]
     if not (parts and beside):
         return ""
-    names = sorted(beside)
-    state = "adapted" if beside & set(adapted) else "frozen"
+    modules = sorted({name.rpartition(".")[0] for name in beside if "." in name})
+    own = [name for name in beside if "." not in name]
+    advice = []
+    if modules:
+        advice.append(f"pass modules_to_save={[*saved, *modules][:8]}, which trains and saves them in full")
+    if own:
+        advice.append(f"call model.{own[0]}.requires_grad_(True) after l1ra.patch, which has it trained and saved")
+    state = "adapted" if set(modules) & set(adapted) else "frozen"
     return (
-        f"{', '.join(names[:8])} {'is' if len(names) == 1 else 'are'} outside of the pretrained model, and {state}: if "
-        f"it is new, pass modules_to_save={names[:8]}, which trains and saves it in full; if not, modules_to_save=[]."
+        f"{abbreviated([*own, *modules])} {'is' if len(own) + len(modules) == 1 else 'are'} outside of the pretrained "
+        f"model, and {state}. If new: {'; '.join(advice)}. If not: modules_to_save=[]."
     )
 
 
@@ -123,10 +129,6 @@ def _covered(module: nn.Module, name: str, ids: set[int]) -> Iterator[tuple[str,
         return
     for key, child in module.named_children():
         yield from _covered(child, f"{name}.{key}" if name else key, ids)
-
-
-def _size(params: Mapping[str, nn.Parameter]) -> int:
-    return sum(param.numel() for param in params.values())
 
 
 def _resized_embeddings(model: nn.Module) -> set[int]:

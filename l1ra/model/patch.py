@@ -86,8 +86,8 @@ def patch(
     saved = saved_modules(model, modules_to_save, target_modules)
     targets = select_targets(model, target_modules, saved)
     messages = [unadapted_warning(model, saved)] if target_modules == "all-linear" else []
-    if modules_to_save is None:
-        messages.append(outside_warning(model, targets))
+    if modules_to_save is None or saved:
+        messages.append(outside_warning(model, targets, saved))
     ranks = _initial_ranks(targets, budget, config)
     anew = list(drawn_anew(model).values())
 

@@ -44,6 +44,7 @@ from l1ra.training.optimizer_hooks import (
     BackwardCounter,
     EndOfBackward,
     HeldAdapters,
+    LoadedStates,
     OptimizerHooks,
     OtherOptimizers,
 )
@@ -139,6 +140,7 @@ class RankController:
         self._gradients: GateGradients | None = None
         self._taken: dict[int, Tensor] = {}  # gradients of gates in a backward in which optimizers step
         self._pending_graphs = PendingGraphs(self._layers)
+        self._stepped_here = False  # since a state was loaded
         self._advanced_to = 0  # the last step after which the interval has advanced
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
@@ -152,6 +154,7 @@ class RankController:
         for layer in adapters.values():
             layer.family = family
         self._held = HeldAdapters(self._layers)
+        self._states = LoadedStates()
         self._others = OtherOptimizers(model)
         self._end = EndOfBackward(self._end_step)
         hooks = (self._held, self._before_step, self._after_step, self._other_step)
@@ -255,8 +258,9 @@ class RankController:
     def expect_steps(self, total_steps: int, done: int = 0) -> None:
         """Take the number of optimizer steps from a Trainer, unless ``total_steps`` was passed by the user.
 
-        Called by :meth:`callback` when a Trainer begins to train. A Trainer that begins at step 0 trains anew, e.g.
-        with smaller batches after it ran out of memory: steps and history begin anew too, with the ranks as they are.
+        Called by :meth:`callback` when a Trainer begins to train. A Trainer that begins at an earlier step trains anew,
+        e.g. with smaller batches after it ran out of memory: steps and history begin there too, with the ranks as they
+        are.
 
         Args:
             total_steps: of the training, those that were done before it was resumed included.
@@ -264,12 +268,12 @@ class RankController:
         """
         if self.config.total_steps is not None:
             return
-        begins_anew = done == 0 and self.steps > 0
+        begins_anew = self.steps > done and (done == 0 or self._stepped_here)
         if begins_anew:
-            self.steps = self._advanced_to = 0
-            self._trained = TrainedSteps(len(self.adapters))
+            self.steps = self._advanced_to = done
+            self._trained = TrainedSteps(len(self.adapters), since=done)
             self._stepped.clear()
-            self.history.clear()
+            self.history[:] = [entry for entry in self.history if 0 < entry["step"] < done]
             self._record(Reallocation(0, 0, {}))
         if begins_anew or total_steps != self.total_steps:
             if self.total_steps is not None:
@@ -400,7 +404,8 @@ class RankController:
         self.steps = self._advanced_to = state["steps"]
         self.moved = state["moved"]
         self._trained = TrainedSteps(len(self.adapters), since=self.steps)
-        self.total_steps = self.total_steps or state["total_steps"]
+        self.total_steps = self.config.total_steps or state["total_steps"] or self.total_steps
+        self._stepped_here = False
         self.history = [dict(entry) for entry in state["history"]]
         load_groups(self.adapters, state["sharing"])
 
@@ -438,6 +443,8 @@ class RankController:
             )
         if self._schedule is None:
             self._sharded = adapters_are_sharded(layers)
+        if not self._sharded:
+            self._states.check(optimizer, [layers[i] for i in held])
         if self._sharded:
             for layer in layers:
                 layer.gate.grad = None
@@ -490,6 +497,7 @@ class RankController:
                 self._register(optimizer)
         if not self._stepped or any(optimizer in self._stepped for optimizer in optimizers):
             self._stepped.clear()
+            self._stepped_here = True
             self.steps += 1
             if self.total_steps is not None and self.steps == self.total_steps + 1:
                 warnings.warn(

@@ -218,8 +218,13 @@ class GateBank:
         return {"min": least, "mean": mean, "zero": zero, "skipped": int(skipped)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors, by name."""
-        return {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
+        """Copies of all tensors, by name. The gates are those of the layers, into which a user may have copied an
+        average."""
+        state = {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
+        own = torch.cat(transferred(_gates_of(self.layers), self.value.device, self.value.dtype)).detach()
+        if not torch.equal(own, (self.value * self._rank_scaling).to(own)):
+            state["value"] = own / self._rank_scaling.to(own)
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state of the same ranks, and write the gates to the layers."""

@@ -21,6 +21,7 @@ from l1ra.layers.tensor_lists import transferred, views
 from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
+from l1ra.training.notices import warn_of_blind_probes
 from l1ra.training.principal_axes import rotate_to_principal_axes
 from l1ra.training.probes import ProbeSet
 from l1ra.training.reallocation import Reallocation, move_ranks
@@ -101,6 +102,8 @@ class Interval:
         self.fading = True
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
+        if self.probes and not self.probes.has_seen() and importance is not None:
+            warn_of_blind_probes()
         if importance is not None:
             chosen = ranks_to_prune(
                 importance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -15,7 +15,7 @@ from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.recompute import in_backward
 
-__all__ = ["BackwardCounter", "EndOfBackward", "HeldAdapters", "OptimizerHooks", "OtherOptimizers"]
+__all__ = ["BackwardCounter", "EndOfBackward", "HeldAdapters", "LoadedStates", "OptimizerHooks", "OtherOptimizers"]
 
 
 class HeldAdapters:
@@ -34,6 +34,62 @@ class HeldAdapters:
             owned = [{id(getattr(layer, name)) for name in ADAPTER_PARAMETERS} for layer in self._layers]
             known = self._known[optimizer] = (size, [i for i, ids in enumerate(owned) if not ids.isdisjoint(held)])
         return known[1]
+
+
+class LoadedStates:
+    """Drops loaded state of an optimizer that was saved with other ranks than the model has now.
+
+    Some optimizers would step with it outside of their tensors' memory.
+    """
+
+    def __init__(self) -> None:
+        self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def check(self, optimizer: Optimizer, layers: Sequence[L1RALinear]) -> None:
+        """Before a step: check the state of ``layers``, if ``optimizer`` has loaded one since its last step."""
+        if optimizer in self._checked:
+            return
+        if optimizer not in _watched:
+            optimizer.register_load_state_dict_post_hook(_forget_checks)
+            _watched.add(optimizer)
+        _checks.setdefault(optimizer, weakref.WeakSet()).add(self)
+        self._checked.add(optimizer)
+        wrong = [
+            param
+            for layer in layers
+            for param in (layer.lora_A, layer.gate, layer.lora_B)
+            if _is_of_other_rows(optimizer.state.get(param, {}), param)
+        ]
+        for param in wrong:
+            optimizer.state[param].clear()
+        if wrong:
+            warnings.warn(
+                f"the state that {type(optimizer).__name__} has loaded is of other ranks than those of the model, for "
+                f"{len(wrong)} parameters of adapters: it starts anew there. Load the model, the controller and the "
+                "optimizer from one checkpoint.",
+                stacklevel=2,
+            )
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """``optimizer`` has loaded a state."""
+        self._checked.discard(optimizer)
+
+
+_watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_checks: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[LoadedStates]] = weakref.WeakKeyDictionary()
+
+
+def _forget_checks(optimizer: Optimizer) -> None:
+    for states in _checks.get(optimizer, ()):
+        states.forget(optimizer)
+
+
+def _is_of_other_rows(state: Mapping[str, object], param: torch.nn.Parameter) -> bool:
+    """Whether ``state`` has a tensor like ``param``, but with another number of rows."""
+    if any(not isinstance(value, torch.Tensor | int | float | str | None) for value in state.values()):
+        return False  # of objects such as GaLore's projector nobody knows what is right
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() == param.dim()]
+    return any(t.shape[1:] == param.shape[1:] and t.shape != param.shape and t.numel() > 1 for t in tensors)
 
 
 class OptimizerHooks:

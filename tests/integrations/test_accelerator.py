@@ -90,3 +90,39 @@ def test_neither_a_copy_nor_a_state_dict_outside_of_save_state_writes_anything(t
     model.state_dict()
     model.load_state_dict(model.state_dict())
     assert controller.steps == 1
+
+
+@pytest.mark.parametrize("contained", [False, True])
+def test_two_models_are_told_apart(contained, tmp_path):
+    """As the UNet and the text encoder of a diffusion model, prepared one by one or within one module."""
+
+    def two():
+        torch.manual_seed(0)
+        models = [Residual(), Residual()]
+        data = [task(model, seed=seed) for seed, model in enumerate(models)]
+        controllers = [
+            l1ra.patch(m, b, **{**BRISK, "min_coherence": 0.0}) for m, b in zip(models, (16, 20), strict=True)
+        ]
+        accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW([p for model in models for p in trainable(model)], lr=1e-2)
+        accelerator.prepare(*([torch.nn.ModuleList(models)] if contained else models))
+        optimizer = accelerator.prepare(optimizer)
+
+        def train(steps):
+            for _ in range(steps):
+                accelerator.backward(sum(F.mse_loss(m(x), y) for m, (x, y) in zip(models, data, strict=True)))
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return accelerator, controllers, models, train
+
+    accelerator, controllers, models, train = two()
+    train(9)
+    accelerator.save_state(tmp_path)
+    train(20)
+    accelerator, resumed, others, train = two()
+    accelerator.load_state(tmp_path)
+    train(20)
+    for controller, again, model, other in zip(controllers, resumed, models, others, strict=True):
+        assert controller.moved > 0 and as_lists(again.state_dict()) == as_lists(controller.state_dict())
+        assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

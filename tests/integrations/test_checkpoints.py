@@ -262,9 +262,17 @@ class ReadsWhateverItIsGiven(SavesTheStateDictItself):
         self.model.load_state_dict(load_file(os.path.join(args[0], "model.safetensors")))
 
 
+class SavesWhatIsTrained(Trainer):
+    def _save(self, output_dir=None, state_dict=None):
+        os.makedirs(output_dir, exist_ok=True)
+        trained = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, os.path.join(output_dir, "model.safetensors"), metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("kind", "folder"),
     [
+        (SavesWhatIsTrained, "checkpoint-5"),
         (SavesTheModelItself, "mine/checkpoint-5"),
         (SavesTheStateDictItself, "checkpoint-5"),
         (ReadsItself, "checkpoint-5"),

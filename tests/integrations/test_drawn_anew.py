@@ -276,7 +276,13 @@ def test_weights_beside_a_pretrained_model_are_named(tmp_path):
     make = lambda: WithHead(load(BertModel), nn.LayerNorm(16))  # noqa: E731
     with pytest.warns(UserWarning, match=r"head, trained are outside .* modules_to_save=\['head', 'trained'\]"):
         l1ra.patch(make(), 100)
-    for modules_to_save in (["head"], []):
+    with pytest.warns(UserWarning, match=r"trained is outside .* modules_to_save=\['head', 'trained'\]"):
+        l1ra.patch(make(), 100, modules_to_save=["head"])
+    model = make()
+    model.scale = nn.Parameter(torch.rand(3))
+    with pytest.warns(UserWarning, match=r"scale is outside .* model\.scale\.requires_grad_\(True\) after l1ra.patch"):
+        l1ra.patch(model, 100, modules_to_save=["head", "trained"])
+    for modules_to_save in (["head", "trained"], []):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             controller = l1ra.patch(make(), 100, modules_to_save=modules_to_save)
@@ -297,3 +303,40 @@ def test_a_checkpoint_from_before_frozen_weights_were_noted_is_read(tmp_path):
     other = load(BertForSequenceClassification)
     l1ra.load(other, tmp_path / "own")
     assert torch.equal(outputs(other, IDS), outputs(model, IDS)) and trainable(other) == trainable(model)
+
+
+def test_more_than_half_of_a_model_may_be_new(tmp_path):
+    """A larger vocabulary, with which the embeddings are drawn anew, and a head."""
+    load = checkpoint_of(BertForMaskedLM(BertConfig(**TEXT)), tmp_path / "base")
+    make = lambda: load(BertForSequenceClassification, vocab_size=2000, ignore_mismatched_sizes=True)  # noqa: E731
+    model = make()
+    assert model.get_input_embeddings().weight.numel() > sum(p.numel() for p in model.parameters()) / 2
+    controller = patched(model)
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= trainable(model)
+    want = outputs(model, IDS)
+    model.save_pretrained(tmp_path / "lora")
+    controller.save(tmp_path / "own")
+    other = make()
+    l1ra.load(other, tmp_path / "own")
+    for reader in (other, peft.PeftModel.from_pretrained(make(), tmp_path / "lora")):
+        torch.testing.assert_close(outputs(reader, IDS), want, atol=1e-5, rtol=1e-5)
+
+
+def test_moving_statistics_of_a_frozen_normalisation_are_saved(tmp_path):
+    base = SegformerForSemanticSegmentation(SegformerConfig(**STAGES, decoder_hidden_size=8, num_labels=2))
+    load = checkpoint_of(base, tmp_path / "base")
+    make = lambda: load(SegformerForSemanticSegmentation, num_labels=3, ignore_mismatched_sizes=True)  # noqa: E731
+    model = make()
+    controller = patched(model)
+    assert "decode_head.batch_norm.weight" not in trainable(model)
+    inputs = FRESH["segments"][2]
+    model.train()
+    model(**inputs)
+    want = outputs(model, inputs)
+    model.save_pretrained(tmp_path / "lora")
+    controller.save(tmp_path / "own")
+    loaded, imported = make(), make()
+    l1ra.load(loaded, tmp_path / "own")
+    l1ra.from_peft(imported, tmp_path / "lora")
+    for reader in (loaded, imported, peft.PeftModel.from_pretrained(make(), tmp_path / "lora")):
+        torch.testing.assert_close(outputs(reader, inputs), want, atol=1e-5, rtol=1e-5)

@@ -146,3 +146,39 @@ def test_a_loaded_controller_trains_as_long_as_its_new_trainer_says(tmp_path):
     assert controller.steps == 15
     train(tmp_path, model, 30, save_strategy="no")
     assert controller.steps == controller.total_steps == 30 and moves(controller) == [6, 12, 18]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_out_of_memory_after_a_resume_is_counted_from_where_it_resumed(explicit, tmp_path):
+    """The Trainer reads its optimizer's state again, which is of the ranks of the checkpoint, and not the model."""
+    settings = {"num_train_epochs": 6, "per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    model, _ = patched()
+    train(tmp_path, model, -1, stop_at=12, save_steps=12, **settings)
+    model, controller = patched()
+    args = TrainingArguments(**arguments(tmp_path, **{"max_steps": -1, "save_strategy": "no", **settings}))
+    callbacks = [controller.callback()] if explicit else []
+    trainer = OutOfMemory(model, args, train_dataset=sentences(), callbacks=callbacks)
+    with pytest.warns(UserWarning, match="is of other ranks than those of the model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert controller.steps == controller.total_steps == trainer.state.global_step
+    steps = [entry["step"] for entry in controller.history]
+    assert steps == sorted(set(steps)) and controller.ranks == controller.history[-1]["ranks"]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_second_training_from_a_loaded_state_resumes_bit_for_bit(tmp_path):
+    model, begun = patched()
+    train(tmp_path, model, 24, save_strategy="no")
+    begun.save(tmp_path / "saved")
+
+    def second(folder, **kwargs):
+        model = livelier(llama())
+        controller = l1ra.load(model, tmp_path / "saved")
+        train(folder, model, 40, seed=5, **kwargs)
+        return controller, model
+
+    whole, unbroken = second(tmp_path / "whole", save_strategy="no")
+    second(tmp_path / "broken", stop_at=10, save_steps=10)
+    resumed, model = second(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoint-10"), save_strategy="no")
+    assert resumed.history == whole.history and whole.steps == 40
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), unbroken.parameters(), strict=True))
