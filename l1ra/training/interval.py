@@ -83,13 +83,24 @@ class Interval:
         self.generator.set_state(replicas.broadcast(self.generator.get_state()))
         self._reset_copied_probes()
 
-    def start_probes(self) -> None:
-        """First half: let probes observe the gradients, if a decision needs them and there are none yet."""
-        if not self.probes and (self._uses_importance or self._config.new_rows == "gradient"):
+    def start_probes(self) -> bool:
+        """First half: let probes observe the gradients, if a decision needs them and there are none yet.
+
+        Returns:
+            Whether they were started.
+        """
+        start = not self.probes and (self._uses_importance or self._config.new_rows == "gradient")
+        if start:
             self.probes.start(self.generator)
+        return start
 
     def choose_ranks(
-        self, importance: Importance | None, progress: float, given_back: Sequence[int], periods: Sequence[int]
+        self,
+        importance: Importance | None,
+        progress: float,
+        given_back: Sequence[int],
+        periods: Sequence[int],
+        observed: int = 0,
     ) -> None:
         """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
@@ -98,11 +109,12 @@ class Interval:
             progress: share of the way to the last reallocation, 0 to 1.
             given_back: the number of ranks that each adapter has received and lost again.
             periods: in how many steps each adapter is trained once.
+            observed: steps since the probes were started.
         """
         self.fading = True
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
-        if self.probes and not self.probes.has_seen() and importance is not None:
+        if observed > 1 and importance is not None and self.probes and not self.probes.has_seen():
             warn_of_blind_probes()
         if importance is not None:
             chosen = ranks_to_prune(
