@@ -142,7 +142,6 @@ class RankController:
         self._pending_graphs = PendingGraphs(self._layers)
         self._stepped_here = False  # since a state was loaded
         self._advanced_to = 0  # the last step after which the interval has advanced
-        self._probes_since = 0  # the step after which the probes were started
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
         self._ranks_fixed = self._sharded = False
@@ -402,7 +401,7 @@ class RankController:
         self._bank.load_state_dict(state["gates"])
         self._interval.load(state["probes"], state["generator"], state["closing"])
         self.initial_ranks = dict(state["initial_ranks"])
-        self.steps = self._advanced_to = self._probes_since = state["steps"]
+        self.steps = self._advanced_to = state["steps"]
         self.moved = state["moved"]
         self._trained = TrainedSteps(len(self.adapters), since=self.steps)
         self.total_steps = self.config.total_steps or state["total_steps"] or self.total_steps
@@ -531,10 +530,9 @@ class RankController:
         interval.probes.take_step()
         if schedule.in_second_half(step):
             progress, periods = self._stage().progress, self._trained.periods(self.steps)
-            observed = self.steps - self._probes_since
-            interval.choose_ranks(self._importance(), progress, self._given_back(), periods, observed)
-        elif schedule.in_first_half(step) and interval.start_probes():
-            self._probes_since = self.steps
+            interval.choose_ranks(self._importance(), progress, self._given_back(), periods)
+        elif schedule.in_first_half(step):
+            interval.start_probes()
 
     def _stage(self) -> Stage:
         return self._schedule.stage(self.steps)

@@ -21,7 +21,6 @@ from l1ra.layers.tensor_lists import transferred, views
 from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
-from l1ra.training.notices import warn_of_blind_probes
 from l1ra.training.principal_axes import rotate_to_principal_axes
 from l1ra.training.probes import ProbeSet
 from l1ra.training.reallocation import Reallocation, move_ranks
@@ -83,16 +82,10 @@ class Interval:
         self.generator.set_state(replicas.broadcast(self.generator.get_state()))
         self._reset_copied_probes()
 
-    def start_probes(self) -> bool:
-        """First half: let probes observe the gradients, if a decision needs them and there are none yet.
-
-        Returns:
-            Whether they were started.
-        """
-        start = not self.probes and (self._uses_importance or self._config.new_rows == "gradient")
-        if start:
+    def start_probes(self) -> None:
+        """First half: let probes observe the gradients, if a decision needs them and there are none yet."""
+        if not self.probes and (self._uses_importance or self._config.new_rows == "gradient"):
             self.probes.start(self.generator)
-        return start
 
     def choose_ranks(
         self,
@@ -100,7 +93,6 @@ class Interval:
         progress: float,
         given_back: Sequence[int],
         periods: Sequence[int],
-        observed: int = 0,
     ) -> None:
         """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
@@ -109,13 +101,10 @@ class Interval:
             progress: share of the way to the last reallocation, 0 to 1.
             given_back: the number of ranks that each adapter has received and lost again.
             periods: in how many steps each adapter is trained once.
-            observed: steps since the probes were started.
         """
         self.fading = True
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
-        if observed > 1 and importance is not None and self.probes and not self.probes.has_seen():
-            warn_of_blind_probes()
         if importance is not None:
             chosen = ranks_to_prune(
                 importance,

@@ -8,7 +8,7 @@ from typing import Any
 
 from l1ra.layers.adapted_model import abbreviated
 
-__all__ = ["warn_of_average", "warn_of_blind_probes", "warn_of_graphs", "warn_of_untrained"]
+__all__ = ["warn_of_average", "warn_of_graphs", "warn_of_untrained"]
 
 
 def warn_of_untrained(trained: Mapping[str, Sequence[bool]], held: Collection[int], steps: int) -> None:
@@ -35,16 +35,6 @@ def warn_of_untrained(trained: Mapping[str, Sequence[bool]], held: Collection[in
                 f"{abbreviated(names)}. {why}",
                 stacklevel=2,
             )
-
-
-def warn_of_blind_probes() -> None:
-    """Warn of gradients that have reached gates, and not the probes beside them."""
-    warnings.warn(
-        "no gradient has reached the probes that tell where new ranks would learn, so that hardly any rank moves: call "
-        "loss.backward() without inputs=, and not torch.autograd.grad. If all gradients were inf or NaN, lower the "
-        "learning rate or the loss scale.",
-        stacklevel=2,
-    )
 
 
 def warn_of_average(average: Any) -> None:

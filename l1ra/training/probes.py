@@ -10,7 +10,6 @@ from torch import Tensor
 
 from l1ra.layers.gradient_probe import Probe, coherence, start_probes, update_sketches
 from l1ra.layers.linear import L1RALinear
-from l1ra.layers.tensor_lists import transferred
 from l1ra.training.data_parallel import ReplicaGroup
 
 __all__ = ["PROBE_RANKS", "ProbeSet"]
@@ -55,11 +54,6 @@ class ProbeSet:
 
     def _sums(self) -> list[Tensor]:
         return [part for probe in self._probes.values() for part in (probe.sketch, probe.seen)]
-
-    def has_seen(self) -> bool:
-        """Whether a gradient has reached any probe."""
-        seen = [probe.seen for probe in self._probes.values()]
-        return bool(torch.stack(transferred(seen, torch.device("cpu"), torch.float32)).any())
 
     def reset(self) -> None:
         """Set the sketches to zero."""

@@ -62,28 +62,6 @@ def test_state_that_fits_is_taken_as_it_is():
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("how", ["inputs", "grad"])
-def test_gradients_that_never_reach_the_probes_are_told(how):
-    torch.manual_seed(0)
-    model = Residual()
-    x, y = task(model)
-    l1ra.patch(model, 16, **BRISK)
-    params = trainable(model)
-    optimizer = torch.optim.AdamW(params, lr=1e-2)
-    with pytest.warns(
-        UserWarning, match=r"no gradient has reached the probes .* call loss\.backward\(\) without inputs="
-    ):
-        for _ in range(20):
-            loss = F.mse_loss(model(x), y)
-            if how == "inputs":
-                loss.backward(inputs=params)
-            else:
-                for param, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
-                    param.grad = grad
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 def test_gates_of_an_average_that_was_copied_in_are_saved(tmp_path):
     model, controller, _, train = training(6)
     average = [p.detach().clone() for p in trainable(model)]
