@@ -221,9 +221,11 @@ class GateBank:
         """Copies of all tensors, by name. The gates are those of the layers, into which a user may have copied an
         average."""
         state = {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
-        own = torch.cat(transferred(_gates_of(self.layers), self.value.device, self.value.dtype)).detach()
-        if not torch.equal(own, (self.value * self._rank_scaling).to(own)):
-            state["value"] = own / self._rank_scaling.to(own)
+        gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
+        # A layer that was cast holds the master gates rounded, which are no others.
+        written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]
+        own, written = (torch.cat(transferred(part, *kind)).detach() for part in (gates, written))
+        state["value"] = torch.where(own == written, self.value, (own / self._rank_scaling).to(own).clamp(0, 1))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -73,6 +73,18 @@ def test_gates_that_were_loaded_are_not_read_again_when_they_are_rounded_later()
     assert controller.gates() == gates
 
 
+@pytest.mark.parametrize("reserve", [None, 8])
+def test_a_model_that_was_cast_keeps_the_master_gates(reserve):
+    model, controller, *_ = run_to(31, *patched(reserve=reserve))
+    gates = controller.state_dict()["gates"]["value"]
+    model.bfloat16()  # the layers hold the same, rounded
+    assert torch.equal(controller.state_dict()["gates"]["value"], gates)
+    model.float()
+    cast = controller.state_dict()["gates"]["value"]
+    assert 0 <= cast.min() and cast.max() <= 1
+    torch.testing.assert_close(cast, gates, rtol=2**-7, atol=0)
+
+
 def test_a_state_does_not_change_when_the_run_goes_on():
     made = run_to(20, *patched())
     state = made[1].state_dict()
