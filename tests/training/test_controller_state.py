@@ -81,7 +81,7 @@ def test_a_model_that_was_cast_keeps_the_master_gates(reserve):
     assert torch.equal(controller.state_dict()["gates"]["value"], gates)
     model.float()
     cast = controller.state_dict()["gates"]["value"]
-    assert 0 <= cast.min() and cast.max() <= 1
+    assert cast.min() >= 0 and cast.max() <= 1
     torch.testing.assert_close(cast, gates, rtol=2**-7, atol=0)
 
 
