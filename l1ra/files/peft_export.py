@@ -21,6 +21,7 @@ from l1ra.layers.adapted_model import (
     running_statistics,
     task_head,
     trained_modules,
+    whole_for_saving,
 )
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
@@ -71,7 +72,8 @@ def export_peft(
         model = PeftModel.from_pretrained(base_model, "my-lora")
 
     Args:
-        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel.
+        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel. If it is sharded
+            (``fully_shard``), all processes must call this, and the first one writes.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
         uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank
@@ -94,6 +96,16 @@ def export_peft(
         OSError: the files can't be written. An older LoRA in the directory is unchanged.
     """
     model = _unwrap(model)
+    with whole_for_saving(model) as writes:
+        if writes:
+            _export(model, Path(directory), uniform, dtype, prefix)
+    return Path(directory)
+
+
+def _export(
+    model: nn.Module, directory: Path, uniform: bool | int, dtype: torch.dtype | None, prefix: str | None
+) -> None:
+    """:func:`export_peft` of a model whose adapters are whole."""
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
@@ -106,7 +118,6 @@ def export_peft(
     tensors = _lora_tensors(factors, pad_to=rank)
     statistics = {name: value for name, value in running_statistics(model).items() if not _is_inside(name, saved)}
     frozen = frozen_and_drawn_anew(model) | statistics
-    directory = Path(directory)
     if prefix is not None:
         if saved or frozen:
             more = f"{', '.join(saved)} is trained in full" if saved else f"{', '.join(frozen)} is in no checkpoint"
@@ -116,7 +127,7 @@ def export_peft(
             )
         start = f"{prefix.removesuffix('.')}." if prefix else ""
         _write(directory, {start + name: tensor for name, tensor in tensors.items()})
-        return directory
+        return
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     for name, module in saved.items():
         name = f"{PREFIX}{_uncompiled_name(name)}"
@@ -125,7 +136,6 @@ def export_peft(
     frozen = {f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen.items()}
     tensors = {**frozen, **tensors}
     _write(directory, tensors, _adapter_config(model, ranks, saved, rank, base))
-    return directory
 
 
 def _base_name(model: nn.Module) -> str | None:
@@ -136,7 +146,7 @@ def _base_name(model: nn.Module) -> str | None:
     warnings.warn(
         f"the LoRA belongs to the weights that l1ra.unpatch(model, merge=True) has left, not to {name}, so its files "
         "name no base model. Save the merged model before it is patched again, and load the LoRA onto that.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 

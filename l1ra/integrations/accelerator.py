@@ -16,12 +16,11 @@ from torch import nn
 
 from l1ra.files.checkpoint import read
 from l1ra.integrations.call_stack import calls
-from l1ra.layers.adapted_model import CONTROLLER, controller_of
+from l1ra.layers.adapted_model import CONTROLLER, controller_of, has_sharded_adapters, has_unreadable_adapters
 
 __all__ = ["ResumeWithAccelerator", "SaveWithAccelerator"]
 
 FOLDER = "l1ra"  # inside the folder of save_state
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # there a process has a part of the adapters, and no rank moves
 
 
 class SaveWithAccelerator:
@@ -35,7 +34,7 @@ class SaveWithAccelerator:
         found = None if controller is None else _accelerator_in("save_state", controller)
         if found is not None:
             accelerator, variables = found
-            if accelerator.is_main_process:
+            if accelerator.is_main_process or has_sharded_adapters(model):  # then all processes gather, and one writes
                 controller.save(Path(variables["output_dir"]) / _state_folder(accelerator, model))
 
 
@@ -80,7 +79,7 @@ def _accelerator_in(method: str, controller: Any) -> tuple[Any, dict[str, Any]] 
     """The Accelerator whose ``method`` is being called, and the local variables of that call.
 
     None if there is none, if ``controller`` is registered with it, so that the Accelerator has its state, or if the
-    Accelerator shards the model.
+    adapters can't be read, so that no rank moves.
     """
     module = sys.modules.get("accelerate.accelerator")
     frames = () if module is None else calls(method)
@@ -90,4 +89,4 @@ def _accelerator_in(method: str, controller: Any) -> tuple[Any, dict[str, Any]] 
     variables = frame.f_locals
     accelerator = variables["self"]
     registered = any(known is controller for known in accelerator._custom_objects)
-    return None if registered or accelerator.distributed_type in SHARDED else (accelerator, variables)
+    return None if registered or has_unreadable_adapters(controller.model) else (accelerator, variables)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["calls", "first_argument"]
+__all__ = ["calls", "first_argument", "runs"]
 
 
 def calls(*names: str) -> Iterator[FrameType]:
@@ -33,3 +33,13 @@ def first_argument(frame: FrameType) -> Any:
     """The value of the first argument after ``self``, None if there is none."""
     code = frame.f_code
     return frame.f_locals.get(code.co_varnames[1]) if code.co_argcount > 1 else None
+
+
+def runs(module: str, function: str) -> bool:
+    """Whether a function of a module is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False

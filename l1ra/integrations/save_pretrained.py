@@ -22,7 +22,14 @@ from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.files.peft_export import export_peft
 from l1ra.integrations.call_stack import calls
 from l1ra.integrations.trainer import FOLDER, WEIGHTS, is_in_checkpoint, save_controllers
-from l1ra.layers.adapted_model import carried_tensors, controller_of, find_adapters, has_sharded_adapters
+from l1ra.layers.adapted_model import (
+    carried_tensors,
+    controller_of,
+    find_adapters,
+    has_sharded_adapters,
+    has_unreadable_adapters,
+    whole_for_saving,
+)
 from l1ra.layers.linear import L1RALinear
 
 __all__ = ["SavePretrained", "override", "restore"]
@@ -56,9 +63,15 @@ def _merge_for_readers(layer: L1RALinear, state_dict: dict[str, Any], prefix: st
 
     Raises:
         TypeError: the adapter can't be merged without loss.
+        RuntimeError: the layer is sharded.
     """
-    if not _is_saved_for_readers() or has_sharded_adapters(layer):
+    if not _is_saved_for_readers():
         return
+    if has_sharded_adapters(layer) or has_unreadable_adapters(layer):
+        raise RuntimeError(
+            f"{prefix.rstrip('.') or 'the layer'} is sharded, and can't be saved as a plain weight: write a LoRA with "
+            "l1ra.export_peft(model, directory), in all processes."
+        )
     plain = {} if layer.merged else {"weight": _merged_weight(layer, prefix.rstrip("."))}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         inside, base, name = key.removeprefix(prefix).partition("base_layer.")
@@ -126,7 +139,8 @@ class SavePretrained:
         Args:
             save_directory: is created if it does not exist.
             is_main_process: if False, nothing is written.
-            state_dict: used if the method of the model's class saves the model, as it does if adapters are sharded.
+            state_dict: of the whole model, if adapters are sharded: without it all processes must call this. Otherwise
+                used if the method of the model's class saves the model.
             push_to_hub: must be False if a LoRA is written.
             kwargs: options of transformers' method. They have no effect on a LoRA.
 
@@ -136,24 +150,26 @@ class SavePretrained:
             OSError: the files can't be written.
         """
         model, folder = self.model, Path(save_directory)
-        is_part, is_sharded = _is_saved_for_readers(), has_sharded_adapters(model)
-        if is_sharded and is_main_process and not is_in_checkpoint():
+        is_part, is_unreadable = _is_saved_for_readers(), has_unreadable_adapters(model)
+        if is_unreadable and is_main_process and not is_in_checkpoint():
             warnings.warn(
                 "the adapters are sharded, so the weights are saved under their names in the patched model, where "
                 "from_pretrained does not find them. Load them into a patched model in one process, and save that.",
                 stacklevel=2,
             )
-        if is_sharded or self._is_plain(is_part):
+        if is_unreadable or self._is_plain(is_part):
             save_pretrained = getattr(type(model), METHOD)
             options = {**kwargs, "push_to_hub": push_to_hub}
             save_pretrained(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         elif push_to_hub:
             raise ValueError("a patched model is not pushed while it is saved: call model.push_to_hub(repo_id).")
-        elif is_main_process:
-            in_checkpoint = save_controllers(folder)
-            if in_checkpoint and not is_part:
-                _write_trained_tensors(model, folder)
-            self._export(folder, in_checkpoint)
+        elif is_main_process or (state_dict is None and has_sharded_adapters(model)):
+            with whole_for_saving(model, state_dict) as writes:
+                if writes:
+                    in_checkpoint = save_controllers(folder)
+                    if in_checkpoint and not is_part:
+                        _write_trained_tensors(model, folder)
+                    self._export(folder, in_checkpoint)
 
     def _is_plain(self, is_part: bool) -> bool:
         """Whether plain weights are written."""

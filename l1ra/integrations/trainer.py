@@ -24,7 +24,13 @@ from torch.optim import Optimizer
 
 from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.integrations.call_stack import calls, first_argument
-from l1ra.layers.adapted_model import CONTROLLER, carried_tensors, controller_of, has_sharded_adapters
+from l1ra.layers.adapted_model import (
+    CONTROLLER,
+    carried_tensors,
+    controller_of,
+    has_sharded_adapters,
+    has_unreadable_adapters,
+)
 from l1ra.layers.linear import L1RALinear
 
 __all__ = [
@@ -214,12 +220,15 @@ def save_controllers(folder: Path | None = None, *, afterwards: bool = False) ->
         if folder is None:
             runs = trainer._get_output_dir(trial=frame.f_locals.get("trial"))
             folder = Path(runs) / f"checkpoint-{trainer.state.global_step}"
-        if trainer.args.should_save:
-            for model, state_folder in _state_folders(trainer.model).items():
-                # Where adapters are sharded, ranks stay fixed, and one process cannot read all rows.
-                into = Path(folder) / state_folder
-                if not (has_sharded_adapters(model) or (afterwards and into.is_dir())):
+        for model, state_folder in _state_folders(trainer.model).items():
+            into = Path(folder) / state_folder
+            if has_unreadable_adapters(model):  # there ranks stay fixed
+                continue
+            if has_sharded_adapters(model):
+                if not afterwards:  # in all processes; the first one writes
                     controller_of(model).save(into)
+            elif trainer.args.should_save and not (afterwards and into.is_dir()):
+                controller_of(model).save(into)
         return True
     return False
 
@@ -245,7 +254,7 @@ class _Reading:
 
     def before(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.found, self.prefix = _checkpoint_being_read(model), prefix
-        if self.found is None:
+        if self.found is None or has_sharded_adapters(model):  # then the state dict is of the patched model, in parts
             return
         own = model.state_dict().keys()
         layers = tuple(f"{name}." if name else "" for name in self.found.adapters)
@@ -268,7 +277,7 @@ class _Reading:
 
 def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
     """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
-    if controller_of(model) is None or has_sharded_adapters(model):
+    if controller_of(model) is None or has_unreadable_adapters(model):
         return None
     resumes = False
     for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):

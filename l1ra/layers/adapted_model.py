@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from l1ra.layers.base_layers import base_features
+from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+from l1ra.layers.sharding import first_writes, is_sharded
 
 __all__ = [
     "CONTROLLER",
@@ -23,12 +25,14 @@ __all__ = [
     "find_adapters",
     "frozen_and_drawn_anew",
     "has_sharded_adapters",
+    "has_unreadable_adapters",
     "name_before_patch",
     "optional_submodule",
     "running_statistics",
     "task_head",
     "trained_modules",
     "trained_tensors",
+    "whole_for_saving",
 ]
 
 CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its controller
@@ -49,14 +53,14 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
 
 
 def has_sharded_adapters(model: nn.Module) -> bool:
-    """Whether FSDP or DeepSpeed has sharded an adapter of ``model``.
+    """Whether FSDP 2 has sharded an adapter of ``model``."""
+    return any(is_sharded(param) for _, layer in find_adapters(model) for param in layer._parameters.values())
 
-    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
-    """
-    return any(
-        type(layer.lora_A) is not nn.Parameter or layer.lora_A.dim() != 2 or layer.lora_A.shape[1] != layer.in_features
-        for _, layer in find_adapters(model)
-    )
+
+def has_unreadable_adapters(model: nn.Module) -> bool:
+    """Whether an adapter of ``model`` lies elsewhere than in its parameters, which are flat (FSDP 1) or empty
+    (ZeRO 3)."""
+    return any(layer.lora_A.shape[1:] != (layer.in_features,) for _, layer in find_adapters(model))
 
 
 def controller_of(model: nn.Module) -> Any:
@@ -161,6 +165,37 @@ def carried_tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{p}": getattr(layer, p).detach() for name, layer in find_adapters(model) for p in ADAPTER_PARAMETERS
     }
     return {**adapters, **trained_tensors(model)}
+
+
+@contextmanager
+def whole_for_saving(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
+    """Within the block the parameters that the pretrained model does not have are whole, also where they are sharded.
+
+    Args:
+        state_dict: of the whole model. Without it, all processes that hold parts must enter the block alike.
+
+    Returns:
+        The context yields whether this process is to write: all do, but where parameters are sharded the first one.
+    """
+    owners = adapter_parameters(layer for _, layer in find_adapters(model))
+    owners += [
+        (module, name)
+        for module in model.modules()
+        for name, param in module._parameters.items()
+        if param is not None and (param.requires_grad or name in module.__dict__.get(DRAWN_ANEW, ()))
+    ]
+    parts = [part for head in task_head(model).values() for part in head.modules()]
+    owners += [(module, name) for module in parts for name, param in module._parameters.items() if param is not None]
+    if state_dict:
+        values = {param: state_dict[name] for name, param in model.named_parameters() if name in state_dict}
+        with gathered(owners, values=values):
+            yield True
+        return
+    with (
+        first_writes([module._parameters[name] for module, name in owners]) as writes,
+        gathered(owners),
+    ):
+        yield writes
 
 
 def abbreviated(names: Collection[str]) -> str:

@@ -15,6 +15,7 @@ from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
 from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.row_moves import RowMoves, row_sources
+from l1ra.layers.sharding import is_sharded, wholes
 
 __all__ = ["ADAPTER_PARAMETERS", "REFERENCE", "GatedLowRank"]
 
@@ -216,9 +217,12 @@ class GatedLowRank(nn.Module):
         row_counts = {saved.shape[:1] for saved in found.values()}
         same_features = all(saved.shape[1:] == params[name].shape[1:] for name, saved in found.items())
         if len(found) == len(params) and len(row_counts) == 1 and same_features:
-            rank = _saved_rank(found["lora_A"], found["gate"])
+            rank = _saved_rank(*wholes([found["lora_A"], found["gate"]]))
             rows = rank if self.reserve is None else self.reserve
-            if rank <= rows:
+            if any(map(is_sharded, found.values())):
+                if self.reserve is not None and row_counts == {params["lora_A"].shape[:1]}:
+                    self._reserved_rank = rank
+            elif rank <= rows:
                 if rank != self.rank:
                     self.resize(LayerPlan((), rank), self.lora_A.new_zeros(rank, self.in_features))
                 for name, saved in found.items():

@@ -21,6 +21,7 @@ from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
 from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
+from l1ra.integrations.distributed_checkpoint import complete_states
 from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
@@ -29,6 +30,7 @@ from l1ra.layers.adapted_model import (
     find_adapters,
     frozen_and_drawn_anew,
     trained_tensors,
+    whole_for_saving,
 )
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
@@ -49,6 +51,7 @@ from l1ra.training.optimizer_hooks import (
     OtherOptimizers,
 )
 from l1ra.training.reallocation import Reallocation
+from l1ra.training.replicated_adapters import ReplicatedAdapters
 from l1ra.training.schedule import Schedule, Stage, TrainedSteps
 
 __all__ = ["RankController"]
@@ -144,7 +147,7 @@ class RankController:
         self._advanced_to = 0  # the last step after which the interval has advanced
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the current training step
-        self._ranks_fixed = self._sharded = False
+        self._ranks_fixed = False
         self.initial_ranks = self.ranks
         self._record(Reallocation(0, 0, {}))
 
@@ -161,6 +164,7 @@ class RankController:
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._backwards = BackwardCounter(self._layers[0].gate)
+        self._beside_shards = ReplicatedAdapters(model, self._layers)
         self._checkpoints = TrainerHooks(model, self._layers[0])
         self._state_hooks = [
             model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
@@ -362,8 +366,10 @@ class RankController:
         Raises:
             OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
-        frozen = frozen_and_drawn_anew(self.model)
-        save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
+        with whole_for_saving(self.model) as writes:
+            if writes:
+                frozen = frozen_and_drawn_anew(self.model)
+                save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the adapters' own tensors, which are in the model's state dict."""
@@ -414,6 +420,7 @@ class RankController:
         if self._hooks is not None:
             self._hooks.close()
         self._backwards.close()
+        self._beside_shards.close()
         self._checkpoints.remove()
         for handle in self._state_hooks:
             handle.remove()
@@ -441,14 +448,14 @@ class RankController:
                 "the adapters are on the meta device and get no gradient, as accelerate offloads the model: train it "
                 'without cpu_offload, disk_offload or a device_map with "cpu" or "disk".'
             )
-        if self._schedule is None:
-            self._sharded = adapters_are_sharded(layers)
-        if not self._sharded:
-            self._states.check(optimizer, [layers[i] for i in held])
-        if self._sharded:
-            for layer in layers:
-                layer.gate.grad = None
-        elif in_backward():
+        self._states.check(optimizer, [layers[i] for i in held])
+        if in_backward() and self._beside_shards.find() is not None:
+            raise RuntimeError(
+                "an optimizer steps within the backward, and the gradients of adapters beside the shards of "
+                "fully_shard are averaged at its end: step after the backward, or call fully_shard after l1ra.patch "
+                "and without ignored_params."
+            )
+        if in_backward():
             for i, grad in self._bank.take_gradients(held).items():
                 grad = unscaled(grad, optimizer)
                 self._taken[i] = self._taken[i] + grad if i in self._taken else grad
@@ -471,7 +478,7 @@ class RankController:
     def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
         """Move the gates of the adapters whose optimizers have stepped, and ranks if they are due."""
         held = sorted({i for optimizer in optimizers for i in self._held_by(optimizer)})
-        if self._gradients is None and not self._sharded:
+        if self._gradients is None:
             # They were computed within the step, by its closure or by a backward that has ended now.
             self._bank.refresh()
             self._gradients = self._bank.flatten(self._taken | self._bank.take_gradients(held))
@@ -485,8 +492,7 @@ class RankController:
                 self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
             self._trained.add(moved)
             self._pending_graphs.after_step(trains_all=len(moved) == len(self.adapters))
-        if not self._sharded:
-            self._bank.write_to_layers(held, moved)
+        self._bank.write_to_layers(held, moved)
         if not self._ranks_fixed and self._advanced_to < self.steps:
             self._advance()
 
@@ -578,10 +584,13 @@ class RankController:
 
     def _register(self, optimizer: Optimizer) -> None:
         self._known.add(optimizer)
+        complete_states(optimizer, self._layers)
         join_trainer(self)
         if self._schedule is None:
-            if world_size() > 1:
+            if world_size() > 1 or adapters_are_sharded(self._layers):
                 self._join_replicas()
+            if self._beside_shards.find() is None:
+                self._beside_shards.close()
             self._make_schedule()
 
     def _make_schedule(self) -> None:
@@ -597,7 +606,8 @@ class RankController:
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
         try:
-            replicas = join_replicas(self.adapters, self._optimizers(), {**settings, **numbers, **where})
+            same = {**settings, **numbers, **where}
+            replicas = join_replicas(self.adapters, self._optimizers(), same, self._beside_shards.find())
         except CannotMoveRanks as why:
             self._ranks_fixed = True
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)

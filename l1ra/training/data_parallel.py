@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
-from l1ra.layers.tensor_lists import copy_all_, transferred, views
+from l1ra.layers.sharding import group_of, is_sharded, part_of
+from l1ra.layers.tensor_lists import copy_all_, grouped, transferred, views
 
 __all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
 
@@ -38,12 +39,14 @@ class ReplicaGroup:
 
     Attributes:
         number: the rank of this process in the group.
+        size: the number of processes.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self._group = group
         self._device = device
         self.number = 0 if group is None else distributed.get_rank(group)
+        self.size = 1 if group is None else distributed.get_world_size(group)
 
     def broadcast(self, value: T) -> T:
         """The picklable ``value`` of the first process."""
@@ -58,7 +61,7 @@ class ReplicaGroup:
         """The picklable ``value`` of each process, in order."""
         if self._group is None:
             return [value]
-        found: list = [None] * distributed.get_world_size(self._group)
+        found: list = [None] * self.size
         with self._on_device():
             distributed.all_gather_object(found, value, self._group)
         return found
@@ -72,6 +75,14 @@ class ReplicaGroup:
         distributed.all_reduce(flat, group=self._group)
         copy_all_(tensors, views(flat, [tensor.shape for tensor in tensors]))
 
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by that of the first process, in place."""
+        for alike in grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).values():
+            some = [tensors[i] for i in alike]
+            flat = torch.cat([tensor.reshape(-1) for tensor in some])
+            distributed.broadcast(flat, distributed.get_global_rank(self._group, 0), self._group)
+            copy_all_(some, views(flat, [tensor.shape for tensor in some]))
+
     def _on_device(self) -> AbstractContextManager:
         # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.
         cuda = self._device is not None and self._device.type == "cuda"
@@ -84,42 +95,46 @@ def world_size() -> int:
 
 
 def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
-    """Whether this process holds only a part of some adapter, as under FSDP 2."""
-    return world_size() > 1 and any(
-        type(param) is not nn.Parameter  # but a DTensor
-        for layer in layers
-        for param in (layer.lora_A, layer.gate, layer.lora_B)
-    )
+    """Whether adapters are sharded by FSDP 2."""
+    return any(is_sharded(param) for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B))
 
 
 def join_replicas(
-    adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer], same: Mapping[str, Any]
+    adapters: Mapping[str, L1RALinear],
+    optimizers: Sequence[Optimizer],
+    same: Mapping[str, Any],
+    beside_shards: ReplicaGroup | None,
 ) -> ReplicaGroup:
-    """The group of processes that train these adapters with DistributedDataParallel.
+    """The group of processes that train these adapters with DistributedDataParallel or FSDP 2.
 
     Nothing is sent before this process knows that it is in such a group.
 
     Args:
         optimizers: those that have stepped the adapters.
         same: the values that must be equal in all processes, by name.
+        beside_shards: the group, if the adapters lie beside the shards of FSDP 2.
 
     Raises:
         CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
     """
     layers = list(adapters.values())
-    wrapper = _wrapper_of(layers)
-    if any(layer.reserve is None for layer in layers):
+    sharded = adapters_are_sharded(layers)
+    wrapper = None if sharded or beside_shards is not None else _wrapper_of(layers)
+    if beside_shards is None and any(layer.reserve is None for layer in layers):
         raise CannotMoveRanks(
-            "DistributedDataParallel needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin "
-            "with four times the mean rank"
+            f"{'fully_shard' if sharded else 'DistributedDataParallel'} needs tensors that keep their shapes. Pass "
+            "reserve=<rows> to l1ra.patch, to begin with four times the mean rank"
         )
     if _any_is_zero(optimizers):
         raise CannotMoveRanks(
             "ZeroRedundancyOptimizer gives each process a part of the adapters. Take a plain optimizer"
         )
-    if wrapper._join_config.enable:
+    if wrapper is not None and wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
-    replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
+    replicas = beside_shards
+    if replicas is None:
+        group = _group_of_shards(layers) if sharded else wrapper.process_group
+        replicas = ReplicaGroup(group, layers[0].lora_A.device)
     same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
     found = replicas.gather(same)
     for name in same:
@@ -128,6 +143,20 @@ def join_replicas(
             told = " and ".join(dict.fromkeys(str(value) for value in values))
             raise CannotMoveRanks(f"its processes differ in {name}: {told}. Give all of them the same")
     return replicas
+
+
+def _group_of_shards(layers: Sequence[L1RALinear]) -> Any:
+    """The processes among which FSDP 2 has divided the adapters."""
+    params = [param for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)]
+    meshes = {param.device_mesh if is_sharded(param) else None for param in params}
+    if len(meshes) > 1:
+        raise CannotMoveRanks(
+            "some adapters are sharded and others are not, or among other processes. Call fully_shard after "
+            "l1ra.patch, with the same mesh for all modules"
+        )
+    if any(part_of(param) is None for param in params):
+        raise CannotMoveRanks("adapters are divided along several dimensions. Shard them by fully_shard alone")
+    return group_of(meshes.pop())
 
 
 # A wrapped model has no reference to its wrapper. torch reports each module that is put into another one, so wrappers

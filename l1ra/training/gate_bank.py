@@ -16,6 +16,7 @@ from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
+from l1ra.layers.sharding import is_sharded, part_of, wholes
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
@@ -96,6 +97,7 @@ class GateBank:
         """The gradients of the layers' gates, by layer number, as one of the master gates; None if there are none."""
         if not taken:
             return None
+        taken = dict(zip(taken, wholes(list(taken.values())), strict=True))
         self._move_to(tensor_of(self.layers[0], "gate").device)
         device, dtype = self.value.device, self.value.dtype
         seen = none = None
@@ -129,7 +131,7 @@ class GateBank:
             moved: the layers among them whose master gates may have changed. The gates of the others keep their
                 values, and are written without a mark: a backward that needs them may be waiting.
         """
-        gates, own = _gates_of(self.layers), self._layer_gates()
+        gates, own = _rows_here(self.layers, self._layer_gates())
         if held is not None:
             gates = [gates[i] if i in moved else gates[i].data for i in held]
             own = [own[i] for i in held]
@@ -221,11 +223,12 @@ class GateBank:
         """Copies of all tensors, by name. The gates are those of the layers, into which a user may have copied an
         average."""
         state = {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
-        gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
-        # A layer that was cast holds the master gates rounded, which are no others.
-        written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]
-        own, written = (torch.cat(transferred(part, *kind)).detach() for part in (gates, written))
-        state["value"] = torch.where(own == written, self.value, (own / self._rank_scaling).to(own).clamp(0, 1))
+        if not any(is_sharded(layer.gate) for layer in self.layers):  # one process alone may ask for the state
+            gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
+            # A layer that was cast holds the master gates rounded, which are no others.
+            written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]
+            own, written = (torch.cat(transferred(part, *kind)) for part in (gates, written))
+            state["value"] = torch.where(own == written, self.value, (own / self._rank_scaling).to(own).clamp(0, 1))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -237,8 +240,22 @@ class GateBank:
 
 
 def _gates_of(layers: Sequence[L1RALinear]) -> list[Tensor]:
-    gates = [tensor_of(layer, "gate") for layer in layers]
+    """The gates of the ranks of each layer."""
+    gates = wholes([tensor_of(layer, "gate") for layer in layers])
     return [gate if layer.reserve is None else gate[: layer.rank] for layer, gate in zip(layers, gates, strict=True)]
+
+
+def _rows_here(layers: Sequence[L1RALinear], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gates that this process holds, and for them the parts of ``values``, the gates of each layer's ranks."""
+    gates, parts = [], []
+    for layer, value in zip(layers, values, strict=True):
+        gate = tensor_of(layer, "gate")
+        if is_sharded(gate):
+            gate, start, _ = part_of(gate)
+            value = value[start : start + len(gate)]
+        gates.append(gate if len(gate) == len(value) else gate[: len(value)])
+        parts.append(value)
+    return gates, parts
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

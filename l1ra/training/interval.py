@@ -14,6 +14,7 @@ from l1ra.allocation.costs import rank_cap
 from l1ra.allocation.new_rows import leading_rows
 from l1ra.allocation.plan import Plan, allocate, ranks_to_prune
 from l1ra.config import L1RAConfig
+from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
@@ -134,14 +135,15 @@ class Interval:
         """
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
-        done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
-        self._bank.penalise_none()
-        if self._config.principal_axes and self._uses_importance:
-            rows = self._bank.rows_at_one()
-            layers = zip(self._layers, rows, strict=True)
-            rotations = rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast)
-            self._bank.rotate(rows, rotations)
-            averages.rotate(rows, rotations)
+        with gathered(adapter_parameters(self._layers), optimizers):
+            done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
+            self._bank.penalise_none()
+            if self._config.principal_axes and self._uses_importance:
+                rows = self._bank.rows_at_one()
+                layers = zip(self._layers, rows, strict=True)
+                rotations = rotate_to_principal_axes(layers, optimizers, self._replicas.broadcast)
+                self._bank.rotate(rows, rotations)
+                averages.rotate(rows, rotations)
         self.fading = False
         self.probes.discard()
         return done._replace(coherence=coherence)

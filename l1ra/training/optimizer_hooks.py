@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from l1ra.integrations.distributed_checkpoint import initialises_state
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.recompute import in_backward
@@ -121,6 +122,8 @@ class OptimizerHooks:
 
     def call(self, when: str, optimizer: Optimizer) -> None:
         """Call what is due ``"before"`` or ``"after"`` the step."""
+        if initialises_state(optimizer):
+            return
         if self._held.by(optimizer):
             self.optimizers.add(optimizer)
         elif when == "after":
