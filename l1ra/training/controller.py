@@ -35,7 +35,13 @@ from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.averages import Averages
-from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
+from l1ra.training.data_parallel import (
+    CannotMoveRanks,
+    adapters_are_sharded,
+    clear_unused_gradients,
+    join_replicas,
+    world_size,
+)
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
@@ -445,6 +451,7 @@ class RankController:
             self._sharded = adapters_are_sharded(layers)
         if not self._sharded:
             self._states.check(optimizer, [layers[i] for i in held])
+            clear_unused_gradients(layers[i] for i in held)
         if self._sharded:
             for layer in layers:
                 layer.gate.grad = None
@@ -594,10 +601,11 @@ class RankController:
 
     def _join_replicas(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
-        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
+        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
         try:
-            replicas = join_replicas(self.adapters, self._optimizers(), {**settings, **numbers, **where})
+            same = {**settings, **numbers, **where}
+            replicas = join_replicas(self.adapters, self._bank.value, self._optimizers(), same)
         except CannotMoveRanks as why:
             self._ranks_fixed = True
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)

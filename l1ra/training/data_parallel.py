@@ -21,8 +21,16 @@ from torch.optim import Optimizer
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.tensor_lists import copy_all_, transferred, views
+from l1ra.training.replica_digests import check_alike, digests
 
-__all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
+__all__ = [
+    "CannotMoveRanks",
+    "ReplicaGroup",
+    "adapters_are_sharded",
+    "clear_unused_gradients",
+    "join_replicas",
+    "world_size",
+]
 
 T = TypeVar("T")
 
@@ -72,6 +80,19 @@ class ReplicaGroup:
         distributed.all_reduce(flat, group=self._group)
         copy_all_(tensors, views(flat, [tensor.shape for tensor in tensors]))
 
+    def check_alike(self, adapters: Mapping[str, L1RALinear], gates: Tensor) -> None:
+        """Check that all processes hold the same adapters, bit for bit.
+
+        Args:
+            adapters: by name.
+            gates: the master gates of all ranks, ``(R,)``.
+
+        Raises:
+            ReplicasDiffer: they do not. All processes raise it.
+        """
+        if self._group is not None:
+            check_alike(adapters.keys(), self.gather(digests(adapters, gates)))
+
     def _on_device(self) -> AbstractContextManager:
         # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.
         cuda = self._device is not None and self._device.type == "cuda"
@@ -93,18 +114,24 @@ def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
 
 
 def join_replicas(
-    adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer], same: Mapping[str, Any]
+    adapters: Mapping[str, L1RALinear],
+    gates: Tensor,
+    optimizers: Sequence[Optimizer],
+    same: Mapping[str, Any],
 ) -> ReplicaGroup:
     """The group of processes that train these adapters with DistributedDataParallel.
 
     Nothing is sent before this process knows that it is in such a group.
 
     Args:
+        adapters: by name.
+        gates: the master gates of all ranks, ``(R,)``.
         optimizers: those that have stepped the adapters.
         same: the values that must be equal in all processes, by name.
 
     Raises:
         CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
+        ReplicasDiffer: the processes hold different adapters. All of them raise it.
     """
     layers = list(adapters.values())
     wrapper = _wrapper_of(layers)
@@ -119,7 +146,13 @@ def join_replicas(
         )
     if wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
+    if _averages_weights(wrapper):
+        raise CannotMoveRanks(
+            "post_localSGD_hook lets the replicas differ until their weights are averaged. Register another "
+            "communication hook, or none"
+        )
     replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
+    replicas.check_alike(adapters, gates)
     same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
     found = replicas.gather(same)
     for name in same:
@@ -166,6 +199,34 @@ def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
         "some adapters were frozen when DistributedDataParallel was constructed, so that it does not average their "
         "gradients. Construct it when all parameters to be trained require a gradient"
     )
+
+
+def clear_unused_gradients(layers: Iterable[L1RALinear]) -> None:
+    """Before a step: set the gradients of the reserved rows beyond the ranks to 0, where the gradients of ``layers``
+    pass a communication hook of DistributedDataParallel.
+
+    A hook that compresses gradients, such as PowerSGD, returns something else there. An optimizer would move these
+    rows, and the rank could no longer be told from a saved adapter.
+    """
+    layers = list(layers)
+    # A wrapper whose construction has failed has none.
+    hooked = [ids for wrapper, ids in _wrapped.items() if getattr(wrapper, "_comm_hooks", ())]
+    if any(id(layer.lora_A) in ids for ids in hooked for layer in layers):
+        unused = [
+            param.grad[layer.rank :]
+            for layer in layers
+            for param in (layer.lora_A, layer.lora_B)
+            if layer.reserve is not None and param.grad is not None
+        ]
+        if unused:
+            torch._foreach_zero_(unused)
+
+
+def _averages_weights(wrapper: DistributedDataParallel) -> bool:
+    """Whether the processes average their weights from time to time, in place of their gradients."""
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+
+    return any(isinstance(state, PostLocalSGDState) for _, state in wrapper._comm_hooks)
 
 
 def _held_parameters(adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer]) -> str:
