@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.tensor_lists import copy_all_, transferred, views
@@ -26,7 +27,9 @@ from l1ra.training.replica_digests import check_alike, digests
 __all__ = [
     "CannotMoveRanks",
     "ReplicaGroup",
+    "adapters_are_flat",
     "adapters_are_sharded",
+    "check_gates_apart",
     "clear_unused_gradients",
     "join_replicas",
     "world_size",
@@ -104,6 +107,31 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def adapters_are_flat(layers: Iterable[L1RALinear]) -> bool:
+    """Whether FSDP 1 holds adapters as parts of flat tensors, so that they can't be read."""
+    return world_size() > 1 and any(layer.is_flat for layer in layers)
+
+
+def check_gates_apart(model: nn.Module, layers: Iterable[L1RALinear], optimizer: Optimizer) -> None:
+    """Check that ``optimizer``, which holds no adapter, does not hold them within flat parameters.
+
+    Args:
+        model: contains ``layers``.
+
+    Raises:
+        RuntimeError: FSDP 1 has made flat parameters of them, and the optimizer moves the gates.
+    """
+    if world_size() == 1 or all(isinstance(tensor_of(layer, "gate"), nn.Parameter) for layer in layers):
+        return
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if any(id(param) in held for param in model.parameters()):
+        raise RuntimeError(
+            "FullyShardedDataParallel has put the gates of the adapters into the flat parameters that the optimizer "
+            "moves, where they can't be kept as they are: pass use_orig_params=True, or take "
+            "torch.distributed.fsdp.fully_shard in its place."
+        )
+
+
 def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
     """Whether this process holds only a part of some adapter, as under FSDP 2."""
     return world_size() > 1 and any(
@@ -134,6 +162,11 @@ def join_replicas(
         ReplicasDiffer: the processes hold different adapters. All of them raise it.
     """
     layers = list(adapters.values())
+    if any(layer.is_flat for layer in layers):
+        raise CannotMoveRanks(
+            "FullyShardedDataParallel (FSDP 1) holds the adapters as parts of flat tensors. Take "
+            "torch.distributed.fsdp.fully_shard in its place"
+        )
     wrapper = _wrapper_of(layers)
     if any(layer.reserve is None for layer in layers):
         raise CannotMoveRanks(
