@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.layers.adapted_model import (
+    FSDP_PREFIX,
     MERGED_FOR_GOOD,
+    check_whole,
     find_adapters,
     frozen_and_drawn_anew,
     running_statistics,
@@ -30,6 +32,7 @@ __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+WRAPPED_BY_FSDP = FSDP_PREFIX.rstrip(".")
 PREFIX = "base_model.model."  # of each tensor's name in PEFT's file
 # Suffix of a transformers model class -> PEFT's task_type, and the modules that PEFT trains in full for that task even
 # if modules_to_save does not name them.
@@ -93,6 +96,7 @@ def export_peft(
         ValueError: the model has no adapter; or the reader can't represent what is trained; or a rank is above
             ``uniform``. Nothing is written.
         TypeError: ``uniform`` is neither a bool nor an int.
+        RuntimeError: FSDP 1 holds the adapters as parts of flat tensors. Nothing is written.
         OSError: the files can't be written. An older LoRA in the directory is unchanged.
     """
     model = _unwrap(model)
@@ -109,6 +113,7 @@ def _export(
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
+    check_whole(adapters)
     check_one_parent(model, adapters)
     saved = _modules_to_save(model)
     factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
@@ -186,18 +191,21 @@ def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of ``torch.compile`` and DistributedDataParallel."""
+    """The model without the wrappers of ``torch.compile``, DistributedDataParallel and FSDP 1."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif hasattr(model, WRAPPED_BY_FSDP):
+            model = getattr(model, WRAPPED_BY_FSDP)
         else:
             return model
 
 
 def _uncompiled_name(name: str) -> str:
-    """A module's name in the model as it was before parts of the model were compiled."""
+    """A module's name in the model as it was before parts of the model were compiled, or wrapped by FSDP 1."""
+    name = name.replace(FSDP_PREFIX, "").removesuffix("." + WRAPPED_BY_FSDP)
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 

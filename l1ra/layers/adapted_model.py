@@ -17,10 +17,12 @@ from l1ra.layers.sharding import first_writes, is_sharded
 __all__ = [
     "CONTROLLER",
     "DRAWN_ANEW",
+    "FSDP_PREFIX",
     "MERGED_FOR_GOOD",
     "abbreviated",
     "adapters_disabled",
     "carried_tensors",
+    "check_whole",
     "controller_of",
     "find_adapters",
     "frozen_and_drawn_anew",
@@ -39,6 +41,7 @@ CONTROLLER = "_l1ra_controller"  # the attribute of a model that holds its contr
 MERGED_FOR_GOOD = "_l1ra_merged_for_good"  # set on a model whose adapters were merged and removed
 # The attribute of a module with the names of its own parameters that are not those of the pretrained checkpoint.
 DRAWN_ANEW = "_l1ra_drawn_anew"
+FSDP_PREFIX = "_fsdp_wrapped_module."  # within the names of modules that FSDP 1 has wrapped
 # Task heads of transformers, which are newly initialised when a pretrained model is loaded, and the models with one.
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -52,6 +55,20 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
             yield name, module
 
 
+def check_whole(adapters: Mapping[str, L1RALinear]) -> None:
+    """Check that the parameters of ``adapters``, by name, have their own shapes.
+
+    Raises:
+        RuntimeError: FSDP 1 stores them as parts of flat tensors.
+    """
+    flat = next((name for name, layer in adapters.items() if layer.is_flat), None)
+    if flat is not None:
+        raise RuntimeError(
+            f"FullyShardedDataParallel (FSDP 1) holds {flat} and other adapters as parts of flat tensors, of which "
+            "this process has some: do this within FullyShardedDataParallel.summon_full_params(wrapped_model)."
+        )
+
+
 def has_sharded_adapters(model: nn.Module) -> bool:
     """Whether FSDP 2 has sharded an adapter of ``model``."""
     return any(is_sharded(param) for _, layer in find_adapters(model) for param in layer._parameters.values())
@@ -60,7 +77,7 @@ def has_sharded_adapters(model: nn.Module) -> bool:
 def has_unreadable_adapters(model: nn.Module) -> bool:
     """Whether an adapter of ``model`` lies elsewhere than in its parameters, which are flat (FSDP 1) or empty
     (ZeRO 3)."""
-    return any(layer.lora_A.shape[1:] != (layer.in_features,) for _, layer in find_adapters(model))
+    return any(layer.is_flat for _, layer in find_adapters(model))
 
 
 def controller_of(model: nn.Module) -> Any:
@@ -121,7 +138,12 @@ def frozen_and_drawn_anew(model: nn.Module) -> dict[str, Tensor]:
         for key in module.__dict__.get(DRAWN_ANEW, ())
         if module._parameters.get(key) is not None
     }
-    return {n: p.detach() for n, p in model.named_parameters() if id(p) in marked and not p.requires_grad}
+    return {_plain(n): p.detach() for n, p in model.named_parameters() if id(p) in marked and not p.requires_grad}
+
+
+def _plain(name: str) -> str:
+    """The name in the state dict of a tensor whose name in ``named_parameters()`` this is."""
+    return name.replace(FSDP_PREFIX, "")
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -145,14 +167,14 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     names.
     """
     adapters = {f"{name}.{part}" for name, _ in find_adapters(model) for part in ADAPTER_PARAMETERS}
-    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
+    found = {_plain(n): p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in adapters}
     found |= frozen_and_drawn_anew(model)
     for name, module in model.named_modules():
         # The buffers of a linear layer hold its quantised weight, which training does not change.
         if base_features(module) is None:
             for key, value in module._buffers.items():
                 if value is not None and key not in module._non_persistent_buffers_set:
-                    found[f"{name}.{key}" if name else key] = value
+                    found[_plain(f"{name}.{key}" if name else key)] = value
     return found
 
 

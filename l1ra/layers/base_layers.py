@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "FLOATS",
+    "TENSOR_PARALLEL",
     "allow_packing",
     "base_features",
     "bnb_kind",
@@ -17,6 +18,7 @@ __all__ = [
     "fallback_reason",
     "has_own_forward",
     "is_conv1d",
+    "is_tensor_parallel",
     "main_tensor",
     "prevent_packing",
     "tensor_of",
@@ -26,6 +28,11 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Names of the quantised weight in layers other than nn.Linear: GPTQ and AWQ, HQQ, compressed-tensors, AQLM. BitNet,
 # EETQ and HIGGS name it "weight".
 QUANTISED_WEIGHTS = ("qweight", "W_q", "weight_packed", "codes")
+# Why an adapter can't be computed beside such a layer, for messages.
+TENSOR_PARALLEL = (
+    "under tensor parallelism (parallelize_module, tp_plan) each process computes a part of the layer, from a part of "
+    "its input or of its output"
+)
 PACKS_ON_CPU = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' Linear4bit
 
 
@@ -82,6 +89,16 @@ def _overrides_forward(module: nn.Module) -> bool:
     """
     forward = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), nn.Module)
     return forward.__module__.startswith("transformers.models.") and forward.__name__ != "FalconLinear"
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether the layer was divided among processes by torch's ``parallelize_module`` or transformers' ``tp_plan``.
+
+    The weights of FSDP 2 are divided too, but are whole while the layer is computed.
+    """
+    own = vars(module)
+    by_transformers = own.get("_hf_tp_plan") is not None or getattr(own.get("forward"), "__name__", "") == "tp_forward"
+    return by_transformers or "_distribute_module_applied" in own
 
 
 def main_tensor(base: nn.Module) -> Tensor:

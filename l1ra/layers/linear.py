@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from l1ra.allocation.plan import LayerPlan
 from l1ra.layers.base_layers import (
     FLOATS,
+    TENSOR_PARALLEL,
     allow_packing,
     base_features,
     check_gradient,
     dense_weight,
     fallback_reason,
     is_conv1d,
+    is_tensor_parallel,
     main_tensor,
     prevent_packing,
     tensor_of,
@@ -139,6 +141,8 @@ class L1RALinear(GatedLowRank):
             ValueError: rank, alpha, dropout, init or reserve is out of its range, or ``base`` has a 4-bit weight that
                 bitsandbytes has packed for inference, through which no gradient passes.
         """
+        if is_tensor_parallel(base):
+            raise TypeError(f"this {type(base).__name__} can't be adapted: {TENSOR_PARALLEL}.")
         if base_features(base) is None:
             raise TypeError(
                 f"{type(base).__name__} can't be adapted: pass an nn.Linear, a transformers Conv1D or a quantised "
@@ -195,8 +199,8 @@ class L1RALinear(GatedLowRank):
             ``(..., out_features)`` in the dtype that the base layer returns.
 
         Raises:
-            RuntimeError: ``strict`` is set and no fused kernel can run, or a quantised base layer gives no gradient in
-                training. The message says why.
+            RuntimeError: ``strict`` is set and no fused kernel can run, a quantised base layer gives no gradient in
+                training, or the base layer is divided by tensor parallelism. The message says why.
         """
         reason = "it was called with more than its input" if args or kwargs else ""
         path, output = self.call_path(x, reason), None
@@ -206,6 +210,11 @@ class L1RALinear(GatedLowRank):
                 return output
             return output + self.reference_output(x).to(output.dtype)
         if not path.dense:
+            if is_tensor_parallel(self.base_layer):
+                raise RuntimeError(
+                    f"an adapted {type(self.base_layer).__name__} can't be computed: {TENSOR_PARALLEL}. Leave the "
+                    "adapted layers out of the plan, or train without tensor parallelism."
+                )
             output = self.base_layer(x, *args, **kwargs)
             if self.training:
                 check_gradient(self.base_layer, x, output)

@@ -90,7 +90,8 @@ class GatedLowRank(nn.Module):
         with torch.no_grad():
             self.lora_A[:rank] = self.initial_rows(rank, generator).to(device, adapter_dtype)
             self.gate[:rank] = 1.0
-        self._reserved_rank = None if reserve is None else rank  # the rank, where the shapes don't tell it
+        # The shapes don't tell them: of reserved rows, or where FSDP 1 stores the parameters.
+        self._rank, self._reserve = rank, reserve
         self.gate_loaded = False
 
     def set_initial_rank(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
@@ -110,12 +111,12 @@ class GatedLowRank(nn.Module):
     @property
     def rank(self) -> int:
         """The current rank, including ranks whose gate is 0 that have not been pruned yet."""
-        return tensor_of(self, "lora_A").shape[0] if self._reserved_rank is None else self._reserved_rank
+        return self._rank
 
     @property
     def reserve(self) -> int | None:
         """The constant number of rows of the parameters, or None if they have as many rows as ranks."""
-        return None if self._reserved_rank is None else self.lora_A.shape[0]
+        return self._reserve
 
     @property
     def rank_scaling(self) -> float:
@@ -128,6 +129,12 @@ class GatedLowRank(nn.Module):
         # Rounded to float32, the dtype of the gates: B is divided by exactly the factor by which they are multiplied.
         (rounded,) = struct.unpack("f", struct.pack("f", math.sqrt(self.initial_rank / rank)))
         return rounded
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the parameters are parts of flat tensors, as those of FSDP 1 are outside of a forward."""
+        a = tensor_of(self, "lora_A")
+        return a.dim() != 2 or not isinstance(a, nn.Parameter)
 
     def gate_factor(self, rank: int) -> float:
         """The factor by which the gates and B's gradient are multiplied, and B is divided, if the rank becomes
@@ -176,8 +183,7 @@ class GatedLowRank(nn.Module):
         factor = self.gate_factor(plan.rank)
         if factor != 1:
             moves.rescale(self.gate, self.lora_B, factor)
-        if self.reserve is not None:
-            moves.afterwards(partial(setattr, self, "_reserved_rank", plan.rank))
+        moves.afterwards(partial(setattr, self, "_rank", plan.rank))
 
     def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
         """For each row of the parameters after ``plan`` its index before, -1 for new rows and rows beyond the rank."""
@@ -221,7 +227,7 @@ class GatedLowRank(nn.Module):
             rows = rank if self.reserve is None else self.reserve
             if any(map(is_sharded, found.values())):
                 if self.reserve is not None and row_counts == {params["lora_A"].shape[:1]}:
-                    self._reserved_rank = rank
+                    self._rank = rank
             elif rank <= rows:
                 if rank != self.rank:
                     self.resize(LayerPlan((), rank), self.lora_A.new_zeros(rank, self.in_features))

@@ -9,7 +9,7 @@ from operator import add
 
 from torch import nn
 
-from l1ra.layers.adapted_model import find_adapters
+from l1ra.layers.adapted_model import check_whole, find_adapters
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.merged_weight import check_mergeable
 
@@ -36,13 +36,15 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapter, or an adapted weight is also used by another module. The model is
             unchanged.
-        RuntimeError: an adapter is merged already, or disabled. The model is unchanged.
+        RuntimeError: an adapter is merged already, or disabled, or a part of a flat tensor of FSDP 1. The model is
+            unchanged.
         TypeError: an adapter can't be added to its weight, e.g. a weight of GPTQ, AWQ or torchao. The model is
             unchanged.
     """
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
+    check_whole(adapters)
     _check_not_tied(model, adapters)
     for name, layer in adapters.items():
         if layer.merged:

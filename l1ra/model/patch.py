@@ -22,7 +22,7 @@ from l1ra.layers.padded_weight import PaddedWeight, padding_pays_off
 from l1ra.layers.shared_input import share_inputs
 from l1ra.model.drawn_anew import drawn_anew, forget, mark, outside_warning
 from l1ra.model.merge import merge as merge_adapters
-from l1ra.model.targets import saved_modules, select_targets, unadapted_warning
+from l1ra.model.targets import saved_modules, select_targets, tensor_parallel_warning, unadapted_warning
 from l1ra.training.controller import RankController
 
 __all__ = ["check_unpatched", "patch", "unpatch"]
@@ -85,7 +85,8 @@ def patch(
     check_budget(budget)
     saved = saved_modules(model, modules_to_save, target_modules)
     targets = select_targets(model, target_modules, saved)
-    messages = [unadapted_warning(model, saved)] if target_modules == "all-linear" else []
+    left_out = (unadapted_warning, tensor_parallel_warning) if target_modules == "all-linear" else ()
+    messages = [warning(model, saved) for warning in left_out]
     if modules_to_save is None or saved:
         messages.append(outside_warning(model, targets, saved))
     ranks = _initial_ranks(targets, budget, config)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 
-from l1ra.layers.adapted_model import optional_submodule, task_head
-from l1ra.layers.base_layers import base_features
+from l1ra.layers.adapted_model import abbreviated, optional_submodule, task_head
+from l1ra.layers.base_layers import TENSOR_PARALLEL, base_features, is_tensor_parallel
 from l1ra.model.drawn_anew import drawn_anew, new_modules
 
-__all__ = ["name_matches", "saved_modules", "select_targets", "unadapted_warning"]
+__all__ = ["name_matches", "saved_modules", "select_targets", "tensor_parallel_warning", "unadapted_warning"]
 
 
 def name_matches(name: str, pattern: str) -> bool:
@@ -70,9 +70,9 @@ def select_targets(
     A layer that several parents share is selected if any of its names matches. It is listed once, under its first name.
 
     Args:
-        target_modules: ``"all-linear"``: every linear layer, also quantised ones, except the output head and layers
-            that share their weight with another module. Any other string: a regular expression that matches the whole
-            module name. A list: module names or their last components.
+        target_modules: ``"all-linear"``: every linear layer, also quantised ones, except the output head, layers that
+            share their weight with another module, and those under tensor parallelism. Any other string: a regular
+            expression that matches the whole module name. A list: module names or their last components.
         saved: the modules to train in full. Layers inside of them are not adapted.
 
     Raises:
@@ -86,26 +86,44 @@ def select_targets(
         )
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     inside_saved = {id(inner) for module in saved.values() for inner in module.modules()}
-    tied = _tied_layers(model)
     if target_modules == "all-linear":
-        head = optional_submodule(model, "get_output_embeddings")
-        excluded = {id(head), *inside_saved, *tied}
-        chosen = {
-            name: module
-            for name, module in modules.items()
-            if base_features(module) is not None and id(module) not in excluded
-        }
+        linear = _all_linear(model, saved)
+        chosen = {name: module for name, module in linear.items() if not is_tensor_parallel(module)}
+        if linear and not chosen:
+            raise ValueError(f'target_modules="all-linear": {_not_whole(linear)}')
         if not chosen:
             raise ValueError('target_modules="all-linear": the model has no linear layer besides its head.')
     else:
         chosen = _matching_layers(model, modules, target_modules)
+        if parallel := [name for name, module in chosen.items() if is_tensor_parallel(module)]:
+            raise ValueError(f"target_modules: {_not_whole(parallel)}")
         if clash := [name for name, module in chosen.items() if id(module) in inside_saved]:
             raise ValueError(f"{', '.join(clash)}: named in both target_modules and modules_to_save; choose one.")
-        _check_not_tied(chosen, tied)
+        _check_not_tied(chosen, _tied_layers(model))
     ids = {id(module) for module in chosen.values()}
     chosen = {name: module for name, module in model.named_modules() if id(module) in ids}
     _check_fast_path(model, chosen)
     return chosen
+
+
+def tensor_parallel_warning(model: nn.Module, saved: dict[str, nn.Module]) -> str:
+    """A warning about layers that ``"all-linear"`` leaves out because of tensor parallelism.
+
+    Args:
+        saved: the modules that are trained in full. Their layers are not named.
+
+    Returns:
+        "" if the model has no such layers.
+    """
+    parallel = [name for name, module in _all_linear(model, saved).items() if is_tensor_parallel(module)]
+    return _not_whole(parallel) if parallel else ""
+
+
+def _not_whole(names: Collection[str]) -> str:
+    return (
+        f"{abbreviated(names)} can't be adapted: {TENSOR_PARALLEL}. Train without it, for example with "
+        "DistributedDataParallel, or leave the layers that are to be adapted out of the plan."
+    )
 
 
 def unadapted_warning(model: nn.Module, saved: dict[str, nn.Module]) -> str:
@@ -142,6 +160,17 @@ def unadapted_warning(model: nn.Module, saved: dict[str, nn.Module]) -> str:
 
 def _is_stacked(weight: nn.Parameter) -> bool:
     return weight.dim() > 2 and min(weight.shape) > 1
+
+
+def _all_linear(model: nn.Module, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The linear layers under all their names, without the head, tied layers and those in ``saved``."""
+    head = optional_submodule(model, "get_output_embeddings")
+    excluded = {id(head), *_tied_layers(model)} | {id(inner) for module in saved.values() for inner in module.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and base_features(module) is not None and id(module) not in excluded
+    }
 
 
 def _tied_layers(model: nn.Module) -> dict[int, str]:

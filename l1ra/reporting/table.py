@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from l1ra.layers.adapted_model import abbreviated, controller_of, find_adapters
+from l1ra.layers.adapted_model import abbreviated, check_whole, controller_of, find_adapters
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.reporting.columns import aligned_columns
@@ -161,10 +161,12 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
     Raises:
         ValueError: the model has no adapter.
         RuntimeError: ``strict`` is set and adapters would run as plain PyTorch; the message names them and the reason.
+            Or FSDP 1 holds the adapters as parts of flat tensors.
     """
     adapters = dict(find_adapters(model))
     if not adapters:
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
+    check_whole(adapters)
     if strict:
         _check_fused(adapters)
     controller = controller_of(model)

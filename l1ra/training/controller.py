@@ -26,6 +26,7 @@ from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
     adapters_disabled,
+    check_whole,
     controller_of,
     find_adapters,
     frozen_and_drawn_anew,
@@ -37,7 +38,15 @@ from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.training.averages import Averages
-from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
+from l1ra.training.data_parallel import (
+    CannotMoveRanks,
+    adapters_are_flat,
+    adapters_are_sharded,
+    check_gates_apart,
+    clear_unused_gradients,
+    join_replicas,
+    world_size,
+)
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
@@ -225,10 +234,16 @@ class RankController:
         """With ``auto=False``: call this after ``optimizer.step()`` and before the gradients are cleared.
 
         Raises:
-            RuntimeError: the controller was made with ``auto=True``; the step would count twice.
+            RuntimeError: the controller was made with ``auto=True``, and the step would count twice; or FSDP 1 holds
+                the adapters as parts of flat tensors, in which gates that the optimizer has moved can't be put back.
         """
         if self.auto:
             raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
+        if adapters_are_flat(self._layers):
+            raise RuntimeError(
+                "under FullyShardedDataParallel (FSDP 1) gates can't be put back after a step: pass auto=True and drop "
+                "the call, or take torch.distributed.fsdp.fully_shard in its place."
+            )
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
         if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
@@ -320,8 +335,9 @@ class RankController:
                 trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=data)
 
         Raises:
-            RuntimeError: an adapter is merged.
+            RuntimeError: an adapter is merged; or FSDP 1 holds the adapters as parts of flat tensors.
         """
+        check_whole(self.adapters)
         merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
         if merged is not None:
             raise RuntimeError(f"{merged} is merged into its weight: call l1ra.unmerge(model) before set_reference().")
@@ -364,6 +380,7 @@ class RankController:
             controller = l1ra.load(fresh_model, "out/adapter")
 
         Raises:
+            RuntimeError: FSDP 1 holds the adapters as parts of flat tensors. Nothing is written.
             OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
         with whole_for_saving(self.model) as writes:
@@ -372,7 +389,12 @@ class RankController:
                 save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state without the adapters' own tensors, which are in the model's state dict."""
+        """The state without the adapters' own tensors, which are in the model's state dict.
+
+        Raises:
+            RuntimeError: FSDP 1 holds the adapters as parts of flat tensors.
+        """
+        check_whole(self.adapters)
         self._bank.refresh()
         return {
             "ranks": self.ranks,
@@ -399,7 +421,9 @@ class RankController:
         Raises:
             ValueError: the state belongs to other adapters, ranks, scalings, budget or rule, or a part is missing;
                 nothing is changed then.
+            RuntimeError: FSDP 1 holds the adapters as parts of flat tensors.
         """
+        check_whole(self.adapters)
         check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
         self._bank.refresh()
         for name, layer in self.adapters.items():
@@ -448,7 +472,12 @@ class RankController:
                 "the adapters are on the meta device and get no gradient, as accelerate offloads the model: train it "
                 'without cpu_offload, disk_offload or a device_map with "cpu" or "disk".'
             )
+        if adapters_are_flat(layers):
+            for layer in layers:
+                layer.gate.grad = None
+            return
         self._states.check(optimizer, [layers[i] for i in held])
+        clear_unused_gradients(layers[i] for i in held)
         if in_backward() and self._beside_shards.find() is not None:
             raise RuntimeError(
                 "an optimizer steps within the backward, and the gradients of adapters beside the shards of "
@@ -472,11 +501,15 @@ class RankController:
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
         if not any(self._held.by(known) for known in self._known):
+            check_gates_apart(self.model, self._layers, optimizer)
             self._others.step(optimizer)
 
     @torch.no_grad()
     def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
         """Move the gates of the adapters whose optimizers have stepped, and ranks if they are due."""
+        if adapters_are_flat(self._layers):
+            self._count_step(optimizers)
+            return
         held = sorted({i for optimizer in optimizers for i in self._held_by(optimizer)})
         if self._gradients is None:
             # They were computed within the step, by its closure or by a backward that has ended now.
@@ -603,11 +636,12 @@ class RankController:
 
     def _join_replicas(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
-        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
+        numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
         try:
             same = {**settings, **numbers, **where}
-            replicas = join_replicas(self.adapters, self._optimizers(), same, self._beside_shards.find())
+            beside_shards = self._beside_shards.find()
+            replicas = join_replicas(self.adapters, self._bank.value, self._optimizers(), same, beside_shards)
         except CannotMoveRanks as why:
             self._ranks_fixed = True
             warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)

@@ -18,12 +18,23 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import group_of, is_sharded, part_of
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred, views
+from l1ra.training.replica_digests import check_alike, digests
 
-__all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
+__all__ = [
+    "CannotMoveRanks",
+    "ReplicaGroup",
+    "adapters_are_flat",
+    "adapters_are_sharded",
+    "check_gates_apart",
+    "clear_unused_gradients",
+    "join_replicas",
+    "world_size",
+]
 
 T = TypeVar("T")
 
@@ -83,6 +94,19 @@ class ReplicaGroup:
             distributed.broadcast(flat, distributed.get_global_rank(self._group, 0), self._group)
             copy_all_(some, views(flat, [tensor.shape for tensor in some]))
 
+    def check_alike(self, adapters: Mapping[str, L1RALinear], gates: Tensor) -> None:
+        """Check that all processes hold the same adapters, bit for bit.
+
+        Args:
+            adapters: by name.
+            gates: the master gates of all ranks, ``(R,)``.
+
+        Raises:
+            ReplicasDiffer: they do not. All processes raise it.
+        """
+        if self._group is not None:
+            check_alike(adapters.keys(), self.gather(digests(adapters, gates)))
+
     def _on_device(self) -> AbstractContextManager:
         # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.
         cuda = self._device is not None and self._device.type == "cuda"
@@ -94,6 +118,31 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def adapters_are_flat(layers: Iterable[L1RALinear]) -> bool:
+    """Whether FSDP 1 holds adapters as parts of flat tensors, so that they can't be read."""
+    return world_size() > 1 and any(layer.is_flat for layer in layers)
+
+
+def check_gates_apart(model: nn.Module, layers: Iterable[L1RALinear], optimizer: Optimizer) -> None:
+    """Check that ``optimizer``, which holds no adapter, does not hold them within flat parameters.
+
+    Args:
+        model: contains ``layers``.
+
+    Raises:
+        RuntimeError: FSDP 1 has made flat parameters of them, and the optimizer moves the gates.
+    """
+    if world_size() == 1 or all(isinstance(tensor_of(layer, "gate"), nn.Parameter) for layer in layers):
+        return
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if any(id(param) in held for param in model.parameters()):
+        raise RuntimeError(
+            "FullyShardedDataParallel has put the gates of the adapters into the flat parameters that the optimizer "
+            "moves, where they can't be kept as they are: pass use_orig_params=True, or take "
+            "torch.distributed.fsdp.fully_shard in its place."
+        )
+
+
 def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
     """Whether adapters are sharded by FSDP 2."""
     return any(is_sharded(param) for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B))
@@ -101,6 +150,7 @@ def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
 
 def join_replicas(
     adapters: Mapping[str, L1RALinear],
+    gates: Tensor,
     optimizers: Sequence[Optimizer],
     same: Mapping[str, Any],
     beside_shards: ReplicaGroup | None,
@@ -110,14 +160,22 @@ def join_replicas(
     Nothing is sent before this process knows that it is in such a group.
 
     Args:
+        adapters: by name.
+        gates: the master gates of all ranks, ``(R,)``.
         optimizers: those that have stepped the adapters.
         same: the values that must be equal in all processes, by name.
         beside_shards: the group, if the adapters lie beside the shards of FSDP 2.
 
     Raises:
         CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
+        ReplicasDiffer: the processes hold different adapters. All of them raise it.
     """
     layers = list(adapters.values())
+    if any(layer.is_flat for layer in layers):
+        raise CannotMoveRanks(
+            "FullyShardedDataParallel (FSDP 1) holds the adapters as parts of flat tensors. Take "
+            "torch.distributed.fsdp.fully_shard in its place"
+        )
     sharded = adapters_are_sharded(layers)
     wrapper = None if sharded or beside_shards is not None else _wrapper_of(layers)
     if beside_shards is None and any(layer.reserve is None for layer in layers):
@@ -131,10 +189,16 @@ def join_replicas(
         )
     if wrapper is not None and wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
+    if wrapper is not None and _averages_weights(wrapper):
+        raise CannotMoveRanks(
+            "post_localSGD_hook lets the replicas differ until their weights are averaged. Register another "
+            "communication hook, or none"
+        )
     replicas = beside_shards
     if replicas is None:
         group = _group_of_shards(layers) if sharded else wrapper.process_group
         replicas = ReplicaGroup(group, layers[0].lora_A.device)
+    replicas.check_alike(adapters, gates)
     same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
     found = replicas.gather(same)
     for name in same:
@@ -195,6 +259,34 @@ def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
         "some adapters were frozen when DistributedDataParallel was constructed, so that it does not average their "
         "gradients. Construct it when all parameters to be trained require a gradient"
     )
+
+
+def clear_unused_gradients(layers: Iterable[L1RALinear]) -> None:
+    """Before a step: set the gradients of the reserved rows beyond the ranks to 0, where the gradients of ``layers``
+    pass a communication hook of DistributedDataParallel.
+
+    A hook that compresses gradients, such as PowerSGD, returns something else there. An optimizer would move these
+    rows, and the rank could no longer be told from a saved adapter.
+    """
+    layers = list(layers)
+    # A wrapper whose construction has failed has none.
+    hooked = [ids for wrapper, ids in _wrapped.items() if getattr(wrapper, "_comm_hooks", ())]
+    if any(id(layer.lora_A) in ids for ids in hooked for layer in layers):
+        unused = [
+            param.grad[layer.rank :]
+            for layer in layers
+            for param in (layer.lora_A, layer.lora_B)
+            if layer.reserve is not None and param.grad is not None
+        ]
+        if unused:
+            torch._foreach_zero_(unused)
+
+
+def _averages_weights(wrapper: DistributedDataParallel) -> bool:
+    """Whether the processes average their weights from time to time, in place of their gradients."""
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+
+    return any(isinstance(state, PostLocalSGDState) for _, state in wrapper._comm_hooks)
 
 
 def _held_parameters(adapters: Mapping[str, L1RALinear], optimizers: Sequence[Optimizer]) -> str:

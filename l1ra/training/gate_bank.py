@@ -147,7 +147,7 @@ class GateBank:
 
     @torch.no_grad()
     def _stale(self) -> bool:
-        loaded = [i for i, layer in enumerate(self.layers) if layer.gate_loaded]
+        loaded = [i for i, layer in enumerate(self.layers) if layer.gate_loaded and not layer.is_flat]
         for i in loaded:
             self.layers[i].gate_loaded = False
         if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):

@@ -102,7 +102,11 @@ class Interval:
             progress: share of the way to the last reallocation, 0 to 1.
             given_back: the number of ranks that each adapter has received and lost again.
             periods: in how many steps each adapter is trained once.
+
+        Raises:
+            ReplicasDiffer: other processes hold other adapters. All of them raise it, and decide nothing.
         """
+        self._check_replicas()
         self.fading = True
         self.probes.stop()
         self.probes.sum_over_replicas(self._replicas)
@@ -132,7 +136,11 @@ class Interval:
             importance, given_back: as in :meth:`choose_ranks`.
             optimizers: their state moves along.
             averages: of the adapters; they move along.
+
+        Raises:
+            ReplicasDiffer: as in :meth:`choose_ranks`.
         """
+        self._check_replicas()
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
         with gathered(adapter_parameters(self._layers), optimizers):
@@ -160,6 +168,9 @@ class Interval:
         self.fading = fading
         self.probes.load_state_dict(probes, observing=not fading)
         self._reset_copied_probes()
+
+    def _check_replicas(self) -> None:
+        self._replicas.check_alike(self._adapters, self._bank.value)
 
     def _reset_copied_probes(self) -> None:
         # A checkpoint has the sketches of one process. Loaded into all of them, they must count once in their sum.

@@ -8,17 +8,22 @@ from datetime import timedelta
 import pytest
 import torch
 from helpers import BRISK, Residual, patched, same_bits, step, trainable
-from torch import distributed, multiprocessing, nn
+from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 if not distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import l1ra
+from l1ra.allocation.plan import LayerPlan
 from l1ra.training.data_parallel import ReplicaGroup, world_size
+from l1ra.training.replica_digests import ReplicasDiffer
 
 STEPS = 60
 MOVING = {  # name -> settings of patch; None: another value in each process
@@ -29,17 +34,30 @@ MOVING = {  # name -> settings of patch; None: another value in each process
     "nothing to learn at first": {},
     "wrapped before the controller": {},
     "with a frozen A": {},
+    "half gradients": {},
+    "compressed gradients": {},
 }
+HOOKS = {"half gradients", "compressed gradients", "averages of weights"}
 RESTING = {  # name -> what the warning says
     "no reserve": r"Pass reserve=<rows> to l1ra.patch",
     "each for itself": "each process trains for itself",
-    "sharded": "sharded",
     "parts of an optimizer": "ZeroRedundancyOptimizer",
     "other totals": "its processes differ in total_steps: 60 and 61",
     "uneven batches": "under Join",
     "wrapped too early": "was constructed before the adapters",
     "thawed after it was wrapped": "some adapters were frozen when",
     "the optimizer within ZeRO": "its processes differ in the adapters' parameters that optimizers hold",
+    "averages of weights": "post_localSGD_hook lets the replicas differ",
+}
+# What the second process changes -> the step before which it does, None: before the model is wrapped; what is told.
+DIFFERING = {
+    "rank before wrapping": (None, "blocks.1 (rank, gate in process 1)"),
+    "gate": (0, "blocks.1 (gate in process 1)"),
+    "lora_A": (0, "blocks.1 (lora_A in process 1)"),
+    "lora_A later": (20, "blocks.1 (lora_A in process 1)"),
+    "lora_B": (20, "blocks.1 (lora_B in process 1)"),
+    "master gate": (20, "blocks.1 (gate in process 1)"),
+    "rank": (20, "blocks.1 (rank, lora_A, gate, lora_B in process 1)"),
 }
 
 
@@ -65,13 +83,10 @@ def begin(number, name, seed=0):
             replica = DistributedDataParallel(model)
             controller = l1ra.RankController(model, 16, **{**BRISK, "total_steps": STEPS})
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    elif name == "sharded":
-        from torch.distributed.fsdp import fully_shard
-
-        replica = fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     elif name != "each for itself":
         replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
+    if name in HOOKS:
+        replica.register_comm_hook(*communication(name))
     if name == "parts of an optimizer":
         optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
     if name == "thawed after it was wrapped":
@@ -82,6 +97,15 @@ def begin(number, name, seed=0):
         controller = l1ra.RankController(model, 16, auto=False, **{**BRISK, "total_steps": STEPS})
         optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
     return model, controller, optimizer, x[number::2], y[number::2], replica
+
+
+def communication(name):
+    if name == "half gradients":
+        return None, fp16_compress_hook
+    if name == "compressed gradients":
+        return PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook
+    alone, _ = distributed.new_subgroups(group_size=1)
+    return PostLocalSGDState(None, alone, start_localSGD_iter=10), post_localSGD_hook
 
 
 def told(model, controller, said):
@@ -105,7 +129,37 @@ def train(number, name):
                 step(replica, optimizer, x, y)
                 if not controller.auto:
                     controller.step(optimizer.optim)
-    return told(model, controller, said) if name != "sharded" else told(nn.Module(), controller, said)
+    unused = [
+        tensor[layer.rank :].count_nonzero().item()
+        for layer in controller.adapters.values()
+        for param in (layer.lora_A, layer.lora_B)
+        for tensor in (param, *optimizer.state.get(param, {}).values())
+        if name in HOOKS and tensor.dim() == 2
+    ]
+    return told(model, controller, said) | {"unused": unused}
+
+
+def differ(number, name):
+    """The second process changes the adapter of a block: what each process is told, and the ranks before that."""
+    when, _ = DIFFERING[name]
+    model, controller, optimizer, x, y = patched(16, total_steps=STEPS, reserve=12)
+    layer, keep = model.blocks[1], LayerPlan((0, 2))
+    if number and when is None:
+        layer.resize(keep)
+    replica = DistributedDataParallel(model)
+    try:
+        for i in range(STEPS):
+            if number and i == when:
+                with torch.no_grad():
+                    if name == "rank":
+                        layer.resize(LayerPlan(tuple(range(layer.rank)), 1))
+                    elif name == "master gate":
+                        controller._bank.value[controller._bank.ranks[0]] = 0.25
+                    else:
+                        getattr(layer, name.split()[0])[0] += 0.1
+            step(replica, optimizer, x[number::2], y[number::2])
+    except ReplicasDiffer as error:
+        return {"error": str(error), "step": i, "ranks": controller.ranks, "history": controller.history}
 
 
 def resume(number):
@@ -140,6 +194,7 @@ def work(number, folder):
     meeting = {"init_method": f"file://{folder}/meeting", "rank": number, "world_size": 2, "timeout": limit}
     distributed.init_process_group("gloo", **meeting)
     found = {name: train(number, name) for name in (*MOVING, *RESTING)}
+    found |= {f"differing: {name}": differ(number, name) for name in DIFFERING}
     found["resumed"], found["alone"] = resume(number), while_others_wait(number)
     torch.save(found, folder / f"{number}.pt")
     distributed.barrier()
@@ -198,7 +253,27 @@ def test_ranks_rest_where_they_must_and_a_warning_says_why(found, name):
         assert "no rank moves in this distributed training" in said and RESTING[name] in said
         assert len(part[name]["history"]) == 1
         gates = [value for key, value in part[name]["model"].items() if key.endswith("gate")]
-        assert len(gates) == (0 if name == "sharded" else 4) and all((gate[:4] == 1).all() for gate in gates)
+        assert len(gates) == 4 and all((gate[:4] == 1).all() for gate in gates)
+
+
+@pytest.mark.parametrize("name", ["half gradients", "compressed gradients"])
+def test_what_a_communication_hook_puts_into_reserved_rows_is_dropped(found, name):
+    trained = found[0][name]
+    assert len(trained["unused"]) == 24 and not any(trained["unused"])
+    model, controller, *_ = patched(16, total_steps=STEPS, reserve=12)
+    model.load_state_dict(trained["model"])
+    assert controller.ranks == trained["history"][-1]["ranks"]
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_adapters_that_differ_stop_all_processes_with_one_error_that_names_them(found, name):
+    first, second = (part[f"differing: {name}"] for part in found)
+    when, difference = DIFFERING[name]
+    assert f"not those of process 0: {difference}. " in first["error"]
+    assert first["error"] == second["error"] and first["history"] == second["history"]
+    # Found at the first step, or at the next decision, with no rank moved since.
+    assert first["step"] == second["step"] == (20 if when == 20 else 0)
+    assert first["ranks"] == first["history"][-1]["ranks"]
 
 
 def test_a_process_that_trains_alone_waits_for_nobody(found):
