@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +73,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def budget_and_reserve(model: Any, budget: int | None, compiled: bool = False) -> dict[str, int | None]:
-    """What ``l1ra.patch`` shall give the linear layers; rows in reserve where shapes must stay.
-
-    They must in a compiled model, and among the processes of ``torchrun`` or ``accelerate launch``.
-    """
+    """What ``l1ra.patch`` shall give the linear layers; rows in reserve in a compiled model, whose shapes must stay."""
     layers = len(select_targets(model, "all-linear", {}))
     budget = budget or RANKS_PER_ADAPTER * layers
-    fixed = compiled or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return {"budget": budget, "reserve": 4 * budget // layers if fixed else None}
+    return {"budget": budget, "reserve": 4 * budget // layers if compiled else None}
 
 
 def questions() -> list[dict]:

@@ -104,8 +104,9 @@ class L1RAConfig:
             torch.dtype. Gates are float64 if A and B are, otherwise float32.
         reserve: constant number of rows of each adapter's parameters, and so its largest rank. Rows beyond the rank are
             0 and only cost memory. Shapes and addresses don't change with the rank then: ``torch.compile`` does not
-            recompile, captured graphs stay valid, and ranks move under DistributedDataParallel, where they don't
-            without a reserve. 4 times the mean rank is a reasonable value. None (default): as many rows as ranks.
+            recompile, captured graphs stay valid, and ranks move where several processes train, where they don't
+            without a reserve. None (default): as many rows as ranks; in one of several processes :func:`l1ra.patch`
+            takes 4 times the mean rank.
         augment: store the weights of layers with ``out_features >= 1.5 * in_features`` with 128 more columns, into
             which the kernels write the adapter, so that a single product computes the layer. It saves a pass over the
             output and costs memory, 3 % of a weight with 4096 inputs. Default False.

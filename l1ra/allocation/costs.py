@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 from l1ra.config import L1RAConfig
 
-__all__ = ["check_budget", "rank_cap", "rank_cost"]
+__all__ = ["check_budget", "rank_cap", "rank_cost", "rows_to_reserve"]
+
+RESERVE_FACTOR = 4
 
 
 def check_budget(budget: object) -> int:
@@ -35,3 +40,9 @@ def rank_cap(in_features: int, out_features: int, config: L1RAConfig) -> int:
     It is the largest possible rank of the weight, further limited by ``max_rank`` and ``reserve`` of ``config``.
     """
     return min(in_features, out_features, config.max_rank or in_features, config.reserve or in_features)
+
+
+def rows_to_reserve(ranks: Collection[int], config: L1RAConfig) -> int:
+    """How many rows adapters of these ranks should have where their shapes must stay: four times the mean rank."""
+    rows = max(max(ranks), RESERVE_FACTOR * math.ceil(sum(ranks) / len(ranks)))
+    return min(rows, config.max_rank or rows)

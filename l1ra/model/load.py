@@ -7,6 +7,7 @@ import re
 
 from torch import nn
 
+from l1ra.allocation.costs import rows_to_reserve
 from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.files.controller_state import check_state
 from l1ra.layers.adapted_model import controller_of, find_adapters, name_before_patch
@@ -14,6 +15,7 @@ from l1ra.layers.base_layers import base_features
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, REFERENCE
 from l1ra.model.patch import patch, unpatch
 from l1ra.training.controller import RankController
+from l1ra.training.data_parallel import launched_processes
 
 __all__ = ["load"]
 
@@ -84,6 +86,8 @@ def _add_controller(model: nn.Module, checkpoint: Checkpoint, adapted: bool, aut
     state, config = checkpoint.controller, checkpoint.config
     if adapted:
         return RankController(model, state["budget"], config=config, auto=auto)
+    if config.reserve is None and launched_processes() > 1:
+        config = config.replace(reserve=rows_to_reserve(state["ranks"].values(), config))
     names = "|".join(re.escape(name) for name in checkpoint.adapters)
     controller = patch(model, state["budget"], target_modules=names, modules_to_save=[], config=config, auto=auto)
     for name, layer in controller.adapters.items():  # from_peft may have set other initial ranks than patch does

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from l1ra.allocation.costs import check_budget, rank_cap, rank_cost
+from l1ra.allocation.costs import check_budget, rank_cap, rank_cost, rows_to_reserve
 from l1ra.allocation.plan import spread_evenly
 from l1ra.config import L1RAConfig
 from l1ra.integrations import save_pretrained
@@ -24,6 +24,7 @@ from l1ra.model.drawn_anew import drawn_anew, forget, mark, outside_warning
 from l1ra.model.merge import merge as merge_adapters
 from l1ra.model.targets import saved_modules, select_targets, tensor_parallel_warning, unadapted_warning
 from l1ra.training.controller import RankController
+from l1ra.training.data_parallel import launched_processes
 
 __all__ = ["check_unpatched", "patch", "unpatch"]
 
@@ -90,6 +91,12 @@ def patch(
     if modules_to_save is None or saved:
         messages.append(outside_warning(model, targets, saved))
     ranks = _initial_ranks(targets, budget, config)
+    if config.reserve is None and (count := launched_processes()) > 1:
+        config = config.replace(reserve=rows_to_reserve(ranks, config))
+        messages.append(
+            f"this is one of {count} processes, where adapters must keep their shapes: each gets reserve="
+            f"{config.reserve} rows, and no rank above. Pass reserve=<rows> to choose another number."
+        )
     anew = list(drawn_anew(model).values())
 
     original = _OriginalState.of(model)

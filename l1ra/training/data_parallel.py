@@ -6,6 +6,7 @@ the same: a single rank that differs would let the replicas diverge.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,7 @@ __all__ = [
     "check_gates_apart",
     "clear_unused_gradients",
     "join_replicas",
+    "launched_processes",
     "world_size",
 ]
 
@@ -116,6 +118,11 @@ class ReplicaGroup:
 def world_size() -> int:
     """The number of processes of torch.distributed; 1 without it."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def launched_processes() -> int:
+    """:func:`world_size`, or before torch.distributed is initialised the number that torchrun has launched."""
+    return max(world_size(), int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def adapters_are_flat(layers: Iterable[L1RALinear]) -> bool:

@@ -63,7 +63,7 @@ DIFFERING = {
 
 def begin(number, name, seed=0):
     torch.manual_seed(seed)
-    settings = {"reserve": None if name == "no reserve" else 12, "total_steps": STEPS, **MOVING.get(name, {})}
+    settings = {"reserve": 12, "total_steps": STEPS, **MOVING.get(name, {})}
     if name == "other totals":
         settings["total_steps"] += number
     settings = {key: number if key == "seed" else value for key, value in settings.items()}
@@ -83,6 +83,10 @@ def begin(number, name, seed=0):
             replica = DistributedDataParallel(model)
             controller = l1ra.RankController(model, 16, **{**BRISK, "total_steps": STEPS})
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    elif name == "no reserve":
+        model = without_reserve(model)
+        replica, controller = DistributedDataParallel(model), l1ra.RankController(model, 16, **BRISK)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     elif name != "each for itself":
         replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
     if name in HOOKS:
@@ -97,6 +101,14 @@ def begin(number, name, seed=0):
         controller = l1ra.RankController(model, 16, auto=False, **{**BRISK, "total_steps": STEPS})
         optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=1e-2)
     return model, controller, optimizer, x[number::2], y[number::2], replica
+
+
+def without_reserve(model):
+    """The same adapters with as many rows as ranks, as a model of a user's own may have them."""
+    l1ra.unpatch(model)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = l1ra.L1RALinear.from_linear(block, rank=4)
+    return model
 
 
 def communication(name):
@@ -285,3 +297,28 @@ def test_alone_everything_is_as_it_is():
     alone.sum_over_replicas(rows)
     assert alone.broadcast(rows) is rows and torch.equal(rows[0], torch.ones(2))
     assert (world_size(), alone.number, alone.gather(3)) == (1, 0, [3])
+
+
+def test_layers_of_one_process_of_several_get_rows_in_reserve(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as torchrun says before torch.distributed is initialised
+    with pytest.warns(UserWarning, match="this is one of 8 processes.*each gets reserve=8 rows"):
+        controller = patched(8)[1]
+    assert controller.config.reserve == 8 and {layer.reserve for layer in controller.adapters.values()} == {8}
+    assert set(controller.ranks.values()) == {2}
+    for settings in ({"reserve": 6}, {"reserve": 6, "max_rank": 5}):
+        assert patched(8, **settings)[1].config.reserve == 6  # no warning
+    with pytest.warns(UserWarning, match="reserve=5 rows"):
+        patched(8, max_rank=5)
+    with pytest.warns(UserWarning, match="reserve=12 rows"):
+        patched(9, min_rank=2)
+
+
+def test_a_checkpoint_of_one_process_has_room_in_one_of_several(tmp_path, monkeypatch):
+    controller = patched(16)[1]
+    layers = list(controller.adapters.values())
+    for layer, rank in zip(layers, (12, 2, 1, 1), strict=True):
+        layer.resize(l1ra.allocation.plan.LayerPlan((), rank), torch.zeros(rank, 12))
+    controller.save(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    loaded = l1ra.load(Residual(), tmp_path)
+    assert loaded.ranks == controller.ranks and loaded.config.reserve == 16

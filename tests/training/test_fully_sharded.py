@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import Residual, patched, same_bits, step, trainable
+from helpers import BRISK, Residual, patched, same_bits, step, trainable
 from torch import distributed, multiprocessing, nn
 
 if not distributed.is_available():
@@ -41,7 +41,6 @@ MOVING = {  # name -> settings of patch
     "left out, accumulated": {},
     "left out, other seeds": {},
     "left out, averaged by the user": {},
-    "left out, no reserve": {"reserve": None},
     "sharded before": {},
 }
 LIKE_ONE_PROCESS = {  # name -> how near the parameters come
@@ -52,7 +51,6 @@ LIKE_ONE_PROCESS = {  # name -> how near the parameters come
     "left out": 1e-4,
     "left out, accumulated": 1e-4,
     "left out, averaged by the user": 1e-4,
-    "left out, no reserve": 1e-4,
     "sharded before": 1e-4,
 }
 RESTING = {  # name -> what the warning says
@@ -86,8 +84,6 @@ def options_of(name, model):
 def begin(name, seed=0, world=2, **more):
     torch.manual_seed(0)
     settings = {**SETTINGS, **MOVING.get(name, {}), **more}
-    if name == "no reserve":
-        settings["reserve"] = None
     number = distributed.get_rank()
     if name == "other settings":
         settings["margin"] = 1.0 - number / 2
@@ -100,9 +96,11 @@ def begin(name, seed=0, world=2, **more):
         model = Residual()
         x, y = task(model)
         shard(model, mesh)
-        controller = l1ra.patch(model, 16, **{"interval": 6, "warmup": 0.0, "cooldown": 0.2, "margin": 1.0, **settings})
+        controller = l1ra.patch(model, 16, **{**BRISK, **settings})
     else:
         model, controller, _, x, y = patched(16, **settings)
+        if name == "no reserve":
+            model, controller = without_reserve(model, settings)
         shard(model, mesh, **options_of(name, model))
     if name == "left out, averaged by the user":
         for param in trainable(model):
@@ -115,6 +113,15 @@ def begin(name, seed=0, world=2, **more):
         x[number::world],
         y[number::world],
     )
+
+
+def without_reserve(model, settings):
+    """The same adapters with as many rows as ranks, as a model of a user's own may have them."""
+    l1ra.unpatch(model)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = l1ra.L1RALinear.from_linear(block, rank=4)
+    settings = {name: value for name, value in settings.items() if name != "reserve"}
+    return model, l1ra.RankController(model, 16, **{**BRISK, **settings})
 
 
 def average(param):
