@@ -10,6 +10,7 @@ Example::
 from l1ra.config import L1RAConfig
 from l1ra.files.peft_export import export_peft
 from l1ra.layers.linear import L1RALinear
+from l1ra.model.fsdp import fsdp
 from l1ra.model.load import load
 from l1ra.model.merge import merge, unmerge
 from l1ra.model.patch import patch, unpatch
@@ -28,6 +29,7 @@ __all__ = [
     "doctor",
     "export_peft",
     "from_peft",
+    "fsdp",
     "load",
     "merge",
     "patch",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, GatedLowRank
-from l1ra.layers.sharding import is_sharded, wholes, write_wholes
+from l1ra.layers.row_moves import COLUMNS
+from l1ra.layers.sharding import columns_of, is_sharded, wholes, with_all_rows, write_rows
 
 __all__ = ["adapter_parameters", "gathered"]
 
@@ -29,8 +30,10 @@ def gathered(
 
     Args:
         owners: modules, and names of parameters of theirs. Nothing happens to parameters that are not sharded.
-        optimizers: None if nothing will be changed. Otherwise gradients, and the state in these optimizers, are plain,
-            too, and what was changed is written back at the end. Shapes must stay.
+        optimizers: None if nothing will be changed, and the tensors are whole. Otherwise gradients, and the state in
+            these optimizers, are plain, too, and what was changed is written back at the end. Shapes must stay. Of
+            tensors that are split by columns each process then has its own columns; ``RowMoves`` and
+            ``rotate_to_principal_axes`` know of it.
         values: the wholes, if they are known: then the processes need not communicate.
     """
     owners = [(module, name, param) for module, name in owners if is_sharded(param := module._parameters[name])]
@@ -38,13 +41,16 @@ def gathered(
         yield
         return
     sharded = list(dict.fromkeys(param for *_, param in owners))
-    known = wholes(sharded) if values is None else [values[param] for param in sharded]
-    plain = [nn.Parameter(whole, requires_grad=p.requires_grad) for whole, p in zip(known, sharded, strict=True)]
+    found = with_all_rows if optimizers is not None else wholes
+    known = found(sharded) if values is None else [values[param] for param in sharded]
+    plain = [nn.Parameter(tensor, requires_grad=p.requires_grad) for tensor, p in zip(known, sharded, strict=True)]
     swapped = dict(zip(sharded, plain, strict=True))
     states = [] if optimizers is None else [_GatheredState(optimizer, swapped) for optimizer in optimizers]
     if optimizers is not None:
+        for param, own in swapped.items():
+            setattr(own, COLUMNS, columns_of(param))
         with_grad = [param for param in sharded if param.grad is not None]
-        for param, grad in zip(with_grad, wholes([param.grad for param in with_grad]), strict=True):
+        for param, grad in zip(with_grad, with_all_rows([param.grad for param in with_grad]), strict=True):
             swapped[param].grad = grad
     try:
         for module, name, param in owners:
@@ -56,8 +62,8 @@ def gathered(
         for state in states:
             state.restore()
     if optimizers is not None:
-        write_wholes(sharded, plain)
-        write_wholes([param.grad for param in with_grad], [swapped[param].grad for param in with_grad])
+        write_rows(sharded, plain)
+        write_rows([param.grad for param in with_grad], [swapped[param].grad for param in with_grad])
         for state in states:
             state.write()
 
@@ -80,7 +86,7 @@ class _GatheredState:
         ]
         for param, plain in self._pairs:
             optimizer.state[plain] = dict(optimizer.state[param])
-        for (plain, name, _), whole in zip(found, wholes([value for *_, value in found]), strict=True):
+        for (plain, name, _), whole in zip(found, with_all_rows([value for *_, value in found]), strict=True):
             optimizer.state[plain][name] = whole
 
     def restore(self) -> None:
@@ -102,4 +108,4 @@ class _GatheredState:
                     values.append(found[name])
                 else:
                     state[name] = found[name]
-        write_wholes(targets, values)
+        write_rows(targets, values)

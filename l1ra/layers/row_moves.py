@@ -12,7 +12,11 @@ from l1ra.allocation.plan import LayerPlan
 from l1ra.layers.tensor_lists import add_all_, copy_all_, divide_all_, multiply_all_
 from l1ra_kernels import dispatch
 
-__all__ = ["RowMoves", "row_runs", "row_sources"]
+__all__ = ["COLUMNS", "RowMoves", "row_runs", "row_sources"]
+
+
+# The attribute of a parameter that tells which columns it holds, where it is a part of a sharded one.
+COLUMNS = "_l1ra_columns"
 
 
 def row_sources(plan: LayerPlan) -> tuple[int, ...]:
@@ -82,7 +86,11 @@ class RowMoves:
         Args:
             sources: as in :meth:`add`.
             new: the rows of the result that are set to ``new_rows``. All other new rows are 0.
+            new_rows: if the parameter holds some columns only (:data:`COLUMNS`), all columns nevertheless.
         """
+        columns = getattr(param, COLUMNS, None)
+        if columns is not None and isinstance(new_rows, Tensor):
+            new_rows = new_rows[:, columns.at]
 
         def store(moved: Tensor) -> None:
             param.grad = None

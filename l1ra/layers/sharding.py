@@ -15,7 +15,19 @@ from torch import Tensor, distributed
 
 from l1ra.layers.tensor_lists import copy_all_, grouped, views
 
-__all__ = ["Part", "first_writes", "group_of", "is_sharded", "part_of", "wholes", "write_wholes"]
+__all__ = [
+    "Columns",
+    "Part",
+    "columns_of",
+    "first_writes",
+    "group_of",
+    "is_sharded",
+    "part_of",
+    "sum_over_columns",
+    "wholes",
+    "with_all_rows",
+    "write_rows",
+]
 
 if distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -109,8 +121,71 @@ def _on_mesh(tensor: Any) -> Any:
     return tensor if tensor.device.type == kind else tensor.to(kind)
 
 
+class Columns(NamedTuple):
+    """The columns of a tensor ``(rows, columns)`` that this process holds.
+
+    Attributes:
+        at: their indices.
+        group: the processes that hold the others.
+        device: on which these processes communicate.
+    """
+
+    at: slice
+    group: Any
+    device: torch.device
+
+
+def columns_of(tensor: Tensor) -> Columns | None:
+    """The columns that this process holds, if the DTensor is split by columns: it has all rows then."""
+    if not is_sharded(tensor) or tensor.dim() != 2 or (part := part_of(tensor)) is None or part.dim != 1:
+        return None
+    mesh = tensor.device_mesh
+    mesh_dim = next(i for i, placement in enumerate(tensor.placements) if type(placement) is Shard)
+    at = slice(part.start, part.start + part.tensor.shape[1])
+    return Columns(at, mesh.get_group(mesh_dim), torch.device(mesh.device_type))
+
+
 @torch.no_grad()
-def write_wholes(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def sum_over_columns(matrices: Sequence[Tensor], columns: Sequence[Columns | None]) -> list[Tensor]:
+    """Sums over the processes of matrices that each has computed from its own columns, in one reduction.
+
+    Args:
+        matrices: of one dtype on one device.
+        columns: from which each was computed; None: from all of them, so that it is returned as it is.
+    """
+    found = list(matrices)
+    parts = grouped(columns, lambda part: part and (part.group, part.device))
+    for kind, chosen in parts.items():
+        if kind is not None:
+            group, device = kind
+            flat = torch.cat([matrices[i].reshape(-1) for i in chosen]).to(device)
+            distributed.all_reduce(flat, group=group)
+            for i, total in zip(chosen, views(flat, [matrices[i].shape for i in chosen]), strict=True):
+                found[i] = total.to(matrices[i].device)
+    return found
+
+
+def with_all_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Plain tensors with all rows: of a DTensor that is split by columns those of this process, of others the whole."""
+    own = [part_of(tensor).tensor if columns_of(tensor) else None for tensor in tensors]
+    others = iter(wholes([tensor for tensor, part in zip(tensors, own, strict=True) if part is None]))
+    return [next(others) if part is None else part for part in own]
+
+
+def write_rows(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy back what :func:`with_all_rows` has returned, or another tensor of that shape."""
+    by_columns, others = [], []
+    for tensor, value in zip(tensors, values, strict=True):
+        if columns_of(tensor) is None:
+            others.append((tensor, value))
+        elif (own := part_of(tensor).tensor).data_ptr() != value.data_ptr():
+            by_columns.append((own, value))
+    copy_all_([own for own, _ in by_columns], [value for _, value in by_columns])
+    _write_wholes([tensor for tensor, _ in others], [value for _, value in others])
+
+
+@torch.no_grad()
+def _write_wholes(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy to each tensor its value, a plain tensor of the whole; of a DTensor each process copies its own part."""
     targets, sources = [], []
     for tensor, value in zip(tensors, values, strict=True):

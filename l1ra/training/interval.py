@@ -18,6 +18,7 @@ from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
+from l1ra.layers.sharding import wholes
 from l1ra.layers.tensor_lists import transferred, views
 from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import ReplicaGroup
@@ -143,8 +144,9 @@ class Interval:
         self._check_replicas()
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
+        new_rows = self._new_rows(plan)
         with gathered(adapter_parameters(self._layers), optimizers):
-            done = move_ranks(self._layers, plan, self._bank, optimizers, self._new_rows(plan), averages)
+            done = move_ranks(self._layers, plan, self._bank, optimizers, new_rows, averages)
             self._bank.penalise_none()
             if self._config.principal_axes and self._uses_importance:
                 rows = self._bank.rows_at_one()
@@ -210,7 +212,8 @@ class Interval:
         if self._config.new_rows == "gradient":
             sketches = [self.probes.sketch(name) for name in self._adapters]
             chosen = [i for i, sketch in enumerate(sketches) if sketch is not None and rows[i] is not None]
-            some = [(sketches[i], self._layers[i].lora_A, plan.layers[i].keep, rows[i]) for i in chosen]
+            present = wholes([self._layers[i].lora_A for i in chosen])
+            some = [(sketches[i], a, plan.layers[i].keep, rows[i]) for i, a in zip(chosen, present, strict=True)]
             for i, new in zip(chosen, self._replicas.broadcast(_along_the_gradient(some)), strict=True):
                 rows[i] = new
         return rows

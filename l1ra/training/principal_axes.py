@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.row_moves import COLUMNS
+from l1ra.layers.sharding import sum_over_columns
 from l1ra.layers.tensor_lists import grouped
 from l1ra.training.optimizer_state import can_rotate, rotate_states
 from l1ra.training.row_rotation import RowRotation, grams, rotate_rows
@@ -92,7 +94,8 @@ def _find_rotations(layers: Sequence[tuple[L1RALinear, Sequence[int]]], optimize
         if len(rows) > 1 and all(can_rotate(o, p) for o in optimizers for p in (layer.lora_A, layer.lora_B))
     ]
     # All products are computed before the one transfer to the CPU.
-    found = grams([(p, layers[i][1]) for i in able for p in (layers[i][0].lora_A, layers[i][0].lora_B)])
+    params = [(param, layers[i][1]) for i in able for param in (layers[i][0].lora_A, layers[i][0].lora_B)]
+    found = sum_over_columns(grams(params), [getattr(param, COLUMNS, None) for param, _ in params])
     rotations = []
     for alike in grouped(able, lambda i: len(layers[i][1])).values():
         pairs = torch.stack([found[2 * k + part] for part in (0, 1) for k in alike]).double().unflatten(0, (2, -1))

@@ -23,13 +23,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import l1ra
 from l1ra.layers.adapted_model import find_adapters
-from l1ra.layers.sharding import first_writes, is_sharded, part_of, wholes
+from l1ra.layers.sharding import columns_of, first_writes, is_sharded, part_of, wholes
 
 STEPS = 60
 SETTINGS = {"reserve": 12, "total_steps": STEPS, "min_coherence": -1.0}
 MOVING = {  # name -> settings of patch
     "sharded": {},
     "sharded by columns": {},
+    "columns, gradient rows": {"new_rows": "gradient"},
+    "columns, two dimensions": {},
     "two dimensions": {},
     "gradient rows": {"new_rows": "gradient"},
     "probes": {"min_coherence": 0.0},
@@ -46,6 +48,7 @@ MOVING = {  # name -> settings of patch
 LIKE_ONE_PROCESS = {  # name -> how near the parameters come
     "sharded": 1e-4,
     "sharded by columns": 1e-4,
+    "columns, two dimensions": 1e-4,
     "two dimensions": 1e-4,
     "accumulated": 1e-4,
     "left out": 1e-4,
@@ -74,11 +77,7 @@ def options_of(name, model):
         return {"ignored_params": {adapters[1].lora_A}}
     if name.startswith("bfloat16"):
         return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
-    if name == "sharded by columns":
-        from torch.distributed.tensor import Shard
-
-        return {"shard_placement_fn": lambda param: Shard(1) if param.dim() == 2 and param.shape[0] == 12 else None}
-    return {}
+    return l1ra.fsdp(model) if "columns" in name else {}
 
 
 def begin(name, seed=0, world=2, **more):
@@ -88,7 +87,7 @@ def begin(name, seed=0, world=2, **more):
     if name == "other settings":
         settings["margin"] = 1.0 - number / 2
     settings["seed"] = number if name == "left out, other seeds" else seed
-    shape, names = ((1, world), ("replicas", "parts")) if name == "two dimensions" else ((world,), ("parts",))
+    shape, names = ((1, world), ("replicas", "parts")) if "two dimensions" in name else ((world,), ("parts",))
     mesh = distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
     if name == "sharded before":
         from helpers import task
@@ -153,6 +152,7 @@ def train(name, steps=STEPS, made=None):
         "gates": controller.gates(),
         "said": [text for text in map(str, (w.message for w in said)) if not text.startswith("FSDP2-wrapped module")],
         "sharded": any(is_sharded(layer.lora_A) for layer in controller.adapters.values()),
+        "by columns": all(columns_of(layer.lora_A) for layer in controller.adapters.values()),
     }
 
 
@@ -233,6 +233,13 @@ def trained_head(folder):
     return state_of(made[0])
 
 
+def saved_by_columns(folder):
+    made = begin("sharded by columns")
+    train("sharded by columns", 25, made)
+    made[1].save(folder / "columns")
+    return made[0](probe()).detach()
+
+
 def steps_in_the_backward():
     made = begin("left out")
     model, _, _, x, y = made
@@ -259,7 +266,7 @@ def work(number, folder, world):
         found = {name: train(name) for name in (*MOVING, *RESTING)}
         found |= {"saved": save(folder), "resumed": resume(folder, 2), "resumed fresh": resume_fresh(folder)}
         found |= {"full": full_state_dict(folder), "failed": failing_write(folder), "head": trained_head(folder)}
-        found |= {"in the backward": steps_in_the_backward()}
+        found |= {"columns": saved_by_columns(folder), "in the backward": steps_in_the_backward()}
     torch.save(found, folder / f"{world}-{number}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -296,6 +303,7 @@ def test_all_processes_move_the_same_ranks(found, name):
     first, second = (part[name] for part in found)
     assert not first["said"] and not second["said"]
     assert first["sharded"] is not (name.startswith("left out") or name == "sharded before")
+    assert first["by columns"] is ("columns" in name)
     assert first["history"] == second["history"] and len(first["history"]) > 5
     assert sum(entry["moved"] for entry in first["history"]) > 0
     assert equal(first["model"], second["model"]) and first["gates"] == second["gates"]
@@ -336,6 +344,22 @@ def test_a_checkpoint_is_written_once_and_whole(found, folder):
     for name, value in model.state_dict().items():
         assert same_bits(value, saved["before"][name][: len(value)]), name
     assert len(list((folder / "own").iterdir())) == 3
+
+
+def test_a_model_sharded_by_columns_is_saved_whole(found, folder):
+    torch.manual_seed(0)
+    l1ra.load(model := Residual(), folder / "columns")
+    torch.testing.assert_close(model(probe()), found[0]["columns"], rtol=1e-5, atol=1e-6)
+
+
+def test_features_that_the_processes_do_not_divide_are_split_along_the_ranks():
+    model, controller, *_ = patched(16, reserve=12)
+    placement = [l1ra.fsdp(model, processes)["shard_placement_fn"] for processes in (4, 5)]
+    layer = controller.adapters["blocks.0"]
+    assert placement[0](layer.lora_A) == placement[0](layer.lora_B) is not None
+    assert placement[0](layer.gate) is placement[0](layer.base_layer.weight) is placement[1](layer.lora_A) is None
+    with pytest.raises(ValueError, match=r"call l1ra.patch\(model, budget=...\) before fully_shard"):
+        l1ra.fsdp(Residual())
 
 
 def test_a_lora_is_written_once_and_whole(found, folder):
