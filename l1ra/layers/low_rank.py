@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
-from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.row_moves import RowMoves, row_sources
 
 __all__ = ["ADAPTER_PARAMETERS", "REFERENCE", "GatedLowRank"]
@@ -89,7 +88,7 @@ class GatedLowRank(nn.Module):
         with torch.no_grad():
             self.lora_A[:rank] = self.initial_rows(rank, generator).to(device, adapter_dtype)
             self.gate[:rank] = 1.0
-        self._reserved_rank = None if reserve is None else rank  # the rank, where the shapes don't tell it
+        self._rank, self._reserve = rank, reserve  # shapes don't tell them under ZeRO stage 3
         self.gate_loaded = False
 
     def set_initial_rank(self, rank: int, alpha: float | None, rank_stabilized: bool) -> None:
@@ -109,12 +108,12 @@ class GatedLowRank(nn.Module):
     @property
     def rank(self) -> int:
         """The current rank, including ranks whose gate is 0 that have not been pruned yet."""
-        return tensor_of(self, "lora_A").shape[0] if self._reserved_rank is None else self._reserved_rank
+        return self._rank
 
     @property
     def reserve(self) -> int | None:
         """The constant number of rows of the parameters, or None if they have as many rows as ranks."""
-        return None if self._reserved_rank is None else self.lora_A.shape[0]
+        return self._reserve
 
     @property
     def rank_scaling(self) -> float:
@@ -175,8 +174,7 @@ class GatedLowRank(nn.Module):
         factor = self.gate_factor(plan.rank)
         if factor != 1:
             moves.rescale(self.gate, self.lora_B, factor)
-        if self.reserve is not None:
-            moves.afterwards(partial(setattr, self, "_reserved_rank", plan.rank))
+        moves.afterwards(partial(setattr, self, "_rank", plan.rank))
 
     def row_sources(self, plan: LayerPlan) -> tuple[int, ...]:
         """For each row of the parameters after ``plan`` its index before, -1 for new rows and rows beyond the rank."""

@@ -8,7 +8,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
     adapters_disabled,
+    carried_tensors,
     controller_of,
     find_adapters,
     frozen_and_drawn_anew,
@@ -34,8 +35,9 @@ from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
+from l1ra.layers.zero import ZeroOptimizer, find_zero_optimizer, whole_parameters
 from l1ra.training.averages import Averages
-from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, world_size
+from l1ra.training.data_parallel import CannotMoveRanks, adapters_are_sharded, join_replicas, join_zero, world_size
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
@@ -160,7 +162,10 @@ class RankController:
         hooks = (self._held, self._before_step, self._after_step, self._other_step)
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
-        self._backwards = BackwardCounter(self._layers[0].gate)
+        self._zero: ZeroOptimizer | None = None
+        self._first_of_zero = self._heard_late = False
+        self._searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that held no adapter when they stepped
+        self._backwards = BackwardCounter(self._layers[0].gate, self._find_zero)
         self._checkpoints = TrainerHooks(model, self._layers[0])
         self._state_hooks = [
             model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
@@ -225,6 +230,11 @@ class RankController:
         """
         if self.auto:
             raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
+        if find_zero_optimizer(self._layers) is not None:
+            raise RuntimeError(
+                "DeepSpeed's optimizer clears the gradients within its step: pass auto=True, and drop the call of "
+                "controller.step."
+            )
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
         if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
@@ -359,11 +369,15 @@ class RankController:
             controller.save("out/adapter")
             controller = l1ra.load(fresh_model, "out/adapter")
 
+        With ZeRO stage 3 all processes must call this together; the first one writes.
+
         Raises:
             OSError: the folder can't be written; an older checkpoint in it is still whole.
         """
-        frozen = frozen_and_drawn_anew(self.model)
-        save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
+        with whole_parameters(self.model, carried_tensors(self.model)) as writes:
+            if writes:
+                frozen = frozen_and_drawn_anew(self.model)
+                save(folder, self.config, self.adapters, trained_tensors(self.model), frozen, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the adapters' own tensors, which are in the model's state dict."""
@@ -395,6 +409,7 @@ class RankController:
                 nothing is changed then.
         """
         check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
+        self._find_zero()
         self._bank.refresh()
         for name, layer in self.adapters.items():
             layer.initial_rank = state["initial_ranks"][name]
@@ -413,6 +428,8 @@ class RankController:
         """Remove all hooks. The adapters stay as they are."""
         if self._hooks is not None:
             self._hooks.close()
+        if self._zero is not None:
+            self._zero.close()
         self._backwards.close()
         self._checkpoints.remove()
         for handle in self._state_hooks:
@@ -431,11 +448,7 @@ class RankController:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
         layers, held = self._layers, self._held_by(optimizer)
-        if any(layers[i].disabled for i in held):
-            raise RuntimeError(
-                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
-                "the block before optimizer.step()."
-            )
+        self._check_not_disabled(held)
         if held and layers[held[0]].lora_A.is_meta:
             raise RuntimeError(
                 "the adapters are on the meta device and get no gradient, as accelerate offloads the model: train it "
@@ -458,14 +471,79 @@ class RankController:
             if found is not None:
                 self._gradients = found._replace(flat=unscaled(found.flat, optimizer))
 
+    def _check_not_disabled(self, held: Iterable[int]) -> None:
+        if any(self._layers[i].disabled for i in held):
+            raise RuntimeError(
+                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
+                "the block before optimizer.step()."
+            )
+
     def _after_step(self, optimizer: Optimizer) -> None:
         """Move the gates, and ranks if they are due: now, or at the end of the backward that is running."""
         self._end.step(optimizer)
 
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
+        if optimizer not in self._searched:
+            self._searched.add(optimizer)
+            self._find_zero(optimizer)
+        if self._zero is not None:
+            return
         if not any(self._held.by(known) for known in self._known):
             self._others.step(optimizer)
+
+    # --- one step of DeepSpeed's optimizer
+
+    def _find_zero(self, stepping: Optimizer | None = None) -> None:
+        """Look for an optimizer of DeepSpeed that holds the adapters, unless one is known.
+
+        Args:
+            stepping: an optimizer that steps now and is unknown.
+        """
+        known = self._zero
+        if not self.auto or (known is not None and known.is_alive and stepping in (None, known.optimizer)):
+            return
+        found = find_zero_optimizer(self._layers)
+        if found is None or (known is not None and found.optimizer is known.optimizer):
+            return
+        if known is not None:
+            known.close()
+        self._zero = self._bank.zero = found
+        self._hooks.optimizers.add(found.optimizer)
+        found.watch(self._before_zero_step, self._in_zero_step, self._after_zero_step)
+        self._known.discard(found.optimizer)
+        if stepping is found.optimizer:  # too late for the hooks of this step
+            self._in_zero_step()
+
+    def _before_zero_step(self) -> None:
+        self._zero.check()
+        self._check_not_disabled(range(len(self.adapters)))
+
+    def _in_zero_step(self) -> None:
+        """DeepSpeed's optimizer lets its torch optimizer step a group of flattened parameters."""
+        zero = self._zero
+        if zero.optimizer not in self._known:
+            self._register(zero.optimizer)
+            # A process whose first backward has not reached the first adapter has not looked for the optimizer before.
+            self._heard_late = not (zero.heard if self._ranks_fixed else zero.is_heard_by_all())
+            self._first_of_zero = True
+            if not zero.heard:
+                self._count_step([zero.optimizer])
+
+    @torch.no_grad()
+    def _after_zero_step(self) -> None:
+        """As :meth:`_end_step`; all processes call it together."""
+        self._count_step([self._zero.optimizer])
+        first, self._first_of_zero = self._first_of_zero, False
+        if first and not self._ranks_fixed and (why := self._zero.why_fixed()):  # its state has been made in this step
+            self._fix_ranks(why)
+        if self._ranks_fixed or (first and self._heard_late):
+            return
+        found = self._bank.flatten(self._zero.gate_gradients())
+        self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+        self._trained.add(found.layers)
+        self._bank.write_to_layers()
+        self._advance()
 
     @torch.no_grad()
     def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
@@ -555,7 +633,8 @@ class RankController:
             return
         if len(self.history) == 1:
             self._warn_at_first()
-        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
+        with nullcontext() if self._zero is None else self._zero.gathered():
+            done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
 
@@ -579,9 +658,10 @@ class RankController:
     def _register(self, optimizer: Optimizer) -> None:
         self._known.add(optimizer)
         join_trainer(self)
+        by_zero = self._zero is not None and optimizer is self._zero.optimizer
+        if by_zero or (self._schedule is None and world_size() > 1):
+            self._join_replicas()
         if self._schedule is None:
-            if world_size() > 1:
-                self._join_replicas()
             self._make_schedule()
 
     def _make_schedule(self) -> None:
@@ -592,14 +672,26 @@ class RankController:
         if not self._ranks_fixed:
             self._schedule.warn(self.config, self.total_steps, uses_importance=self._rule.uses_importance)
 
+    def _fix_ranks(self, why: object) -> None:
+        self._ranks_fixed = True
+        warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=3)
+
     def _join_replicas(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget, "ranks": self.ranks}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
+        same = {**settings, **numbers, **where}
         try:
-            replicas = join_replicas(self.adapters, self._optimizers(), {**settings, **numbers, **where})
+            if self._zero is None:
+                replicas = join_replicas(self.adapters, self._optimizers(), same)
+            else:
+                replicas = join_zero(self._layers, self._zero, same)
         except CannotMoveRanks as why:
-            self._ranks_fixed = True
-            warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
+            self._fix_ranks(why)
         else:
             self._interval.synchronise(replicas)
+            if self._zero is not None and not self._bank.is_written(self._zero.gates()):
+                raise RuntimeError(
+                    "DeepSpeed's optimizer holds other gates than the controller, as after engine.load_checkpoint: put "
+                    "controller.state_dict() into its client_state, and call controller.load_state_dict after it."
+                )

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.tensor_lists import copy_all_, transferred, views
+from l1ra.layers.zero import ZeroOptimizer
 
-__all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "world_size"]
+__all__ = ["CannotMoveRanks", "ReplicaGroup", "adapters_are_sharded", "join_replicas", "join_zero", "world_size"]
 
 T = TypeVar("T")
 
@@ -120,14 +121,43 @@ def join_replicas(
     if wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
     replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
-    same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
-    found = replicas.gather(same)
+    _compare(replicas, {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)})
+    return replicas
+
+
+def join_zero(layers: Sequence[L1RALinear], zero: ZeroOptimizer, same: Mapping[str, Any]) -> ReplicaGroup:
+    """The group of processes that train these adapters with DeepSpeed's ZeRO. All processes must call this together.
+
+    Args:
+        zero: DeepSpeed's optimizer, within its step.
+        same: as in :func:`join_replicas`.
+
+    Raises:
+        CannotMoveRanks: ranks can't move there. All processes raise it.
+    """
+    if any(layer.reserve is None for layer in layers):
+        raise CannotMoveRanks(
+            "DeepSpeed needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four times "
+            "the mean rank"
+        )
+    if why := zero.why_fixed():
+        raise CannotMoveRanks(why)
+    replicas = ReplicaGroup(zero.group, layers[0].lora_A.device)
+    _compare(replicas, same)
+    return replicas
+
+
+def _compare(replicas: ReplicaGroup, same: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CannotMoveRanks: a value differs between the processes. All of them raise it.
+    """
+    found = replicas.gather(dict(same))
     for name in same:
         values = [part[name] for part in found]
         if any(value != values[0] for value in values):
             told = " and ".join(dict.fromkeys(str(value) for value in values))
             raise CannotMoveRanks(f"its processes differ in {name}: {told}. Give all of them the same")
-    return replicas
 
 
 # A wrapped model has no reference to its wrapper. torch reports each module that is put into another one, so wrappers

@@ -17,6 +17,7 @@ from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
+from l1ra.layers.zero import ZeroOptimizer, is_partitioned
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
@@ -53,12 +54,14 @@ class GateBank:
         age: the number of steps at which each gate was trained.
         weight: of the L1 penalty of each rank (rule ``"adaptive-l1"``).
         skipped: int64 scalar, the number of steps at which a gradient, or its square, was not finite.
+        zero: DeepSpeed's optimizer that holds the gates, None without one.
     """
 
     PENALTY_WEIGHT = 2.0  # a penalised gate falls by 2 - 1 = 1 unit a step, as fast as other gates are pulled up to 1
 
     def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)
+        self.zero: ZeroOptimizer | None = None
         self._read_layers()
 
     def _read_layers(self) -> None:
@@ -129,11 +132,22 @@ class GateBank:
             moved: the layers among them whose master gates may have changed. The gates of the others keep their
                 values, and are written without a mark: a backward that needs them may be waiting.
         """
+        if self.zero is not None:
+            self.zero.write_gates(self._layer_gates())
+            return
         gates, own = _gates_of(self.layers), self._layer_gates()
         if held is not None:
             gates = [gates[i] if i in moved else gates[i].data for i in held]
             own = [own[i] for i in held]
         copy_all_(gates, own)
+
+    def is_written(self, gates: Sequence[Tensor]) -> bool:
+        """Whether ``gates`` ``(rows,)`` of each layer are the master gates, up to rounding, and 0 behind the ranks."""
+        pairs = zip(gates, self._layer_gates(), self.ranks, strict=True)
+        return all(
+            torch.allclose(gate[:rank], own.to(gate), rtol=1e-2, atol=1e-2) and not gate[rank:].any()
+            for gate, own, rank in pairs
+        )
 
     def _layer_gates(self) -> tuple[Tensor, ...]:
         return (self.value * self._rank_scaling).split(self.ranks)
@@ -148,6 +162,7 @@ class GateBank:
         loaded = [i for i, layer in enumerate(self.layers) if layer.gate_loaded]
         for i in loaded:
             self.layers[i].gate_loaded = False
+        loaded = [i for i in loaded if not is_partitioned(self.layers[i].gate)]
         if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
             return True
         gates, own = _gates_of([self.layers[i] for i in loaded]), self._layer_gates() if loaded else ()
@@ -221,11 +236,12 @@ class GateBank:
         """Copies of all tensors, by name. The gates are those of the layers, into which a user may have copied an
         average."""
         state = {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
-        gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
-        # A layer that was cast holds the master gates rounded, which are no others.
-        written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]
-        own, written = (torch.cat(transferred(part, *kind)).detach() for part in (gates, written))
-        state["value"] = torch.where(own == written, self.value, (own / self._rank_scaling).to(own).clamp(0, 1))
+        if not any(is_partitioned(layer.gate) for layer in self.layers):
+            gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
+            # A layer that was cast holds the master gates rounded, which are no others.
+            written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]
+            own, written = (torch.cat(transferred(part, *kind)).detach() for part in (gates, written))
+            state["value"] = torch.where(own == written, self.value, (own / self._rank_scaling).to(own).clamp(0, 1))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
