@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,18 +68,20 @@ def whole_parameters(model: nn.Module, names: Collection[str]) -> Iterator[bool]
         yield distributed.get_rank() == 0
 
 
-def find_zero_optimizer(layers: Sequence[GatedLowRank]) -> ZeroOptimizer | None:
-    """DeepSpeed's optimizer that holds parameters of ``layers``, None if there is none.
+def find_zero_optimizer(
+    layers: Sequence[GatedLowRank], among: Iterable[object] | None = None
+) -> ZeroOptimizer | None:
+    """DeepSpeed's optimizer that holds copies of parameters of ``layers``, None if there is none.
 
-    One that holds the very parameters, as torch optimizers do, is none of these.
+    Args:
+        among: the objects to look at. None: all, since neither parameters nor models refer to it.
     """
     module = sys.modules.get("deepspeed.runtime.base_optimizer")
     if module is None:
         return None
-    # Neither parameters nor models refer to it.
-    own = {id(param) for layer in layers for param in _parameters(layer)}
-    for found in gc.get_objects():
+    for found in gc.get_objects() if among is None else among:
         if issubclass(type(found), module.DeepSpeedOptimizer):
+            own = {id(param) for layer in layers for param in _parameters(layer)}
             held = (p for _, groups in LAYOUTS for group in getattr(found, groups, ()) for p in group)
             if any(id(param) in own for param in held):
                 return ZeroOptimizer(found, layers)
@@ -137,6 +139,10 @@ class ZeroOptimizer:
     def is_alive(self) -> bool:
         """Whether DeepSpeed's optimizer still exists."""
         return self._theirs() is not None
+
+    def is_same(self, other: ZeroOptimizer) -> bool:
+        """Whether ``other`` is for the same optimizer of DeepSpeed."""
+        return self._theirs() is other._theirs()
 
     def check(self) -> None:
         """

@@ -21,6 +21,7 @@ from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
 from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
+from l1ra.integrations.call_stack import calls
 from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
     CONTROLLER,
@@ -163,9 +164,8 @@ class RankController:
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._zero: ZeroOptimizer | None = None
-        self._first_of_zero = self._heard_late = False
-        self._searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that held no adapter when they stepped
-        self._backwards = BackwardCounter(self._layers[0].gate, self._find_zero)
+        self._has_looked = self._first_of_zero = self._heard_late = False
+        self._backwards = BackwardCounter(self._layers[0].gate, self._in_first_backward)
         self._checkpoints = TrainerHooks(model, self._layers[0])
         self._state_hooks = [
             model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
@@ -230,14 +230,14 @@ class RankController:
         """
         if self.auto:
             raise RuntimeError("this controller is called by the optimizer itself: drop the call, or pass auto=False.")
-        if find_zero_optimizer(self._layers) is not None:
-            raise RuntimeError(
-                "DeepSpeed's optimizer clears the gradients within its step: pass auto=True, and drop the call of "
-                "controller.step."
-            )
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
         if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
+            if find_zero_optimizer(self._layers) is not None:
+                raise RuntimeError(
+                    "DeepSpeed's optimizer clears the gradients within its step: make the controller with auto=True, "
+                    "and drop the call of controller.step."
+                )
             warnings.warn(
                 "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
                 "cleared.",
@@ -484,36 +484,34 @@ class RankController:
 
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
-        if optimizer not in self._searched:
-            self._searched.add(optimizer)
-            self._find_zero(optimizer)
-        if self._zero is not None:
-            return
-        if not any(self._held.by(known) for known in self._known):
+        is_known = self._zero is not None and self._zero.optimizer is optimizer
+        if not is_known and self._find_zero(among=[frame.f_locals.get("self") for frame in calls("step")]):
+            self._in_zero_step()
+            self._bank.write_to_layers()
+        if self._zero is None and not any(self._held.by(known) for known in self._known):
             self._others.step(optimizer)
 
     # --- one step of DeepSpeed's optimizer
 
-    def _find_zero(self, stepping: Optimizer | None = None) -> None:
-        """Look for an optimizer of DeepSpeed that holds the adapters, unless one is known.
+    def _in_first_backward(self) -> None:
+        """In the first backward after a step: look for an optimizer of DeepSpeed."""
+        gone = self._zero is not None and not self._zero.is_alive
+        if gone or not self._has_looked:
+            self._has_looked = True
+            self._find_zero()
 
-        Args:
-            stepping: an optimizer that steps now and is unknown.
-        """
-        known = self._zero
-        if not self.auto or (known is not None and known.is_alive and stepping in (None, known.optimizer)):
-            return
-        found = find_zero_optimizer(self._layers)
-        if found is None or (known is not None and found.optimizer is known.optimizer):
-            return
-        if known is not None:
-            known.close()
+    def _find_zero(self, among: Iterable[object] | None = None) -> bool:
+        """Whether there is a new optimizer of DeepSpeed that holds the adapters; from now on its steps are noticed."""
+        found = find_zero_optimizer(self._layers, among) if self.auto else None
+        if found is None or (self._zero is not None and self._zero.is_same(found)):
+            return False
+        if self._zero is not None:
+            self._zero.close()
         self._zero = self._bank.zero = found
+        self._known.discard(found.optimizer)
         self._hooks.optimizers.add(found.optimizer)
         found.watch(self._before_zero_step, self._in_zero_step, self._after_zero_step)
-        self._known.discard(found.optimizer)
-        if stepping is found.optimizer:  # too late for the hooks of this step
-            self._in_zero_step()
+        return True
 
     def _before_zero_step(self) -> None:
         self._zero.check()
