@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from l1ra.files.atomic_write import atomic_write, cpu_copy
 from l1ra.layers.adapted_model import (
     MERGED_FOR_GOOD,
+    carried_tensors,
     find_adapters,
     frozen_and_drawn_anew,
     running_statistics,
@@ -24,6 +25,7 @@ from l1ra.layers.adapted_model import (
 )
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.zero import is_engine, whole_parameters
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
@@ -71,7 +73,8 @@ def export_peft(
         model = PeftModel.from_pretrained(base_model, "my-lora")
 
     Args:
-        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel.
+        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel or DeepSpeed's engine. With
+            ZeRO stage 3 all processes must call this together; the first one writes.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
         uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank
@@ -99,6 +102,23 @@ def export_peft(
         raise ValueError("the model has no adapter: call l1ra.patch(model, budget=...) first.")
     check_one_parent(model, adapters)
     saved = _modules_to_save(model)
+    names = {f"{name}.{key}" for name, module in saved.items() for key, _ in module.named_parameters()}
+    with whole_parameters(model, carried_tensors(model).keys() | names) as writes:
+        tensors, config = _contents(model, adapters, saved, uniform, dtype, prefix)
+    if writes:
+        _write(Path(directory), tensors, config)
+    return Path(directory)
+
+
+def _contents(
+    model: nn.Module,
+    adapters: Mapping[str, L1RALinear],
+    saved: Mapping[str, nn.Module],
+    uniform: bool | int,
+    dtype: torch.dtype | None,
+    prefix: str | None,
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors and PEFT's configuration, which diffusers' file has not. Arguments as in :func:`export_peft`."""
     factors = {_uncompiled_name(name): _folded_factors(layer, dtype) for name, layer in adapters.items()}
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     rank = _common_rank(ranks, uniform)
@@ -106,7 +126,6 @@ def export_peft(
     tensors = _lora_tensors(factors, pad_to=rank)
     statistics = {name: value for name, value in running_statistics(model).items() if not _is_inside(name, saved)}
     frozen = frozen_and_drawn_anew(model) | statistics
-    directory = Path(directory)
     if prefix is not None:
         if saved or frozen:
             more = f"{', '.join(saved)} is trained in full" if saved else f"{', '.join(frozen)} is in no checkpoint"
@@ -115,17 +134,14 @@ def export_peft(
                 "model.save_pretrained, which writes all weights with the adapters merged."
             )
         start = f"{prefix.removesuffix('.')}." if prefix else ""
-        _write(directory, {start + name: tensor for name, tensor in tensors.items()})
-        return directory
+        return {start + name: tensor for name, tensor in tensors.items()}, None
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     for name, module in saved.items():
         name = f"{PREFIX}{_uncompiled_name(name)}"
         tensors |= {f"{name}.{key}": cpu_copy(value) for key, value in module.state_dict().items()}
     # PEFT and transformers load tensors under these names into the base model, as PEFT's own resized embeddings.
     frozen = {f"{PREFIX}{_uncompiled_name(name)}": cpu_copy(value) for name, value in frozen.items()}
-    tensors = {**frozen, **tensors}
-    _write(directory, tensors, _adapter_config(model, ranks, saved, rank, base))
-    return directory
+    return {**frozen, **tensors}, _adapter_config(model, ranks, saved, rank, base)
 
 
 def _base_name(model: nn.Module) -> str | None:
@@ -136,7 +152,7 @@ def _base_name(model: nn.Module) -> str | None:
     warnings.warn(
         f"the LoRA belongs to the weights that l1ra.unpatch(model, merge=True) has left, not to {name}, so its files "
         "name no base model. Save the merged model before it is patched again, and load the LoRA onto that.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 
@@ -176,11 +192,11 @@ def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of ``torch.compile`` and DistributedDataParallel."""
+    """The model without the wrappers of ``torch.compile``, DistributedDataParallel and DeepSpeed."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model):
             model = model.module
         else:
             return model
@@ -244,7 +260,7 @@ def _adapter_config(
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:
     """Write PEFT's two files, or diffusers' one if there is no ``config``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

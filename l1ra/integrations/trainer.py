@@ -26,6 +26,7 @@ from l1ra.files.checkpoint import Checkpoint, read
 from l1ra.integrations.call_stack import calls, first_argument
 from l1ra.layers.adapted_model import CONTROLLER, carried_tensors, controller_of, has_sharded_adapters
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.zero import is_engine
 
 __all__ = [
     "FOLDER",
@@ -214,14 +215,22 @@ def save_controllers(folder: Path | None = None, *, afterwards: bool = False) ->
         if folder is None:
             runs = trainer._get_output_dir(trial=frame.f_locals.get("trial"))
             folder = Path(runs) / f"checkpoint-{trainer.state.global_step}"
-        if trainer.args.should_save:
-            for model, state_folder in _state_folders(trainer.model).items():
-                # Where adapters are sharded, ranks stay fixed, and one process cannot read all rows.
-                into = Path(folder) / state_folder
-                if not (has_sharded_adapters(model) or (afterwards and into.is_dir())):
-                    controller_of(model).save(into)
+        for model, state_folder in _state_folders(trainer.model).items():
+            into = Path(folder) / state_folder
+            if has_sharded_adapters(model):
+                # One process cannot read all rows: with DeepSpeed all of them save the model together.
+                saves = _engine_is("save_checkpoint")
+            else:
+                saves = trainer.args.should_save and not (afterwards and into.is_dir())
+            if saves:
+                controller_of(model).save(into)
         return True
     return False
+
+
+def _engine_is(calling: str) -> bool:
+    """Whether a DeepSpeed engine's method of this name is being called."""
+    return any(is_engine(frame.f_locals.get("self")) for frame in calls(calling))
 
 
 def _state_folders(model: nn.Module) -> dict[nn.Module, Path]:
@@ -245,7 +254,7 @@ class _Reading:
 
     def before(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.found, self.prefix = _checkpoint_being_read(model), prefix
-        if self.found is None:
+        if self.found is None or has_sharded_adapters(model):
             return
         own = model.state_dict().keys()
         layers = tuple(f"{name}." if name else "" for name in self.found.adapters)
@@ -268,9 +277,9 @@ class _Reading:
 
 def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
     """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
-    if controller_of(model) is None or has_sharded_adapters(model):
+    resumes = _engine_is("load_checkpoint")
+    if controller_of(model) is None or (has_sharded_adapters(model) and not resumes):
         return None
-    resumes = False
     for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):
         method = frame.f_code.co_name
         resumes |= method == "_load_from_checkpoint"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l1ra.layers.base_layers import base_features
+from l1ra.layers.base_layers import base_features, is_partitioned
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 
@@ -51,10 +51,13 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[str, L1RALinear]]:
 def has_sharded_adapters(model: nn.Module) -> bool:
     """Whether FSDP or DeepSpeed has sharded an adapter of ``model``.
 
-    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or empty (ZeRO 3).
+    Its parameters are then DTensors (FSDP 2), flat (FSDP 1) or may be empty (ZeRO 3).
     """
     return any(
-        type(layer.lora_A) is not nn.Parameter or layer.lora_A.dim() != 2 or layer.lora_A.shape[1] != layer.in_features
+        is_partitioned(layer.lora_A)
+        or type(layer.lora_A) is not nn.Parameter
+        or layer.lora_A.dim() != 2
+        or layer.lora_A.shape[1] != layer.in_features
         for _, layer in find_adapters(model)
     )
 

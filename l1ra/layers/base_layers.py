@@ -17,6 +17,7 @@ __all__ = [
     "fallback_reason",
     "has_own_forward",
     "is_conv1d",
+    "is_partitioned",
     "main_tensor",
     "prevent_packing",
     "tensor_of",
@@ -98,6 +99,11 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
+
+
+def is_partitioned(param: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 has partitioned ``param``: it may be empty outside of the forward."""
+    return hasattr(param, "ds_id")
 
 
 def dense_weight(base: nn.Module) -> Tensor:

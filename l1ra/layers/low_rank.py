@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.row_moves import RowMoves, row_sources
 
 __all__ = ["ADAPTER_PARAMETERS", "REFERENCE", "GatedLowRank"]
@@ -132,6 +133,19 @@ class GatedLowRank(nn.Module):
         ``rank``."""
         return self._rank_scaling_at(rank) / self.rank_scaling
 
+    def adopt_rank(self, rank: int) -> None:
+        """Take ``rank`` over for rows that have been loaded.
+
+        Raises:
+            ValueError: the parameters have not as many rows.
+        """
+        if rank != self._rank and rank > (self._reserve or 0):
+            raise ValueError(
+                f"the state has rank {rank}, and the adapter {self._reserve or self._rank} rows: patch the model with the "
+                "same reserve."
+            )
+        self._rank = rank
+
     def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
         """Change the rank: prune and append rows at once. Arguments as in :meth:`plan_resize`."""
         moves = RowMoves()
@@ -213,7 +227,7 @@ class GatedLowRank(nn.Module):
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
         row_counts = {saved.shape[:1] for saved in found.values()}
         same_features = all(saved.shape[1:] == params[name].shape[1:] for name, saved in found.items())
-        if len(found) == len(params) and len(row_counts) == 1 and same_features:
+        if len(found) == len(params) and len(row_counts) == 1 and same_features and not is_partitioned(self.lora_A):
             rank = _saved_rank(found["lora_A"], found["gate"])
             rows = rank if self.reserve is None else self.reserve
             if rank <= rows:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, GatedLowRank
 from l1ra.layers.tensor_lists import copy_all_, views
 
-__all__ = ["ZeroOptimizer", "find_zero_optimizer", "is_partitioned", "whole_parameters"]
+__all__ = ["ZeroOptimizer", "find_zero_optimizer", "is_engine", "whole_parameters"]
 
 # Attributes of DeepSpeed's optimizers: the flat parts of this process, and the model's parameters, both by group.
 LAYOUTS = (
@@ -44,9 +45,10 @@ KEEPS_ELSEWHERE = {
 }
 
 
-def is_partitioned(param: Tensor) -> bool:
-    """Whether ZeRO stage 3 has partitioned ``param``: it is empty outside of the forward."""
-    return hasattr(param, "ds_id")
+def is_engine(module: nn.Module) -> bool:
+    """Whether ``module`` is DeepSpeed's wrapper of a model."""
+    engines = sys.modules.get("deepspeed.runtime.engine")
+    return engines is not None and isinstance(module, engines.DeepSpeedEngine)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from l1ra.layers.adapted_model import (
     frozen_and_drawn_anew,
     trained_tensors,
 )
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
@@ -104,7 +105,8 @@ class RankController:
             overrides: replace single fields of ``config``.
 
         Raises:
-            ValueError: the model has no adapter or has a controller; or the adapters cost more than the budget.
+            ValueError: the model has no adapter or has a controller; or the adapters cost more than the budget, or are
+                partitioned by ZeRO stage 3.
             TypeError: the budget is no int, or ``overrides`` has a setting of single layers.
         """
         check_budget(budget)
@@ -119,6 +121,8 @@ class RankController:
             raise ValueError("the model has no L1RALinear: use l1ra.patch(model, budget=...) to put them in.")
         if controller_of(model) is not None:
             raise ValueError("the model has a controller already: call its close() or l1ra.unpatch(model) first.")
+        if any(is_partitioned(layer.lora_A) for layer in adapters.values()):
+            raise ValueError("DeepSpeed has partitioned the adapters: make the controller before deepspeed.initialize.")
         costs = [rank_cost(a.in_features, a.out_features, config) for a in adapters.values()]
         spent = sum(c * a.rank for c, a in zip(costs, adapters.values(), strict=True))
         if spent > budget:
@@ -326,11 +330,13 @@ class RankController:
                 trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=data)
 
         Raises:
-            RuntimeError: an adapter is merged.
+            RuntimeError: an adapter is merged, or partitioned by ZeRO stage 3.
         """
         merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
         if merged is not None:
             raise RuntimeError(f"{merged} is merged into its weight: call l1ra.unmerge(model) before set_reference().")
+        if any(is_partitioned(layer.lora_A) for layer in self._layers):
+            raise RuntimeError("ZeRO stage 3 has partitioned the adapters: call set_reference() before it does.")
         for layer in self._layers:
             layer.set_reference()
 
@@ -402,15 +408,21 @@ class RankController:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a ``state_dict()``. The model's own state dict must have been loaded before.
+        """Take over a ``state_dict()``. The model's own state dict must have been loaded before; of a model that DeepSpeed
+        trains, its ``engine.load_checkpoint``.
 
         Raises:
             ValueError: the state belongs to other adapters, ranks, scalings, budget or rule, or a part is missing;
                 nothing is changed then.
         """
-        check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
+        partitioned = [name for name, layer in self.adapters.items() if is_partitioned(layer.lora_A)]
+        adopted = {name: state.get("ranks", {}).get(name) for name in partitioned}
+        check_state(state, self.adapters, ranks={**self.ranks, **adopted}, budget=self.budget, rule=self.config.rule)
+        for name, rank in adopted.items():  # DeepSpeed has loaded their rows, and nothing else tells the rank
+            self.adapters[name].adopt_rank(rank)
         self._find_zero()
-        self._bank.refresh()
+        if not partitioned:
+            self._bank.refresh()
         for name, layer in self.adapters.items():
             layer.initial_rank = state["initial_ranks"][name]
         self._bank.load_state_dict(state["gates"])

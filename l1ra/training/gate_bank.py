@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
-from l1ra.layers.base_layers import tensor_of
+from l1ra.layers.base_layers import is_partitioned, tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
-from l1ra.layers.zero import ZeroOptimizer, is_partitioned
+from l1ra.layers.zero import ZeroOptimizer
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
