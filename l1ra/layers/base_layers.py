@@ -15,6 +15,7 @@ __all__ = [
     "check_gradient",
     "dense_weight",
     "fallback_reason",
+    "element_count",
     "has_own_forward",
     "is_conv1d",
     "is_partitioned",
@@ -104,6 +105,11 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
 def is_partitioned(param: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO stage 3 has partitioned ``param``: it may be empty outside of the forward."""
     return hasattr(param, "ds_id")
+
+
+def element_count(param: Tensor) -> int:
+    """The number of elements of ``param``, also if it is partitioned."""
+    return param.ds_numel if is_partitioned(param) else param.numel()
 
 
 def dense_weight(base: nn.Module) -> Tensor:

@@ -498,8 +498,8 @@ class RankController:
         """An optimizer that holds no adapter has stepped."""
         is_known = self._zero is not None and self._zero.optimizer is optimizer
         if not is_known and self._find_zero(among=[frame.f_locals.get("self") for frame in calls("step")]):
+            self._bank.write_to_layers()  # the optimizer has trained the gates
             self._in_zero_step()
-            self._bank.write_to_layers()
         if self._zero is None and not any(self._held.by(known) for known in self._known):
             self._others.step(optimizer)
 
@@ -538,7 +538,7 @@ class RankController:
             self._heard_late = not (zero.heard if self._ranks_fixed else zero.is_heard_by_all())
             self._first_of_zero = True
             if not zero.heard:
-                self._count_step([zero.optimizer])
+                self._after_zero_step()
 
     @torch.no_grad()
     def _after_zero_step(self) -> None:
