@@ -73,8 +73,8 @@ def export_peft(
         model = PeftModel.from_pretrained(base_model, "my-lora")
 
     Args:
-        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel or DeepSpeed's engine. With
-            ZeRO stage 3 all processes must call this together; the first one writes.
+        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel or DeepSpeed's engine.
+            With ZeRO stage 3 all processes must call this together; the first one writes.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
         uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank

@@ -306,8 +306,8 @@ class L1RALinear(GatedLowRank):
         """
         if is_partitioned(self.lora_A):
             raise RuntimeError(
-                "ZeRO stage 3 has partitioned the parameters: call l1ra.export_peft(model, folder) in all processes, and "
-                "load and merge that in one process."
+                "ZeRO stage 3 has partitioned the parameters: call l1ra.export_peft(model, folder) in all processes, "
+                "and load and merge that in one process."
             )
         exact = self.gate.dtype  # 16-bit parameters would be rounded twice
         delta = (self.lora_B.to(exact) * (self.scaling * self.gate).unsqueeze(1)).T @ self.lora_A.to(exact)

@@ -141,8 +141,8 @@ class GatedLowRank(nn.Module):
         """
         if rank != self._rank and rank > (self._reserve or 0):
             raise ValueError(
-                f"the state has rank {rank}, and the adapter {self._reserve or self._rank} rows: patch the model with the "
-                "same reserve."
+                f"the state has rank {rank}, and the adapter {self._reserve or self._rank} rows: patch the model with "
+                "the same reserve."
             )
         self._rank = rank
 

@@ -53,9 +53,9 @@ def is_engine(module: nn.Module) -> bool:
 
 @contextmanager
 def whole_parameters(model: nn.Module, names: Collection[str]) -> Iterator[bool]:
-    """A context in which these parameters of ``model`` are whole, to be read, also if ZeRO stage 3 has partitioned them.
+    """A context in which these parameters of ``model`` are whole, to be read.
 
-    If it has, all processes must enter the context together: each of them sends its parts.
+    If ZeRO stage 3 has partitioned them, all processes must enter the context together: each of them sends its parts.
 
     Yields:
         Whether this process is to write them into files: with ZeRO stage 3 the first one, otherwise each.
@@ -70,9 +70,7 @@ def whole_parameters(model: nn.Module, names: Collection[str]) -> Iterator[bool]
         yield distributed.get_rank() == 0
 
 
-def find_zero_optimizer(
-    layers: Sequence[GatedLowRank], among: Iterable[object] | None = None
-) -> ZeroOptimizer | None:
+def find_zero_optimizer(layers: Sequence[GatedLowRank], among: Iterable[object] | None = None) -> ZeroOptimizer | None:
     """DeepSpeed's optimizer that holds copies of parameters of ``layers``, None if there is none.
 
     Args:
@@ -155,8 +153,8 @@ class ZeroOptimizer:
         for attribute, setting in STEPS_ELSEWHERE.items():
             if getattr(theirs, attribute, None):
                 raise RuntimeError(
-                    f"with {setting} DeepSpeed itself would train the gates of the adapters: leave it out of DeepSpeed's "
-                    "configuration."
+                    f"with {setting} DeepSpeed itself would train the gates of the adapters: leave it out of "
+                    "DeepSpeed's configuration."
                 )
 
     def why_fixed(self) -> str:

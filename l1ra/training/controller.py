@@ -408,8 +408,8 @@ class RankController:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a ``state_dict()``. The model's own state dict must have been loaded before; of a model that DeepSpeed
-        trains, its ``engine.load_checkpoint``.
+        """Take over a ``state_dict()``. The model's own state dict must have been loaded before, with DeepSpeed by
+        ``engine.load_checkpoint``.
 
         Raises:
             ValueError: the state belongs to other adapters, ranks, scalings, budget or rule, or a part is missing;

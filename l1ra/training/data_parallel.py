@@ -121,7 +121,9 @@ def join_replicas(
     if wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
     replicas = ReplicaGroup(wrapper.process_group, layers[0].lora_A.device)
-    _compare(replicas, {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)})
+    _compare(
+        replicas, {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
+    )
     return replicas
 
 

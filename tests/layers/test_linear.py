@@ -264,7 +264,9 @@ def test_a_state_dict_that_does_not_fit_leaves_the_rank_alone(name):
 
 
 def start_probe(layer, count):
-    (probe,) = start_probes(count, [(layer.lora_A, layer.in_features, layer.out_features)], torch.Generator().manual_seed(1))
+    (probe,) = start_probes(
+        count, [(layer.lora_A, layer.in_features, layer.out_features)], torch.Generator().manual_seed(1)
+    )
     return probe
 
 
