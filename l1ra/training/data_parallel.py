@@ -139,8 +139,8 @@ def join_zero(layers: Sequence[L1RALinear], zero: ZeroOptimizer, same: Mapping[s
     """
     if any(layer.reserve is None for layer in layers):
         raise CannotMoveRanks(
-            "DeepSpeed needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four times "
-            "the mean rank"
+            "DeepSpeed needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four "
+            "times the mean rank"
         )
     if why := zero.why_fixed():
         raise CannotMoveRanks(why)
