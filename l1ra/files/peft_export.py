@@ -27,6 +27,7 @@ from l1ra.layers.adapted_model import (
 )
 from l1ra.layers.base_layers import is_conv1d
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.zero import is_engine
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "check_one_parent", "export_peft"]
 
@@ -75,8 +76,8 @@ def export_peft(
         model = PeftModel.from_pretrained(base_model, "my-lora")
 
     Args:
-        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel. If it is sharded
-            (``fully_shard``), all processes must call this, and the first one writes.
+        model: a model with adapters. It may be compiled or wrapped in DistributedDataParallel or DeepSpeed's engine. If
+            it is sharded (``fully_shard``, ZeRO stage 3), all processes must call this, and the first one writes.
         directory: is created if it does not exist. An older LoRA in it is replaced after the new one has been written
             completely. A process that is killed before leaves the older LoRA, or files that PEFT does not load.
         uniform: pad all adapters with zeros to one rank and write no patterns, for readers that support a single rank
@@ -191,11 +192,11 @@ def check_one_parent(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of ``torch.compile``, DistributedDataParallel and FSDP 1."""
+    """The model without the wrappers of ``torch.compile``, DistributedDataParallel, FSDP 1 and DeepSpeed."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model):
             model = model.module
         elif hasattr(model, WRAPPED_BY_FSDP):
             model = getattr(model, WRAPPED_BY_FSDP)
@@ -262,7 +263,7 @@ def _adapter_config(
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:
     """Write PEFT's two files, or diffusers' one if there is no ``config``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

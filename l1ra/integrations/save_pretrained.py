@@ -30,6 +30,7 @@ from l1ra.layers.adapted_model import (
     has_unreadable_adapters,
     whole_for_saving,
 )
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.linear import L1RALinear
 
 __all__ = ["SavePretrained", "override", "restore"]
@@ -145,16 +146,25 @@ class SavePretrained:
             kwargs: options of transformers' method. They have no effect on a LoRA.
 
         Raises:
-            ValueError: ``push_to_hub`` is set; or PEFT can't represent what is trained and the model has no
+            ValueError: ``push_to_hub`` is set; or there is no ``state_dict`` and the parameters are partitioned by ZeRO
+                stage 3; or PEFT can't represent what is trained and the model has no
                 controller, because it is a copy of a patched model.
             OSError: the files can't be written.
         """
         model, folder = self.model, Path(save_directory)
         is_part, is_unreadable = _is_saved_for_readers(), has_unreadable_adapters(model)
+        if is_main_process and state_dict is None and any(is_partitioned(param) for param in model.parameters()):
+            raise ValueError(
+                "ZeRO stage 3 has partitioned the parameters, which are empty here: in all processes call "
+                "l1ra.export_peft(model, folder), or pass state_dict=accelerator.get_state_dict(model)."
+            )
         if is_unreadable and is_main_process and not is_in_checkpoint():
+            instead = "Load them into a patched model in one process, and save that."
+            if any(is_partitioned(param) for param in model.parameters()):
+                instead = "For a LoRA call l1ra.export_peft(model, folder) in all processes."
             warnings.warn(
                 "the adapters are sharded, so the weights are saved under their names in the patched model, where "
-                "from_pretrained does not find them. Load them into a patched model in one process, and save that.",
+                f"from_pretrained does not find them. {instead}",
                 stacklevel=2,
             )
         if is_unreadable or self._is_plain(is_part):

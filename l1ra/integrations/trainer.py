@@ -32,6 +32,7 @@ from l1ra.layers.adapted_model import (
     has_unreadable_adapters,
 )
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.zero import is_engine
 
 __all__ = [
     "FOLDER",
@@ -222,15 +223,21 @@ def save_controllers(folder: Path | None = None, *, afterwards: bool = False) ->
             folder = Path(runs) / f"checkpoint-{trainer.state.global_step}"
         for model, state_folder in _state_folders(trainer.model).items():
             into = Path(folder) / state_folder
-            if has_unreadable_adapters(model):  # there ranks stay fixed
-                continue
             if has_sharded_adapters(model):
-                if not afterwards:  # in all processes; the first one writes
-                    controller_of(model).save(into)
-            elif trainer.args.should_save and not (afterwards and into.is_dir()):
+                saves = not afterwards  # in all processes; the first one writes
+            elif has_unreadable_adapters(model):
+                saves = _engine_is("save_checkpoint")  # DeepSpeed saves the model in all processes together
+            else:
+                saves = trainer.args.should_save and not (afterwards and into.is_dir())
+            if saves:
                 controller_of(model).save(into)
         return True
     return False
+
+
+def _engine_is(calling: str) -> bool:
+    """Whether a DeepSpeed engine's method of this name is being called."""
+    return any(is_engine(frame.f_locals.get("self")) for frame in calls(calling))
 
 
 def _state_folders(model: nn.Module) -> dict[nn.Module, Path]:
@@ -277,9 +284,9 @@ class _Reading:
 
 def _checkpoint_being_read(model: nn.Module) -> Checkpoint | None:
     """The state of ``model``'s controller in the checkpoint that a Trainer is reading right now."""
-    if controller_of(model) is None or has_unreadable_adapters(model):
+    resumes = _engine_is("load_checkpoint")
+    if controller_of(model) is None or (has_unreadable_adapters(model) and not resumes):
         return None
-    resumes = False
     for trainer, frame in _trainer_calls("_load_from_checkpoint", "_load_best_model", "train"):
         method = frame.f_code.co_name
         resumes |= method == "_load_from_checkpoint"

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l1ra.layers.base_layers import base_features
+from l1ra.layers.base_layers import base_features, is_partitioned
 from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import first_writes, is_sharded
+from l1ra.layers.zero import whole_parameters
 
 __all__ = [
     "CONTROLLER",
@@ -75,9 +76,9 @@ def has_sharded_adapters(model: nn.Module) -> bool:
 
 
 def has_unreadable_adapters(model: nn.Module) -> bool:
-    """Whether an adapter of ``model`` lies elsewhere than in its parameters, which are flat (FSDP 1) or empty
+    """Whether an adapter of ``model`` lies elsewhere than in its parameters, which are flat (FSDP 1) or may be empty
     (ZeRO 3)."""
-    return any(layer.is_flat for _, layer in find_adapters(model))
+    return any(layer.is_flat or is_partitioned(layer.lora_A) for _, layer in find_adapters(model))
 
 
 def controller_of(model: nn.Module) -> Any:
@@ -213,10 +214,8 @@ def whole_for_saving(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
         with gathered(owners, values=values):
             yield True
         return
-    with (
-        first_writes([module._parameters[name] for module, name in owners]) as writes,
-        gathered(owners),
-    ):
+    params = [module._parameters[name] for module, name in owners]
+    with first_writes(params) as writes, gathered(owners), whole_parameters(params):
         yield writes
 
 

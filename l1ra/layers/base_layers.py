@@ -15,9 +15,11 @@ __all__ = [
     "bnb_kind",
     "check_gradient",
     "dense_weight",
+    "element_count",
     "fallback_reason",
     "has_own_forward",
     "is_conv1d",
+    "is_partitioned",
     "is_tensor_parallel",
     "main_tensor",
     "prevent_packing",
@@ -115,6 +117,16 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
+
+
+def is_partitioned(param: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 has partitioned ``param``: it may be empty outside of the forward."""
+    return hasattr(param, "ds_id")
+
+
+def element_count(param: Tensor) -> int:
+    """The number of elements of ``param``, also if it is partitioned."""
+    return param.ds_numel if is_partitioned(param) else param.numel()
 
 
 def dense_weight(base: nn.Module) -> Tensor:

@@ -85,23 +85,22 @@ class Probe:
         return {name: getattr(self, name).clone() for name in ("mix", "sketch", "seen")}
 
 
-def start_probes(count: int, adapters: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> list[Probe]:
+def start_probes(count: int, adapters: Sequence[tuple[Tensor, int, int]], generator: torch.Generator) -> list[Probe]:
     """New probes with empty sketches. Those of one device and dtype share the memory of each of their tensors.
 
     Args:
         count: number of ranks.
-        adapters: A ``(r, in_features)`` and B ``(r, out_features)`` of each adapter, which determine shapes, dtype and
-            device.
+        adapters: A of each adapter, which determines dtype and device, and its in_features and out_features.
         generator: a CPU generator, for ``mix``, from which the probes draw in order.
     """
-    shapes = [(count, b.shape[1]) for _, b in adapters]
+    shapes = [(count, out_features) for *_, out_features in adapters]
     mixes = views(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32, device="cpu"), shapes)
     for mix in mixes:
         mix.normal_(generator=generator)
     probes: dict[int, Probe] = {}
-    for (device, dtype), alike in grouped(adapters, lambda pair: (pair[0].device, pair[0].dtype)).items():
+    for (device, dtype), alike in grouped(adapters, lambda adapter: (adapter[0].device, adapter[0].dtype)).items():
         drawn = torch.cat([mixes[i].view(-1) for i in alike]).to(device, dtype) / math.sqrt(count)
-        a_shapes = [(count, adapters[i][0].shape[1]) for i in alike]
+        a_shapes = [(count, adapters[i][1]) for i in alike]
         size = sum(map(math.prod, a_shapes))
         sketches, a, grads = (
             views(torch.zeros(size, dtype=kind, device=device), a_shapes) for kind in (torch.float32, dtype, dtype)

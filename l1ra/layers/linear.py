@@ -18,6 +18,7 @@ from l1ra.layers.base_layers import (
     dense_weight,
     fallback_reason,
     is_conv1d,
+    is_partitioned,
     is_tensor_parallel,
     main_tensor,
     prevent_packing,
@@ -307,7 +308,16 @@ class L1RALinear(GatedLowRank):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``s * (gate * B).T @ A`` in the layout of the base weight; float64 if A is, otherwise float32."""
+        """``s * (gate * B).T @ A`` in the layout of the base weight; float64 if A is, otherwise float32.
+
+        Raises:
+            RuntimeError: ZeRO stage 3 has partitioned the parameters.
+        """
+        if is_partitioned(self.lora_A):
+            raise RuntimeError(
+                "ZeRO stage 3 has partitioned the parameters: call l1ra.export_peft(model, folder) in all processes, "
+                "and load and merge that in one process."
+            )
         exact = self.gate.dtype  # 16-bit parameters would be rounded twice
         delta = (self.lora_B.to(exact) * (self.scaling * self.gate).unsqueeze(1)).T @ self.lora_A.to(exact)
         return delta.T if is_conv1d(self.base_layer) else delta

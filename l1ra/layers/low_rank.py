@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from l1ra.allocation.plan import LayerPlan
 from l1ra.config import INITS
-from l1ra.layers.base_layers import tensor_of
+from l1ra.layers.base_layers import is_partitioned, tensor_of
 from l1ra.layers.row_moves import RowMoves, row_sources
 from l1ra.layers.sharding import is_sharded, wholes
 
@@ -90,7 +90,7 @@ class GatedLowRank(nn.Module):
         with torch.no_grad():
             self.lora_A[:rank] = self.initial_rows(rank, generator).to(device, adapter_dtype)
             self.gate[:rank] = 1.0
-        # The shapes don't tell them: of reserved rows, or where FSDP 1 stores the parameters.
+        # The shapes don't tell them: of reserved rows, or where FSDP 1 or ZeRO stage 3 stores the parameters.
         self._rank, self._reserve = rank, reserve
         self.gate_loaded = False
 
@@ -134,12 +134,25 @@ class GatedLowRank(nn.Module):
     def is_flat(self) -> bool:
         """Whether the parameters are parts of flat tensors, as those of FSDP 1 are outside of a forward."""
         a = tensor_of(self, "lora_A")
-        return a.dim() != 2 or not isinstance(a, nn.Parameter)
+        return not is_partitioned(a) and (a.dim() != 2 or not isinstance(a, nn.Parameter))
 
     def gate_factor(self, rank: int) -> float:
         """The factor by which the gates and B's gradient are multiplied, and B is divided, if the rank becomes
         ``rank``."""
         return self._rank_scaling_at(rank) / self.rank_scaling
+
+    def adopt_rank(self, rank: int) -> None:
+        """Take ``rank`` over for rows that have been loaded.
+
+        Raises:
+            ValueError: the parameters have not as many rows.
+        """
+        if rank != self._rank and rank > (self._reserve or 0):
+            raise ValueError(
+                f"the state has rank {rank}, and the adapter {self._reserve or self._rank} rows: patch the model with "
+                "the same reserve."
+            )
+        self._rank = rank
 
     def resize(self, plan: LayerPlan, new_rows: Tensor | None = None) -> None:
         """Change the rank: prune and append rows at once. Arguments as in :meth:`plan_resize`."""
@@ -222,7 +235,8 @@ class GatedLowRank(nn.Module):
         found = {name: state_dict[prefix + name] for name in params if prefix + name in state_dict}
         row_counts = {saved.shape[:1] for saved in found.values()}
         same_features = all(saved.shape[1:] == params[name].shape[1:] for name, saved in found.items())
-        if len(found) == len(params) and len(row_counts) == 1 and same_features:
+        whole = len(found) == len(params) and not is_partitioned(self.lora_A)
+        if whole and len(row_counts) == 1 and same_features:
             rank = _saved_rank(*wholes([found["lora_A"], found["gate"]]))
             rows = rank if self.reserve is None else self.reserve
             if any(map(is_sharded, found.values())):

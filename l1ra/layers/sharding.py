@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.tensor_lists import copy_all_, grouped, views
 
 __all__ = [
@@ -211,16 +212,18 @@ def group_of(mesh: Any) -> Any:
 def first_writes(tensors: Iterable[Tensor]) -> Iterator[bool]:
     """Within the block: whether this process is to write what all of them have gathered.
 
-    If one of ``tensors`` is sharded, it is the first of the processes that hold it, for which the others wait.
+    If one of ``tensors`` is sharded, or partitioned by ZeRO stage 3, it is the first of the processes that hold it, for
+    which the others wait.
 
     Raises:
         RuntimeError: in all processes but the first, if the block has raised an error there.
     """
+    tensors = list(tensors)
     mesh = next((tensor.device_mesh for tensor in tensors if is_sharded(tensor)), None)
-    if mesh is None:
+    if mesh is None and not any(map(is_partitioned, tensors)):
         yield True
         return
-    group = group_of(mesh)
+    group = distributed.group.WORLD if mesh is None else group_of(mesh)
     first = distributed.get_rank(group) == 0
     failed: list[str | None] = [None]
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l1ra.layers.adapted_model import DRAWN_ANEW, abbreviated, optional_submodule
-from l1ra.layers.base_layers import FLOATS
+from l1ra.layers.base_layers import FLOATS, element_count
 
 __all__ = ["drawn_anew", "forget", "mark", "new_modules", "outside_warning"]
 
@@ -31,7 +31,7 @@ def drawn_anew(model: nn.Module) -> dict[str, nn.Parameter]:
         unknown = {name: param for name, param in plain.items() if not getattr(param, LOADED, False)}
         # New heads and embeddings are outside of stacks. In them, something has replaced the parameters since.
         stacked = {id(p) for m in part.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
-        sizes = [sum(p.numel() for p in params.values() if id(p) in stacked) for params in (unknown, plain)]
+        sizes = [sum(element_count(p) for p in params.values() if id(p) in stacked) for params in (unknown, plain)]
         if 2 * sizes[0] <= sizes[1]:
             found |= unknown
         ids = _resized_embeddings(part)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from l1ra.layers.adapted_model import abbreviated, optional_submodule, task_head
-from l1ra.layers.base_layers import TENSOR_PARALLEL, base_features, is_tensor_parallel
+from l1ra.layers.base_layers import TENSOR_PARALLEL, base_features, element_count, is_tensor_parallel
 from l1ra.model.drawn_anew import drawn_anew, new_modules
 
 __all__ = ["name_matches", "saved_modules", "select_targets", "tensor_parallel_warning", "unadapted_warning"]
@@ -149,7 +149,7 @@ def unadapted_warning(model: nn.Module, saved: dict[str, nn.Module]) -> str:
     names = [f"{name}.{key}" if name else key for name, keys in stacked.items() for key in keys]
     if not names:
         return ""
-    share = sum(model.get_parameter(name).numel() for name in names) / sum(p.numel() for p in model.parameters())
+    share = sum(element_count(model.get_parameter(n)) for n in names) / sum(map(element_count, model.parameters()))
     return (
         f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}: {share:.0%} of the model's "
         "parameters are not adapted. Weights of more than two dimensions, such as stacked experts, can't be"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from l1ra.layers.adapted_model import abbreviated, check_whole, controller_of, find_adapters
+from l1ra.layers.base_layers import element_count, is_partitioned
 from l1ra.layers.gradient_probe import least_coherence
 from l1ra.layers.linear import L1RALinear
+from l1ra.layers.sharding import is_sharded
 from l1ra.reporting.columns import aligned_columns
 from l1ra.reporting.rank_map import ProjectionRanks, ranks_by_depth, ranks_by_projection
 from l1ra.training.controller import RankController
@@ -24,7 +27,7 @@ class ReportRow:
         name: the module name, as in ``named_modules()``.
         in_features, out_features: of the layer.
         rank, initial_rank: the rank now and at the start.
-        smallest_gate: the smallest gate of its ranks.
+        smallest_gate: the smallest gate of its ranks; NaN if DeepSpeed has partitioned it and there is no controller.
         coherence: how much its gradients agreed in the interval before the last reallocation, see
             ``gradient_probe.coherence``. Below ``Report.least_coherence`` the adapter received only ranks that no other
             adapter could take. None before the first measurement.
@@ -171,9 +174,13 @@ def report(model: nn.Module, *, strict: bool = False) -> Report:
         _check_fused(adapters)
     controller = controller_of(model)
     names = {layer: name for name, layer in adapters.items()}
-    rows = tuple(_row(name, layer, controller, names) for name, layer in adapters.items())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_adapters = sum(p.numel() for layer in adapters.values() for p in layer.parameters(recurse=False))
+    # Where layers are divided among processes, this one alone can't read their gates.
+    divided = any(is_partitioned(layer.gate) or is_sharded(layer.gate) for layer in names)
+    known = controller.gates() if controller and divided else {}
+    gates = {name: known.get(name) or _gates_held(layer) for name, layer in adapters.items()}
+    rows = tuple(_row(name, layer, controller, names, min(gates[name])) for name, layer in adapters.items())
+    trainable = sum(element_count(p) for p in model.parameters() if p.requires_grad)
+    in_adapters = sum(element_count(p) for layer in adapters.values() for p in layer.parameters(recurse=False))
     trained_in_full = max(0, trainable - in_adapters)
     if controller is None:
         return Report(rows, trained_in_full)
@@ -211,14 +218,27 @@ def _path(layer: L1RALinear, names: dict[L1RALinear, str]) -> str:
     return f"{path}, alone: its inputs differ from its siblings'" if layer.sharing.computes_alone(layer) else str(path)
 
 
-def _row(name: str, layer: L1RALinear, controller: RankController | None, names: dict[L1RALinear, str]) -> ReportRow:
+def _gates_held(layer: L1RALinear) -> list[float]:
+    if is_sharded(layer.gate):
+        return [math.nan]
+    gates = (layer.gate.detach()[: layer.rank] / layer.rank_scaling).tolist()
+    return gates or [math.nan]
+
+
+def _row(
+    name: str,
+    layer: L1RALinear,
+    controller: RankController | None,
+    names: dict[L1RALinear, str],
+    smallest_gate: float,
+) -> ReportRow:
     return ReportRow(
         name,
         layer.in_features,
         layer.out_features,
         layer.rank,
         controller.initial_ranks.get(name, layer.initial_rank) if controller else layer.initial_rank,
-        layer.gate.detach()[: layer.rank].min().item() / layer.rank_scaling,
+        smallest_gate,
         controller.history[-1]["coherence"].get(name) if controller else None,
         layer.rank * (layer.in_features + layer.out_features + 1),
         _path(layer, names),

@@ -8,7 +8,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
 from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
+from l1ra.integrations.call_stack import calls
 from l1ra.integrations.distributed_checkpoint import complete_states
 from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
@@ -33,10 +34,12 @@ from l1ra.layers.adapted_model import (
     trained_tensors,
     whole_for_saving,
 )
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
+from l1ra.layers.zero import ZeroOptimizer, find_zero_optimizer
 from l1ra.training.averages import Averages
 from l1ra.training.data_parallel import (
     CannotMoveRanks,
@@ -45,6 +48,7 @@ from l1ra.training.data_parallel import (
     check_gates_apart,
     clear_unused_gradients,
     join_replicas,
+    join_zero,
     world_size,
 )
 from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
@@ -113,7 +117,8 @@ class RankController:
             overrides: replace single fields of ``config``.
 
         Raises:
-            ValueError: the model has no adapter or has a controller; or the adapters cost more than the budget.
+            ValueError: the model has no adapter or has a controller; or the adapters cost more than the budget, or are
+                partitioned by ZeRO stage 3.
             TypeError: the budget is no int, or ``overrides`` has a setting of single layers.
         """
         check_budget(budget)
@@ -128,6 +133,8 @@ class RankController:
             raise ValueError("the model has no L1RALinear: use l1ra.patch(model, budget=...) to put them in.")
         if controller_of(model) is not None:
             raise ValueError("the model has a controller already: call its close() or l1ra.unpatch(model) first.")
+        if any(is_partitioned(layer.lora_A) for layer in adapters.values()):
+            raise ValueError("DeepSpeed has partitioned the adapters: make the controller before deepspeed.initialize.")
         costs = [rank_cost(a.in_features, a.out_features, config) for a in adapters.values()]
         spent = sum(c * a.rank for c, a in zip(costs, adapters.values(), strict=True))
         if spent > budget:
@@ -172,8 +179,10 @@ class RankController:
         hooks = (self._held, self._before_step, self._after_step, self._other_step)
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
-        self._backwards = BackwardCounter(self._layers[0].gate)
         self._beside_shards = ReplicatedAdapters(model, self._layers)
+        self._zero: ZeroOptimizer | None = None
+        self._has_looked = self._first_of_zero = self._heard_late = False
+        self._backwards = BackwardCounter(self._layers[0].gate, self._in_first_backward)
         self._checkpoints = TrainerHooks(model, self._layers[0])
         self._state_hooks = [
             model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
@@ -247,6 +256,11 @@ class RankController:
         if not any(known is optimizer for known in self._passed):
             self._passed.append(optimizer)
         if not in_backward() and all(layer.gate.grad is None for layer in self._layers):
+            if find_zero_optimizer(self._layers) is not None:
+                raise RuntimeError(
+                    "DeepSpeed's optimizer clears the gradients within its step: make the controller with auto=True, "
+                    "and drop the call of controller.step."
+                )
             warnings.warn(
                 "controller.step found no gradient on any gate, so no gate moves: call it before the gradients are "
                 "cleared.",
@@ -335,12 +349,15 @@ class RankController:
                 trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=data)
 
         Raises:
-            RuntimeError: an adapter is merged; or FSDP 1 holds the adapters as parts of flat tensors.
+            RuntimeError: an adapter is merged, or partitioned by ZeRO stage 3; or FSDP 1 holds the adapters as parts of
+                flat tensors.
         """
         check_whole(self.adapters)
         merged = next((name for name, layer in self.adapters.items() if layer.merged), None)
         if merged is not None:
             raise RuntimeError(f"{merged} is merged into its weight: call l1ra.unmerge(model) before set_reference().")
+        if any(is_partitioned(layer.lora_A) for layer in self._layers):
+            raise RuntimeError("ZeRO stage 3 has partitioned the adapters: call set_reference() before it does.")
         for layer in self._layers:
             layer.set_reference()
 
@@ -379,6 +396,8 @@ class RankController:
             controller.save("out/adapter")
             controller = l1ra.load(fresh_model, "out/adapter")
 
+        With ZeRO stage 3 all processes must call this together; the first one writes.
+
         Raises:
             RuntimeError: FSDP 1 holds the adapters as parts of flat tensors. Nothing is written.
             OSError: the folder can't be written; an older checkpoint in it is still whole.
@@ -416,7 +435,8 @@ class RankController:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a ``state_dict()``. The model's own state dict must have been loaded before.
+        """Take over a ``state_dict()``. The model's own state dict must have been loaded before, with DeepSpeed by
+        ``engine.load_checkpoint``.
 
         Raises:
             ValueError: the state belongs to other adapters, ranks, scalings, budget or rule, or a part is missing;
@@ -424,8 +444,14 @@ class RankController:
             RuntimeError: FSDP 1 holds the adapters as parts of flat tensors.
         """
         check_whole(self.adapters)
-        check_state(state, self.adapters, ranks=self.ranks, budget=self.budget, rule=self.config.rule)
-        self._bank.refresh()
+        partitioned = [name for name, layer in self.adapters.items() if is_partitioned(layer.lora_A)]
+        adopted = {name: state.get("ranks", {}).get(name) for name in partitioned}
+        check_state(state, self.adapters, ranks={**self.ranks, **adopted}, budget=self.budget, rule=self.config.rule)
+        for name, rank in adopted.items():  # DeepSpeed has loaded their rows, and nothing else tells the rank
+            self.adapters[name].adopt_rank(rank)
+        self._find_zero()
+        if not partitioned:
+            self._bank.refresh()
         for name, layer in self.adapters.items():
             layer.initial_rank = state["initial_ranks"][name]
         self._bank.load_state_dict(state["gates"])
@@ -443,6 +469,8 @@ class RankController:
         """Remove all hooks. The adapters stay as they are."""
         if self._hooks is not None:
             self._hooks.close()
+        if self._zero is not None:
+            self._zero.close()
         self._backwards.close()
         self._beside_shards.close()
         self._checkpoints.remove()
@@ -462,11 +490,7 @@ class RankController:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
         layers, held = self._layers, self._held_by(optimizer)
-        if any(layers[i].disabled for i in held):
-            raise RuntimeError(
-                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
-                "the block before optimizer.step()."
-            )
+        self._check_not_disabled(held)
         if held and layers[held[0]].lora_A.is_meta:
             raise RuntimeError(
                 "the adapters are on the meta device and get no gradient, as accelerate offloads the model: train it "
@@ -494,15 +518,78 @@ class RankController:
             if found is not None:
                 self._gradients = found._replace(flat=unscaled(found.flat, optimizer))
 
+    def _check_not_disabled(self, held: Iterable[int]) -> None:
+        if any(self._layers[i].disabled for i in held):
+            raise RuntimeError(
+                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
+                "the block before optimizer.step()."
+            )
+
     def _after_step(self, optimizer: Optimizer) -> None:
         """Move the gates, and ranks if they are due: now, or at the end of the backward that is running."""
         self._end.step(optimizer)
 
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
-        if not any(self._held.by(known) for known in self._known):
+        is_known = self._zero is not None and self._zero.optimizer is optimizer
+        if not is_known and self._find_zero(among=[frame.f_locals.get("self") for frame in calls("step")]):
+            self._bank.write_to_layers()  # the optimizer has trained the gates
+            self._in_zero_step()
+        if self._zero is None and not any(self._held.by(known) for known in self._known):
             check_gates_apart(self.model, self._layers, optimizer)
             self._others.step(optimizer)
+
+    # --- one step of DeepSpeed's optimizer
+
+    def _in_first_backward(self) -> None:
+        """In the first backward after a step: look for an optimizer of DeepSpeed."""
+        gone = self._zero is not None and not self._zero.is_alive
+        if gone or not self._has_looked:
+            self._has_looked = True
+            self._find_zero()
+
+    def _find_zero(self, among: Iterable[object] | None = None) -> bool:
+        """Whether there is a new optimizer of DeepSpeed that holds the adapters; from now on its steps are noticed."""
+        found = find_zero_optimizer(self._layers, among) if self.auto else None
+        if found is None or (self._zero is not None and self._zero.is_same(found)):
+            return False
+        if self._zero is not None:
+            self._zero.close()
+        self._zero = self._bank.zero = found
+        self._known.discard(found.optimizer)
+        self._hooks.optimizers.add(found.optimizer)
+        found.watch(self._before_zero_step, self._in_zero_step, self._after_zero_step)
+        return True
+
+    def _before_zero_step(self) -> None:
+        self._zero.check()
+        self._check_not_disabled(range(len(self.adapters)))
+
+    def _in_zero_step(self) -> None:
+        """DeepSpeed's optimizer lets its torch optimizer step a group of flattened parameters."""
+        zero = self._zero
+        if zero.optimizer not in self._known:
+            self._register(zero.optimizer)
+            # A process whose first backward has not reached the first adapter has not looked for the optimizer before.
+            self._heard_late = not (zero.heard if self._ranks_fixed else zero.is_heard_by_all())
+            self._first_of_zero = True
+            if not zero.heard:
+                self._after_zero_step()
+
+    @torch.no_grad()
+    def _after_zero_step(self) -> None:
+        """As :meth:`_end_step`; all processes call it together."""
+        self._count_step([self._zero.optimizer])
+        first, self._first_of_zero = self._first_of_zero, False
+        if first and not self._ranks_fixed and (why := self._zero.why_fixed()):  # its state has been made in this step
+            self._fix_ranks(why)
+        if self._ranks_fixed or (first and self._heard_late):
+            return
+        found = self._bank.flatten(self._zero.gate_gradients())
+        self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+        self._trained.add(found.layers)
+        self._bank.write_to_layers()
+        self._advance()
 
     @torch.no_grad()
     def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
@@ -594,7 +681,8 @@ class RankController:
             return
         if len(self.history) == 1:
             self._warn_at_first()
-        done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
+        with nullcontext() if self._zero is None else self._zero.gathered():
+            done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
 
@@ -619,9 +707,10 @@ class RankController:
         self._known.add(optimizer)
         complete_states(optimizer, self._layers)
         join_trainer(self)
+        by_zero = self._zero is not None and optimizer is self._zero.optimizer
+        if by_zero or (self._schedule is None and (world_size() > 1 or adapters_are_sharded(self._layers))):
+            self._join_replicas()
         if self._schedule is None:
-            if world_size() > 1 or adapters_are_sharded(self._layers):
-                self._join_replicas()
             if self._beside_shards.find() is None:
                 self._beside_shards.close()
             self._make_schedule()
@@ -634,16 +723,27 @@ class RankController:
         if not self._ranks_fixed:
             self._schedule.warn(self.config, self.total_steps, uses_importance=self._rule.uses_importance)
 
+    def _fix_ranks(self, why: object) -> None:
+        self._ranks_fixed = True
+        warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=3)
+
     def _join_replicas(self) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
+        same = {**settings, **numbers, **where}
         try:
-            same = {**settings, **numbers, **where}
-            beside_shards = self._beside_shards.find()
-            replicas = join_replicas(self.adapters, self._bank.value, self._optimizers(), same, beside_shards)
+            if self._zero is None:
+                beside_shards = self._beside_shards.find()
+                replicas = join_replicas(self.adapters, self._bank.value, self._optimizers(), same, beside_shards)
+            else:
+                replicas = join_zero(self._layers, self._zero, same)
         except CannotMoveRanks as why:
-            self._ranks_fixed = True
-            warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=2)
+            self._fix_ranks(why)
         else:
             self._interval.synchronise(replicas)
+            if self._zero is not None and not self._bank.is_written(self._zero.gates()):
+                raise RuntimeError(
+                    "DeepSpeed's optimizer holds other gates than the controller, as after engine.load_checkpoint: put "
+                    "controller.state_dict() into its client_state, and call controller.load_state_dict after it."
+                )

@@ -24,6 +24,7 @@ from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import group_of, is_sharded, part_of
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred, views
+from l1ra.layers.zero import ZeroOptimizer
 from l1ra.training.replica_digests import check_alike, digests
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "check_gates_apart",
     "clear_unused_gradients",
     "join_replicas",
+    "join_zero",
     "launched_processes",
     "world_size",
 ]
@@ -206,14 +208,44 @@ def join_replicas(
         group = _group_of_shards(layers) if sharded else wrapper.process_group
         replicas = ReplicaGroup(group, layers[0].lora_A.device)
     replicas.check_alike(adapters, gates)
-    same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
-    found = replicas.gather(same)
+    held = _held_parameters(adapters, optimizers)
+    _compare(replicas, {**same, "the adapters' parameters that optimizers hold": held})
+    return replicas
+
+
+def join_zero(layers: Sequence[L1RALinear], zero: ZeroOptimizer, same: Mapping[str, Any]) -> ReplicaGroup:
+    """The group of processes that train these adapters with DeepSpeed's ZeRO. All processes must call this together.
+
+    Args:
+        zero: DeepSpeed's optimizer, within its step.
+        same: as in :func:`join_replicas`.
+
+    Raises:
+        CannotMoveRanks: ranks can't move there. All processes raise it.
+    """
+    if any(layer.reserve is None for layer in layers):
+        raise CannotMoveRanks(
+            "DeepSpeed needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four "
+            "times the mean rank"
+        )
+    if why := zero.why_fixed():
+        raise CannotMoveRanks(why)
+    replicas = ReplicaGroup(zero.group, layers[0].lora_A.device)
+    _compare(replicas, same)
+    return replicas
+
+
+def _compare(replicas: ReplicaGroup, same: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CannotMoveRanks: a value differs between the processes. All of them raise it.
+    """
+    found = replicas.gather(dict(same))
     for name in same:
         values = [part[name] for part in found]
         if any(value != values[0] for value in values):
             told = " and ".join(dict.fromkeys(str(value) for value in values))
             raise CannotMoveRanks(f"its processes differ in {name}: {told}. Give all of them the same")
-    return replicas
 
 
 def _group_of_shards(layers: Sequence[L1RALinear]) -> Any:

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
-from l1ra.layers.base_layers import tensor_of
+from l1ra.layers.base_layers import is_partitioned, tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.precision import widest_float
 from l1ra.layers.row_moves import RowMoves, row_sources
 from l1ra.layers.sharding import is_sharded, part_of, wholes
 from l1ra.layers.tensor_lists import copy_all_, grouped, transferred
+from l1ra.layers.zero import ZeroOptimizer
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
@@ -54,12 +55,14 @@ class GateBank:
         age: the number of steps at which each gate was trained.
         weight: of the L1 penalty of each rank (rule ``"adaptive-l1"``).
         skipped: int64 scalar, the number of steps at which a gradient, or its square, was not finite.
+        zero: DeepSpeed's optimizer that holds the gates, None without one.
     """
 
     PENALTY_WEIGHT = 2.0  # a penalised gate falls by 2 - 1 = 1 unit a step, as fast as other gates are pulled up to 1
 
     def __init__(self, layers: Sequence[L1RALinear]) -> None:
         self.layers = list(layers)
+        self.zero: ZeroOptimizer | None = None
         self._read_layers()
 
     def _read_layers(self) -> None:
@@ -131,11 +134,22 @@ class GateBank:
             moved: the layers among them whose master gates may have changed. The gates of the others keep their
                 values, and are written without a mark: a backward that needs them may be waiting.
         """
+        if self.zero is not None:
+            self.zero.write_gates(self._layer_gates())
+            return
         gates, own = _rows_here(self.layers, self._layer_gates())
         if held is not None:
             gates = [gates[i] if i in moved else gates[i].data for i in held]
             own = [own[i] for i in held]
         copy_all_(gates, own)
+
+    def is_written(self, gates: Sequence[Tensor]) -> bool:
+        """Whether ``gates`` ``(rows,)`` of each layer are the master gates, up to rounding, and 0 behind the ranks."""
+        pairs = zip(gates, self._layer_gates(), self.ranks, strict=True)
+        return all(
+            torch.allclose(gate[:rank], own.to(gate), rtol=1e-2, atol=1e-2) and not gate[rank:].any()
+            for gate, own, rank in pairs
+        )
 
     def _layer_gates(self) -> tuple[Tensor, ...]:
         return (self.value * self._rank_scaling).split(self.ranks)
@@ -150,6 +164,7 @@ class GateBank:
         loaded = [i for i, layer in enumerate(self.layers) if layer.gate_loaded and not layer.is_flat]
         for i in loaded:
             self.layers[i].gate_loaded = False
+        loaded = [i for i in loaded if not is_partitioned(self.layers[i].gate)]
         if any(layer.rank != rank for layer, rank in zip(self.layers, self.ranks, strict=True)):
             return True
         gates, own = _gates_of([self.layers[i] for i in loaded]), self._layer_gates() if loaded else ()
@@ -223,7 +238,8 @@ class GateBank:
         """Copies of all tensors, by name. The gates are those of the layers, into which a user may have copied an
         average."""
         state = {**{name: getattr(self, name).clone() for name in STATE}, "skipped": self.skipped.clone()}
-        if not any(is_sharded(layer.gate) for layer in self.layers):  # one process alone may ask for the state
+        parted = any(is_sharded(layer.gate) or is_partitioned(layer.gate) for layer in self.layers)
+        if not parted:  # otherwise all processes would have to ask for the state together
             gates, kind = _gates_of(self.layers), (self.value.device, self.value.dtype)
             # A layer that was cast holds the master gates rounded, which are no others.
             written = [master.to(gate.dtype) for master, gate in zip(self._layer_gates(), gates, strict=True)]

@@ -219,10 +219,15 @@ class BackwardCounter:
 
     LIMIT = 256
 
-    def __init__(self, param: torch.nn.Parameter) -> None:
-        """Count the backward passes that reach ``param``."""
+    def __init__(self, param: torch.nn.Parameter, first: Callable[[], object]) -> None:
+        """Count the backward passes that reach ``param``.
+
+        Args:
+            first: called in the first one after each step. It must be a bound method, and is referenced weakly.
+        """
         self.count = 0
         self.warned = False
+        self._first = weakref.WeakMethod(first)
         counter = weakref.ref(self)
 
         def hook(_: torch.Tensor) -> None:
@@ -233,6 +238,8 @@ class BackwardCounter:
 
     def count_backward(self) -> None:
         self.count += 1
+        if self.count == 1 and (first := self._first()) is not None:
+            first()
         if self.count >= self.LIMIT and not self.warned:
             self.warned = True
             warnings.warn(

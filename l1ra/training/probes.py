@@ -33,7 +33,7 @@ class ProbeSet:
     def start(self, generator: torch.Generator) -> None:
         """Put new probes beside the adapters; they observe the gradients from the next forward on."""
         layers = list(self._adapters.values())
-        probes = start_probes(PROBE_RANKS, [(layer.lora_A, layer.lora_B) for layer in layers], generator)
+        probes = start_probes(PROBE_RANKS, [(a.lora_A, a.in_features, a.out_features) for a in layers], generator)
         self._probes = dict(zip(self._adapters, probes, strict=True))
         for layer, probe in zip(layers, probes, strict=True):
             layer.probe = probe

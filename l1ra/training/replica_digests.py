@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l1ra.layers.adapted_model import abbreviated
+from l1ra.layers.base_layers import is_partitioned
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import is_sharded
@@ -37,7 +38,7 @@ def digests(adapters: Mapping[str, L1RALinear], gates: Tensor) -> list[dict[str,
         gates: the master gates of all ranks, ``(R,)``.
     """
     params = [getattr(layer, name) for layer in adapters.values() for name in ADAPTER_PARAMETERS]
-    whole = [param for param in params if not is_sharded(param)]
+    whole = [param for param in params if not (is_sharded(param) or is_partitioned(param))]
     sums = dict(zip(map(id, whole), _checksums(whole), strict=True))
     masters = iter(gates.tolist())
     found = []

@@ -150,7 +150,8 @@ def test_probing_layers_share_as_well():
     seen = []
     for name in ("torch", "fused"):
         for _, layer in find_adapters(model):
-            (layer.probe,) = start_probes(2, [(layer.lora_A, layer.lora_B)], generator.manual_seed(1))
+            sizes = layer.in_features, layer.out_features
+            (layer.probe,) = start_probes(2, [(layer.lora_A, *sizes)], generator.manual_seed(1))
         with choice.using(name):
             model(x).square().sum().backward()
         seen.append([layer.probe.gradient for _, layer in find_adapters(model)])

@@ -264,7 +264,9 @@ def test_a_state_dict_that_does_not_fit_leaves_the_rank_alone(name):
 
 
 def start_probe(layer, count):
-    (probe,) = start_probes(count, [(layer.lora_A, layer.lora_B)], torch.Generator().manual_seed(1))
+    (probe,) = start_probes(
+        count, [(layer.lora_A, layer.in_features, layer.out_features)], torch.Generator().manual_seed(1)
+    )
     return probe
 
 
@@ -423,5 +425,5 @@ def test_a_replica_of_data_parallel_on_another_device_trains_with_probes():
 def test_patch_under_another_default_device_draws_rows_where_the_generator_is():
     with torch.device("meta"):
         layer = L1RALinear(6, 5, rank=2)
-        (probe,) = start_probes(3, [(torch.empty(2, 6), torch.empty(2, 5))], torch.Generator())
+        (probe,) = start_probes(3, [(torch.empty(2, 6), 6, 5)], torch.Generator())
         assert layer.initial_rows(2, torch.Generator()).device.type == "cpu" and probe.mix.device.type == "meta"

@@ -49,7 +49,7 @@ def divided_before(number):
     assert_untouched(model, untouched)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        controller = l1ra.patch(model, 4, **BRISK)
+        controller = l1ra.patch(model, 4, reserve=4, **BRISK)
         same = torch.equal(model(x), before)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         losses = [step(model, optimizer, x, torch.ones(16, 4)).item() for _ in range(30)]
@@ -75,7 +75,7 @@ def sharded_before(number):
     model = fully_shard(Residual(), mesh=mesh())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        controller = l1ra.patch(model, 16)
+        controller = l1ra.patch(model, 16, reserve=12)
     return {"adapted": len(controller.adapters), "said": [str(warning.message) for warning in said]}
 
 
