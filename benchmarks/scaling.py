@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import pickle
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from l1ra.training.probes import PROBE_RANKS
 
 __all__ = [
     "BESIDE",
+    "COLUMNS",
     "DDP",
-    "FSDP",
+    "ROWS",
+    "WAYS",
     "Collective",
     "Training",
     "bytes_of_a_middle",
@@ -79,8 +81,10 @@ MODELS = {
     "70B": decoder(8192, 1024, 28672, 80),
     "405B": decoder(16384, 1024, 53248, 126),
 }
-DDP, FSDP, BESIDE = "DDP", "FSDP 2", "FSDP 2, adapters beside"
-SHOWN = [(model, way) for model in MODELS for way in (DDP, FSDP, BESIDE) if (model, way) != ("405B", DDP)]
+# FSDP 2 as it is splits A and B along their ranks; l1ra.fsdp along their features; or it ignores the adapters.
+DDP, ROWS, COLUMNS, BESIDE = "DDP", "FSDP 2", "l1ra.fsdp", "FSDP 2, beside"
+WAYS = (DDP, ROWS, COLUMNS, BESIDE)
+SHOWN = [(model, way) for model in MODELS for way in WAYS if (model, way) != ("405B", DDP)]
 
 
 @dataclass(frozen=True)
@@ -91,44 +95,51 @@ class Training:
         linears: inputs and outputs of each adapted layer. All are in modules that FSDP 2 gathers in the forward and
             again in the backward, and nothing else is.
         ranks: of each adapter.
-        reserve: rows of each adapter, None: as many as ranks.
-        way: ``DDP``, ``FSDP`` (sharded along the first dimension), or ``BESIDE``: FSDP 2 that ignores the adapters.
+        reserve: rows of each adapter.
+        way: one of ``WAYS``.
         frozen: bytes of an element of the frozen weights.
     """
 
     linears: Linears
     ranks: tuple[int, ...]
-    reserve: int | None
+    reserve: int
     way: str
     processes: int
     frozen: int = 2
 
     @property
-    def rows(self) -> list[int]:
-        """Of the parameters of each adapter."""
-        return [rank if self.reserve is None else self.reserve for rank in self.ranks]
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of each adapter."""
+        return self.way in (ROWS, COLUMNS)
+
+    @property
+    def gates(self) -> int:
+        """Elements of all gates."""
+        return self.reserve * len(self.linears)
 
     @property
     def matrices(self) -> int:
         """Elements of A and B of all adapters."""
-        return sum(rows * sum(shape) for rows, shape in zip(self.rows, self.linears, strict=True))
+        return self.reserve * sum(map(sum, self.linears))
 
     @property
-    def elements(self) -> int:
-        """Of A, gate and B of all adapters."""
-        return self.matrices + sum(self.rows)
+    def matrices_by_columns(self) -> int:
+        """Those of them that are split along their features: see :func:`l1ra.fsdp`."""
+        features = [width for shape in self.linears for width in shape if width % self.processes == 0]
+        return self.reserve * sum(features) if self.way == COLUMNS else 0
 
     def padded(self, rows: int) -> int:
-        """The rows of a sharded tensor, as FSDP 2 sends and stores them: each process has as many as the first one."""
+        """The rows of a tensor that FSDP 2 splits by rows, as sent and stored: all parts are as large as the first."""
         return -(-rows // self.processes) * self.processes
 
     @property
     def padded_matrices(self) -> int:
-        return sum(self.padded(rows) * sum(shape) for rows, shape in zip(self.rows, self.linears, strict=True))
+        by_rows = (self.matrices - self.matrices_by_columns) // self.reserve
+        return self.matrices_by_columns + self.padded(self.reserve) * by_rows
 
     @property
-    def padded_elements(self) -> int:
-        return self.padded_matrices + sum(map(self.padded, self.rows))
+    def padded_gates(self) -> int:
+        return self.padded(self.reserve) * len(self.linears)
 
     @property
     def frozen_bytes(self) -> int:
@@ -156,33 +167,34 @@ class Collective(NamedTuple):
 def bytes_of_gradients(t: Training) -> list[Collective]:
     """What forward and backward send, with plain LoRA too: the frozen weights, the adapters, their gradients."""
     if t.way == DDP:
-        return [Collective("DistributedDataParallel", "all-reduce", FLOAT * t.elements)]
-    gathered = t.frozen_bytes + (FLOAT * t.padded_elements if t.way == FSDP else 0)
-    found = [Collective(f"fully_shard, {when}", "all-gather", gathered) for when in ("forward", "backward")]
-    if t.way == FSDP:
-        return [*found, Collective("fully_shard", "reduce-scatter", FLOAT * t.padded_elements)]
+        return [Collective("DistributedDataParallel", "all-reduce", FLOAT * (t.matrices + t.gates))]
+    adapters = FLOAT * (t.padded_matrices + t.padded_gates) if t.is_sharded else 0
+    times = ("forward", "backward")
+    found = [Collective(f"fully_shard, {when}", "all-gather", t.frozen_bytes + adapters) for when in times]
+    if t.is_sharded:
+        return [*found, Collective("fully_shard", "reduce-scatter", adapters)]
     # One number more for each parameter: whether it had a gradient.
-    averaged = FLOAT * (t.elements + 3 * len(t.linears))
+    averaged = FLOAT * (t.matrices + t.gates + 3 * len(t.linears))
     return [*found, Collective("ReplicatedAdapters._average", "all-reduce", averaged)]
 
 
 def bytes_of_gradients_in_lora(t: Training) -> list[Collective]:
     """:func:`bytes_of_gradients` of PEFT's LoRA of the same ranks: no gate, no reserved row, B is stored transposed."""
     own = FLOAT * lora_elements(t)
-    sizes = {"all-reduce": own, "reduce-scatter": own, "all-gather": t.frozen_bytes + (own if t.way == FSDP else 0)}
+    sizes = {"all-reduce": own, "reduce-scatter": own, "all-gather": t.frozen_bytes + (own if t.is_sharded else 0)}
     return [c._replace(bytes=sizes[c.operation]) for c in bytes_of_gradients(t)]
 
 
 def lora_elements(t: Training) -> int:
     """Of A and B in PEFT's LoRA of the same ranks, padded where they are sharded."""
-    pad = t.padded if t.way == FSDP else int
+    pad = t.padded if t.is_sharded else int
     shapes = zip(t.ranks, t.linears, strict=True)
     return sum(pad(rank) * inputs + pad(outputs) * rank for rank, (inputs, outputs) in shapes)
 
 
 def bytes_of_a_step(t: Training) -> list[Collective]:
     """What the controller sends in a step of the optimizer, with or without probes: the gates' gradients made whole."""
-    return [Collective("GateBank.flatten: wholes", "all-reduce", FLOAT * sum(t.rows))] if t.way == FSDP else []
+    return [Collective("GateBank.flatten: wholes", "all-reduce", FLOAT * t.gates)] if t.is_sharded else []
 
 
 def gather_object(t: Training, call: str, size: int) -> list[Collective]:
@@ -209,44 +221,54 @@ def bytes_of_a_middle(t: Training, chosen: int) -> list[Collective]:
     ]
 
 
-def bytes_of_a_reallocation(t: Training, plan: int, rotations: int) -> list[Collective]:
+def bytes_of_a_reallocation(t: Training, plan: int, rotations: int, rotated: Sequence[int]) -> list[Collective]:
     """What ``Interval.reallocate`` sends, beside :func:`bytes_of_a_step`, with ``new_rows="random"``.
 
     Args:
         plan: bytes of the pickled plan.
         rotations: bytes of the pickled rotations onto the principal axes.
+        rotated: of each adapter, how many ranks are rotated.
     """
     found = [
         *gather_object(t, "ReplicaGroup.check_alike", FINGERPRINT),
         *broadcast_object("Interval.reallocate", plan),
+        *(Collective(f"gathered, {what}: wholes", "all-reduce", size) for what, size in _gathered(t).items() if size),
     ]
-    if t.way == FSDP:
-        found += [Collective(f"gathered, {what}: wholes", "all-reduce", size) for what, size in _gathered(t).items()]
+    if t.matrices_by_columns:
+        split = [sum(width % t.processes == 0 for width in shape) for shape in t.linears]
+        products = DOUBLE * sum(count * ranks**2 for count, ranks in zip(split, rotated, strict=True))
+        found.append(Collective("rotate_to_principal_axes: sum_over_columns", "all-reduce", products))
     return [*found, *broadcast_object("rotate_to_principal_axes", rotations)]
 
 
 def _gathered(t: Training) -> dict[str, int]:
     """Bytes that ``gathered`` makes whole. AdamW has no state of gates, and their gradients have been taken."""
-    own = FLOAT * t.matrices
-    return {"parameters": FLOAT * t.elements, "moments": MOMENTS * own, "gradients": own}
+    if not t.is_sharded:
+        return {}
+    own = FLOAT * (t.matrices - t.matrices_by_columns)
+    return {"parameters": own + FLOAT * t.gates, "moments": MOMENTS * own, "gradients": own}
 
 
-def rotations_size(ranks: Sequence[int]) -> int:
-    """About the bytes of the rotations of adapters of which these many ranks are rotated."""
-    return DOUBLE * sum(rank**2 for rank in ranks)
+def rotations_size(rotated: Iterable[int]) -> int:
+    """About the bytes of the rotations of adapters of which so many ranks are rotated."""
+    return DOUBLE * sum(ranks**2 for ranks in rotated)
 
 
-def typical_objects(t: Training) -> dict[str, int]:
-    """Bytes of the objects that are broadcast if each adapter loses as many ranks as ``turnover`` allows on average,
-    and receives as many."""
-    lost = [int(L1RAConfig().turnover * rank) for rank in t.ranks]
-    rows = [tuple(range(count)) for count in lost]
-    layers = [LayerPlan(tuple(range(n, rank)), n) for n, rank in zip(lost, t.ranks, strict=True)]
-    return {
-        "chosen": _pickled((rows, [1] * len(rows))),
-        "plan": _pickled(Plan(tuple(layers), 0)),
-        "rotations": rotations_size([rank - n for n, rank in zip(lost, t.ranks, strict=True)]),
-    }
+def typical_chosen(t: Training) -> int:
+    """Bytes of the decision in the middle if each adapter is to lose the share ``turnover`` of its ranks."""
+    return _pickled(([tuple(range(count)) for count in _lost(t)], [1] * len(t.linears)))
+
+
+def typical_move(t: Training) -> tuple[int, int, list[int]]:
+    """The arguments of :func:`bytes_of_a_reallocation` if each adapter loses these ranks and receives as many."""
+    lost = _lost(t)
+    layers = [LayerPlan(tuple(range(count, rank)), count) for count, rank in zip(lost, t.ranks, strict=True)]
+    rotated = [len(layer.keep) for layer in layers]
+    return _pickled(Plan(tuple(layers), 0)), rotations_size(rotated), rotated
+
+
+def _lost(t: Training) -> list[int]:
+    return [int(L1RAConfig().turnover * rank) for rank in t.ranks]
 
 
 def _pickled(value: Any) -> int:
@@ -258,14 +280,13 @@ def _pickled(value: Any) -> int:
 
 def memory_of_lora(t: Training) -> int:
     """As :func:`memory_of_adapters`, of PEFT's LoRA of the same ranks."""
-    return FLOAT * (2 + MOMENTS) * lora_elements(t) // (t.processes if t.way == FSDP else 1)
+    return FLOAT * (2 + MOMENTS) * lora_elements(t) // (t.processes if t.is_sharded else 1)
 
 
 def memory_of_adapters(t: Training) -> int:
-    """Bytes of A, gate and B, of their gradients, and of AdamW's moments of A and B. Under FSDP 2: the largest part."""
-    share = t.processes if t.way == FSDP else 1
-    elements, matrices = (t.padded_elements, t.padded_matrices) if t.way == FSDP else (t.elements, t.matrices)
-    return FLOAT * (2 * elements + MOMENTS * matrices) // share
+    """Bytes of A, gate and B, of their gradients, and of AdamW's moments of A and B. If sharded: the largest part."""
+    matrices, gates = (t.padded_matrices, t.padded_gates) if t.is_sharded else (t.matrices, t.gates)
+    return FLOAT * ((2 + MOMENTS) * matrices + 2 * gates) // (t.processes if t.is_sharded else 1)
 
 
 def memory_of_probes(t: Training) -> int:
@@ -275,19 +296,20 @@ def memory_of_probes(t: Training) -> int:
     autograd computes together with them.
     """
     probes = sum(PROBE_RANKS * (outputs + 3 * inputs) + 1 for inputs, outputs in t.linears)
-    beyond = 0 if t.way == FSDP else PROBE_RANKS * sum(inputs + 1 + outputs for inputs, outputs in t.linears)
+    beyond = 0 if t.is_sharded else PROBE_RANKS * sum(inputs + 1 + outputs for inputs, outputs in t.linears)
     return FLOAT * (probes + beyond)
 
 
 def memory_of_the_gathered(t: Training) -> int:
     """Bytes that ``gathered`` adds in each process during a reallocation."""
-    return sum(_gathered(t).values()) if t.way == FSDP else 0
+    return sum(_gathered(t).values())
 
 
 def memory_of_moved_rows(t: Training) -> int:
     """Bytes of the copies of A and B, their gradients and moments that ``RowMoves.run`` makes during a reallocation, if
     the ranks of all adapters change; those whose rows stay are not copied."""
-    return FLOAT * (2 + MOMENTS) * t.matrices
+    whole, part = t.matrices - t.matrices_by_columns, t.matrices_by_columns // t.processes
+    return FLOAT * (2 + MOMENTS) * (whole + part)
 
 
 # --- times
@@ -311,21 +333,20 @@ def milliseconds(t: Training, found: Sequence[Collective]) -> float:
 
 def training(model: str, way: str, processes: int) -> Training:
     linears = MODELS[model]
-    # Nothing there keeps tensors in their shapes, so that no row is reserved.
-    return Training(linears, (RANK,) * len(linears), None if way == BESIDE else RESERVE, way, processes)
+    return Training(linears, (RANK,) * len(linears), RESERVE, way, processes)
 
 
 PARTS: dict[str, Callable[[Training], list[Collective]]] = {
     "plain LoRA": bytes_of_gradients_in_lora,
     "with reserved rows": bytes_of_gradients,
     "controller, a step": bytes_of_a_step,
-    "middle": lambda t: bytes_of_a_middle(t, typical_objects(t)["chosen"]),
-    "reallocation": lambda t: bytes_of_a_reallocation(t, *(typical_objects(t)[name] for name in ("plan", "rotations"))),
+    "middle": lambda t: bytes_of_a_middle(t, typical_chosen(t)),
+    "reallocation": lambda t: bytes_of_a_reallocation(t, *typical_move(t)),
 }
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value >= 0.001 else "0"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 0.001 else "0"
 
 
 def _cells(model: str, way: str, columns: Iterable[Callable[[Training], float]]) -> list[str]:
@@ -343,12 +364,11 @@ def model_table() -> str:
     rows = []
     for name, linears in MODELS.items():
         t = training(name, DDP, 8)
-        plain = replace(t, reserve=None)
         numbers = (
             f"{len(linears):,}",
             f"{sum(t.ranks):,}",
             f"{sum(a * b for a, b in linears) * t.frozen / 1e9:,.0f}",
-            *(f"{FLOAT * way.matrices / 1e9:.2f}" for way in (plain, t)),
+            *(f"{FLOAT * elements / 1e9:.2f}" for elements in (lora_elements(t), t.matrices)),
         )
         rows.append([name, *numbers])
     return markdown_table(["Llama 3", "adapters", "ranks", "frozen, GB", "A and B, GB", "with reserved rows, GB"], rows)
@@ -406,7 +426,8 @@ Where 8, 64 and 1,024 processes differ, a cell has three numbers.
 **Time**, modelled from assumptions, bandwidth of a process and latency of a collective:
 {networks}.
 Nothing overlaps with anything, and all blocks are gathered by one collective. *More for reserved rows*: what forward
-and backward take beyond plain LoRA. *Controller, mean*: of a step, in an interval of {INTERVAL} steps.
+and backward take beyond plain LoRA; less than nothing where PEFT's A is padded. *Controller, mean*: of a step, in an
+interval of {INTERVAL} steps.
 
 {time_table()}
 

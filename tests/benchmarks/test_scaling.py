@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,13 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import l1ra
 from benchmarks import scaling
-from benchmarks.scaling import BESIDE, DDP, FSDP, Collective, Training
+from benchmarks.scaling import BESIDE, COLUMNS, DDP, ROWS, WAYS, Collective, Training
 from l1ra.allocation.plan import Plan
 from l1ra.layers import row_moves
 from l1ra.training.data_parallel import ReplicaGroup
 
-WAYS = (DDP, FSDP, BESIDE)
-WIDTHS = (13, 9, 8, 11)  # odd ones are padded
+WIDTHS = (13, 9, 8, 10)  # of odd ones the parts are uneven
 LINEARS = tuple(itertools.pairwise(WIDTHS))
 RANKS, RESERVE = (3, 3, 3), 5
 PROBING, MIDDLE, PLAIN, REALLOCATION = 8, 9, 10, 12  # steps of the second interval
@@ -85,10 +85,12 @@ def spread_out(model, way):
     if way == DDP:
         return DistributedDataParallel(model)
     mesh = distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("parts",))
-    ignored = set(trainable(model)) if way == BESIDE else set()
+    options = l1ra.fsdp(model) if way == COLUMNS else {}
+    if way == BESIDE:
+        options["ignored_params"] = set(trainable(model))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=ignored)
-    return fully_shard(model, mesh=mesh, ignored_params=ignored)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def train(number, way, record):
@@ -96,9 +98,7 @@ def train(number, way, record):
     torch.manual_seed(0)
     model = Chain(nn.Linear(*shape, bias=False) for shape in LINEARS)
     x, y = task(model)
-    controller = l1ra.patch(
-        model, sum(RANKS), reserve=None if way == BESIDE else RESERVE, **{**BRISK, "min_coherence": -1.0}
-    )
+    controller = l1ra.patch(model, sum(RANKS), reserve=RESERVE, **{**BRISK, "min_coherence": -1.0})
     replica = spread_out(model, way)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     found = []
@@ -136,7 +136,8 @@ def watch(record, patch):
         if isinstance(found, Plan):
             record["plan"] = found
         elif isinstance(found, list):
-            record["rotated"] = [matrix.shape[-1] for _, some in found for matrix in some]
+            sizes = {i: len(matrix) for chosen, some in found for i, matrix in zip(chosen, some, strict=True)}
+            record["rotated"] = [sizes.get(i, 0) for i in range(len(LINEARS))]
         return found
 
     def move_and_record(tensors, *args):
@@ -165,7 +166,7 @@ def work(number, folder):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         watch(record, patch)
         found = {way: train(number, way, record) for way in WAYS}
-        found |= {f"LoRA, {way}": train_lora(number, way) for way in (DDP, FSDP)}
+        found |= {f"LoRA, {way}": train_lora(number, way) for way in (DDP, ROWS)}
     torch.save(found, folder / f"{number}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -182,9 +183,8 @@ def found(tmp_path_factory):
     return first
 
 
-def modelled(way, part, **changes):
-    settings = {"ranks": part["ranks"], "reserve": None if way == BESIDE else RESERVE, "frozen": 4, **changes}
-    return Training(LINEARS, way=way, processes=2, **settings)
+def modelled(way, part, linears=LINEARS):
+    return Training(linears, part["ranks"], RESERVE, way, processes=2, frozen=4)
 
 
 def sizes(found):
@@ -206,7 +206,7 @@ def test_a_step_sends_what_is_modelled(found, way, number):
     assert summed(part["own"]) == summed(sizes(scaling.bytes_of_gradients(t)))
 
 
-@pytest.mark.parametrize("way", [DDP, FSDP])
+@pytest.mark.parametrize("way", [DDP, ROWS])
 def test_plain_lora_sends_what_is_modelled(found, way):
     t = modelled(way, {"ranks": RANKS})
     assert summed(found[f"LoRA, {way}"]) == summed(sizes(scaling.bytes_of_gradients_in_lora(t)))
@@ -225,7 +225,7 @@ def test_a_reallocation_sends_what_is_modelled(found, way):
     part = found[way][REALLOCATION - 1]
     assert part["after"] != part["ranks"]
     t = modelled(way, part)
-    sent = scaling.bytes_of_a_step(t) + scaling.bytes_of_a_reallocation(t, *part["objects"])
+    sent = scaling.bytes_of_a_step(t) + scaling.bytes_of_a_reallocation(t, *part["objects"], part["rotated"])
     assert part["controller"] == sizes(sent)
 
 
@@ -236,9 +236,7 @@ def test_a_reallocation_copies_what_is_modelled(found, way):
         change.grow > 0 or len(change.keep) < r for change, r in zip(part["plan"].layers, part["ranks"], strict=True)
     ]
     linears = tuple(shape for shape, yes in zip(LINEARS, changed, strict=True) if yes)
-    ranks = tuple(rank for rank, yes in zip(part["after"], changed, strict=True) if yes)
-    t = Training(linears, ranks, None if way == BESIDE else RESERVE, way, 2)
-    assert linears and part["moved"] == scaling.memory_of_moved_rows(t)
+    assert linears and part["moved"] == scaling.memory_of_moved_rows(modelled(way, part, linears))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -248,14 +246,13 @@ def test_each_process_holds_what_is_modelled(found, way):
     assert part["held"] == scaling.memory_of_adapters(t) + scaling.memory_of_probes(t)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_gathered_is_held(found, way):
-    part = found[way][REALLOCATION - 1]
-    t = modelled(way, part)
-    reduced = summed(part["controller"]).get("all-reduce", 0) - summed(sizes(scaling.bytes_of_a_step(t))).get(
-        "all-reduce", 0
-    )
-    assert scaling.memory_of_the_gathered(t) == reduced and bool(reduced) == (way == FSDP)
+def test_what_is_gathered_is_held(found):
+    for way in WAYS:
+        t = modelled(way, found[way][REALLOCATION - 1])
+        reduced = [c.bytes for c in scaling.bytes_of_a_reallocation(t, 0, 0, RANKS) if c.call.startswith("gathered")]
+        assert scaling.memory_of_the_gathered(t) == sum(reduced)
+    # A and B of 9 features each, and A of 13, are not split along them, and have a gradient and two moments each.
+    assert scaling.memory_of_the_gathered(modelled(COLUMNS, {"ranks": RANKS})) == 4 * RESERVE * (4 * (13 + 9 + 9) + 3)
 
 
 def test_rotations_are_little_more_than_their_numbers(found):
@@ -264,16 +261,19 @@ def test_rotations_are_little_more_than_their_numbers(found):
 
 
 def test_sums_by_hand():
-    t = Training(((4, 6),), (2,), 8, FSDP, 4, frozen=2)
-    assert (t.elements, t.padded(3), t.frozen_bytes) == (88, 4, 2 * 4 * 8)
+    t = Training(((4, 6),), (2,), 6, ROWS, 4, frozen=2)
+    assert (t.matrices, t.padded_matrices, t.padded_gates, t.frozen_bytes) == (60, 80, 8, 2 * 4 * 8)
     ring = [Collective("", "all-reduce", 100), Collective("", "all-gather", 100), Collective("", "broadcast", 7)]
     assert scaling.sent(t, ring) == 150 + 75 + 7
-    # Each of 4 processes has 2 of the 8 rows: 2 (4 + 1 + 6) elements, as many gradients; moments of all but the gates.
-    assert scaling.memory_of_adapters(t) == 4 * (2 * 22 + 2 * 20)
-    t = Training(t.linears, t.ranks, t.reserve, DDP, 8)
-    assert scaling.memory_of_adapters(t) == 4 * (2 * 88 + 2 * 80)
+    # Each of 4 processes has 2 of 8 rows: A and B with gradients and two moments, the gate with gradients.
+    assert scaling.memory_of_adapters(t) == 4 * 2 * (4 * 10 + 2)
+    # A is split along its features, all rows of which each process has.
+    by_columns = replace(t, way=COLUMNS)
+    assert scaling.memory_of_adapters(by_columns) == 4 * (4 * (6 * 1 + 2 * 6) + 2 * 2)
+    whole = replace(t, way=DDP, processes=8)
+    assert scaling.memory_of_adapters(whole) == 4 * 6 * (4 * 10 + 2)
     network = scaling.NETWORKS[8]
-    assert scaling.milliseconds(t, ring[2:]) == pytest.approx(7 / network.bandwidth / 1e6 + network.latency)
+    assert scaling.milliseconds(whole, ring[2:]) == pytest.approx(7 / network.bandwidth / 1e6 + network.latency)
 
 
 def test_the_kept_page_has_what_the_program_prints():
