@@ -1,7 +1,7 @@
 """What the controller costs beside the optimizer, on a CPU: ``python -m benchmarks.step_operations``.
 
 Prints the torch ops of each kind of step without views, on a GPU about the launches; how often Python reads values of a
-tensor, for which a GPU is waited for if the tensor is on it; the seconds of planning for many adapters.
+tensor, for which a GPU is waited for if the tensor is on it; the seconds of a decision for many adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import l1ra
 from benchmarks.common.environment import git_commit, processor_name, versions
 from benchmarks.common.tables import markdown_table
-from l1ra.allocation.plan import allocate, ranks_to_prune
+from l1ra.allocation.plan import Plan, allocate, ranks_given_back, ranks_to_prune
+from l1ra.config import L1RAConfig
 from l1ra.layers.low_rank import GatedLowRank
+from l1ra.layers.row_moves import RowMoves
 from l1ra.training.gate_bank import GateBank
+from l1ra.training.gate_rules import make_rule
+from l1ra.training.schedule import Stage
 
 __all__ = ["COUNTED", "Cost", "Operations", "step_costs"]
 
@@ -133,40 +138,54 @@ def step_costs(adapters: int, *, intervals: int = 2, **settings: object) -> dict
     }
 
 
-def _planning_seconds(adapters: int) -> dict[str, float]:
-    """Seconds to choose ranks, to allocate them and to read all gates, for adapters of ten ranks each."""
+def _decision_seconds(adapters: int) -> dict[str, float]:
+    """Seconds of the parts of a decision, and of a step of the gates, for adapters of ten ranks each."""
     rng = random.Random(0)
-    importance = [[rng.lognormvariate(0, 1) for _ in range(10)] for _ in range(adapters)]
     costs, caps, learning = [1] * adapters, [40] * adapters, [rng.random() < 0.7 for _ in range(adapters)]
-    found: list = []
-
-    def choose() -> None:
-        settings = {"margin": 0.7, "max_count": 3 * adapters, "min_rank": 1, "caps": caps, "learning": learning}
-        found.extend(ranks_to_prune(importance, costs, **settings))
-
-    def plan(importance: list | None) -> None:
-        settings = {"min_rank": 1, "caps": caps, "prune_threshold": 0.5, "learning": learning}
-        allocate(gates, importance, costs, 10 * adapters, **settings)
-
-    seconds = {"ranks_to_prune": _seconds(choose)}
-    gates = [[float(k not in rows) for k in range(10)] for rows in found]
-    seconds["allocate"] = _seconds(lambda: plan(importance))
-    seconds["allocate, without importance"] = _seconds(lambda: plan(None))
     layers = [GatedLowRank(16, 16, None, 10, None, False, True, "kaiming", torch.float32, None, None) for _ in costs]
-    seconds["GateBank"] = _seconds(lambda: GateBank(layers))
+    settings, rule, moves = {"min_rank": 1, "caps": caps, "learning": learning}, make_rule(L1RAConfig()), RowMoves()
+    stage = Stage(interval=100, progress=0.5, over=False, min_age=1)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        found = call()
+        seconds[name] = time.perf_counter() - start
+        return found
+
+    bank = timed("GateBank", lambda: GateBank(layers))
+    gradients = {i: torch.randn(10) for i in range(adapters)}
+
+    def step() -> None:
+        flat, seen, moved = bank.flatten(gradients)
+        bank.update(rule.step(bank, flat, stage, seen), flat, seen)
+        bank.write_to_layers(range(adapters), moved)
+
+    step()  # the first one allocates
+    timed("a step of GateBank", step)
+    timed("importance", lambda: rule.importance(bank, stage))
+    importance = [[rng.lognormvariate(0, 1) for _ in range(10)] for _ in range(adapters)]
+    given_back = timed("ranks_given_back, 20 reallocations", lambda: ranks_given_back([[10] * adapters] * 20))
+    settings["given_back"] = given_back
+    chosen = timed(
+        "ranks_to_prune", lambda: ranks_to_prune(importance, costs, margin=0.7, max_count=3 * adapters, **settings)
+    )
+    timed("GateBank.penalise", lambda: bank.penalise(chosen, costs))
+    gates = [[float(k not in rows) for k in range(10)] for rows in chosen]
+
+    def allocated(importance: list | None) -> Plan:
+        return allocate(gates, importance, costs, 10 * adapters, prune_threshold=0.5, **settings)
+
+    plan = timed("allocate", lambda: allocated(importance))
+    timed("allocate, without importance", lambda: allocated(None))
+    timed("GateBank.plan_move, its tensors move", lambda: (bank.plan_move(moves, plan), moves.run()))
     return seconds
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[224, 1000], help="for the steps")
-    parser.add_argument("--planned", type=int, nargs="+", default=[10_000, 100_000], help="adapters, for the planning")
+    parser.add_argument("--adapters", type=int, nargs="*", default=[224, 1000], help="for the steps")
+    parser.add_argument("--planned", type=int, nargs="*", default=[10_000, 100_000], help="for the decision")
     parser.add_argument("--intervals", type=int, default=5, help="of the training whose steps are measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,11 +199,12 @@ def main() -> None:
                 cost = costs[kind]
                 numbers = (cost.operations.total(), cost.reads, f"{cost.milliseconds:.1f}")
                 rows.append([kind, str(adapters), str(reserve), *map(str, numbers)])
-    print(markdown_table(["step", "adapters", "reserve", "torch ops", "reads", "controller, ms"], rows))
-    found = {adapters: _planning_seconds(adapters) for adapters in args.planned}
+    if rows:
+        print(markdown_table(["step", "adapters", "reserve", "torch ops", "reads", "controller, ms"], rows) + "\n")
+    found = {adapters: _decision_seconds(adapters) for adapters in args.planned}
     names = next(iter(found.values())) if found else ()
     table = [[name, *(f"{found[adapters][name]:.2f}" for adapters in found)] for name in names]
-    print("\n" + markdown_table(["seconds", *(f"{adapters:,} adapters" for adapters in found)], table))
+    print(markdown_table(["seconds", *(f"{adapters:,} adapters" for adapters in found)], table))
 
 
 if __name__ == "__main__":

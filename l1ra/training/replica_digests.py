@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import is_sharded
 from l1ra.layers.tensor_lists import batches, grouped, transferred
 
-__all__ = ["ReplicasDiffer", "check_alike", "digests"]
+__all__ = ["ReplicasDiffer", "check_alike", "digests", "fingerprint"]
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 COPIES = 4  # temporary tensors of as many elements as the tensors of a batch have
@@ -48,6 +49,11 @@ def digests(adapters: Mapping[str, L1RALinear], gates: Tensor) -> list[dict[str,
         own["gate"] = own["gate"], zlib.crc32(repr(list(itertools.islice(masters, layer.rank))).encode())
         found.append({"rank": layer.rank, **own})
     return found
+
+
+def fingerprint(found: Sequence[Mapping[str, object]]) -> bytes:
+    """32 bytes that are the same in processes with the same :func:`digests`, and in no others."""
+    return hashlib.sha256(repr(found).encode()).digest()
 
 
 def check_alike(names: Collection[str], found: Sequence[Sequence[Mapping[str, object]]]) -> None:

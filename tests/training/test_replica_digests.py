@@ -7,7 +7,7 @@ from helpers import bits
 from benchmarks.step_operations import Operations
 from l1ra import L1RALinear
 from l1ra.layers import tensor_lists
-from l1ra.training.replica_digests import ReplicasDiffer, check_alike, digests
+from l1ra.training.replica_digests import ReplicasDiffer, check_alike, digests, fingerprint
 
 
 def adapters(count=3, dtype=torch.float32):
@@ -44,6 +44,7 @@ def test_every_changed_bit_is_seen_and_only_where_it_is(monkeypatch, part, dtype
         change(getattr(layers["layers.1"], part))
     after = digests(layers, gates)
     assert [[name for name in b if b[name] != a[name]] for b, a in zip(before, after, strict=True)] == [[], [part], []]
+    assert fingerprint(before) == fingerprint(digests(*adapters(dtype=dtype))) != fingerprint(after)
 
 
 def test_gates_and_master_gates_and_ranks_are_seen():
