@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from l1ra.layers.adapted_model import find_adapters
-from l1ra.training.data_parallel import world_size
+from l1ra.processes.group import world_size
 
 __all__ = ["fsdp"]
 

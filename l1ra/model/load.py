@@ -14,8 +14,8 @@ from l1ra.layers.adapted_model import controller_of, find_adapters, name_before_
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS, REFERENCE
 from l1ra.model.patch import patch, unpatch
+from l1ra.processes.group import launched_processes
 from l1ra.training.controller import RankController
-from l1ra.training.data_parallel import launched_processes
 
 __all__ = ["load"]
 

@@ -23,8 +23,8 @@ from l1ra.layers.shared_input import share_inputs
 from l1ra.model.drawn_anew import drawn_anew, forget, mark, outside_warning
 from l1ra.model.merge import merge as merge_adapters
 from l1ra.model.targets import saved_modules, select_targets, tensor_parallel_warning, unadapted_warning
+from l1ra.processes.group import launched_processes
 from l1ra.training.controller import RankController
-from l1ra.training.data_parallel import launched_processes
 
 __all__ = ["check_unpatched", "patch", "unpatch"]
 

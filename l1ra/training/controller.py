@@ -7,8 +7,8 @@ import os
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from l1ra.config import LAYER_SETTINGS, L1RAConfig
 from l1ra.files.checkpoint import save
 from l1ra.files.controller_state import check_state
 from l1ra.integrations.accelerator import ResumeWithAccelerator, SaveWithAccelerator
-from l1ra.integrations.call_stack import calls
 from l1ra.integrations.distributed_checkpoint import complete_states
 from l1ra.integrations.trainer import TrainerHooks, join_trainer, make_callback
 from l1ra.layers.adapted_model import (
@@ -40,18 +39,19 @@ from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
 from l1ra.layers.shared_input import learned_groups, load_groups
 from l1ra.layers.zero import ZeroOptimizer, find_zero_optimizer
-from l1ra.training.averages import Averages
-from l1ra.training.data_parallel import (
+from l1ra.processes.group import world_size
+from l1ra.processes.joining import (
     CannotMoveRanks,
     adapters_are_flat,
     adapters_are_sharded,
     check_gates_apart,
     clear_unused_gradients,
-    join_replicas,
-    join_zero,
-    world_size,
+    join,
 )
-from l1ra.training.gate_bank import GateBank, GateGradients, unscaled
+from l1ra.processes.replicated_adapters import ReplicatedAdapters
+from l1ra.processes.zero_steps import Callbacks, ZeroSteps
+from l1ra.training.averages import Averages
+from l1ra.training.gate_bank import GateBank, GateGradients
 from l1ra.training.gate_rules import make_rule
 from l1ra.training.interval import Interval
 from l1ra.training.notices import warn_of_average, warn_of_graphs, warn_of_untrained
@@ -64,8 +64,8 @@ from l1ra.training.optimizer_hooks import (
     OtherOptimizers,
 )
 from l1ra.training.reallocation import Reallocation
-from l1ra.training.replicated_adapters import ReplicatedAdapters
 from l1ra.training.schedule import Schedule, Stage, TrainedSteps
+from l1ra.training.taken_gradients import TakenGradients
 
 __all__ = ["RankController"]
 
@@ -156,8 +156,7 @@ class RankController:
         uses_importance = self._rule.uses_importance
         self._interval = Interval(adapters, self._bank, budget, costs, config, uses_importance=uses_importance)
         self._schedule: Schedule | None = None
-        self._gradients: GateGradients | None = None
-        self._taken: dict[int, Tensor] = {}  # gradients of gates in a backward in which optimizers step
+        self._taken = TakenGradients(self._bank)
         self._pending_graphs = PendingGraphs(self._layers)
         self._stepped_here = False  # since a state was loaded
         self._advanced_to = 0  # the last step after which the interval has advanced
@@ -180,9 +179,19 @@ class RankController:
         self._hooks = OptimizerHooks(*hooks) if auto else None
         self._passed: list[Optimizer] = []  # to step(), with auto=False
         self._beside_shards = ReplicatedAdapters(model, self._layers)
-        self._zero: ZeroOptimizer | None = None
-        self._has_looked = self._first_of_zero = self._heard_late = False
-        self._backwards = BackwardCounter(self._layers[0].gate, self._in_first_backward)
+        self._zero_steps = ZeroSteps(
+            self._layers,
+            Callbacks(
+                found=self._find_zero,
+                write_gates=self._bank.write_to_layers,
+                check=self._check_not_disabled,
+                register=self._register_zero,
+                rest=self._fix_ranks,
+                end=self._end_zero_step,
+            ),
+            auto=auto,
+        )
+        self._backwards = BackwardCounter(self._layers[0].gate, self._zero_steps.in_first_backward)
         self._checkpoints = TrainerHooks(model, self._layers[0])
         self._state_hooks = [
             model.register_load_state_dict_post_hook(ResumeWithAccelerator()),
@@ -449,7 +458,7 @@ class RankController:
         check_state(state, self.adapters, ranks={**self.ranks, **adopted}, budget=self.budget, rule=self.config.rule)
         for name, rank in adopted.items():  # DeepSpeed has loaded their rows, and nothing else tells the rank
             self.adapters[name].adopt_rank(rank)
-        self._find_zero()
+        self._zero_steps.find()
         if not partitioned:
             self._bank.refresh()
         for name, layer in self.adapters.items():
@@ -469,8 +478,7 @@ class RankController:
         """Remove all hooks. The adapters stay as they are."""
         if self._hooks is not None:
             self._hooks.close()
-        if self._zero is not None:
-            self._zero.close()
+        self._zero_steps.close()
         self._backwards.close()
         self._beside_shards.close()
         self._checkpoints.remove()
@@ -487,6 +495,17 @@ class RankController:
         # An optimizer that is passed to step() may hold copies of its own.
         return self._held.by(optimizer) or (() if self.auto else range(len(self.adapters)))
 
+    def _check_not_disabled(self, held: Iterable[int] | None = None) -> None:
+        """
+        Args:
+            held: the numbers of the adapters that an optimizer steps; None: all.
+        """
+        if any(self._layers[i].disabled for i in (range(len(self.adapters)) if held is None else held)):
+            raise RuntimeError(
+                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
+                "the block before optimizer.step()."
+            )
+
     def _before_step(self, optimizer: Optimizer) -> None:
         """Take the gates' gradients away, so that no optimizer moves or decays a gate."""
         layers, held = self._layers, self._held_by(optimizer)
@@ -502,28 +521,8 @@ class RankController:
             return
         self._states.check(optimizer, [layers[i] for i in held])
         clear_unused_gradients(layers[i] for i in held)
-        if in_backward() and self._beside_shards.find() is not None:
-            raise RuntimeError(
-                "an optimizer steps within the backward, and the gradients of adapters beside the shards of "
-                "fully_shard are averaged at its end: step after the backward, or call fully_shard after l1ra.patch "
-                "and without ignored_params."
-            )
-        if in_backward():
-            for i, grad in self._bank.take_gradients(held).items():
-                grad = unscaled(grad, optimizer)
-                self._taken[i] = self._taken[i] + grad if i in self._taken else grad
-        else:
-            self._bank.refresh()
-            found = self._bank.flatten(self._bank.take_gradients(held))
-            if found is not None:
-                self._gradients = found._replace(flat=unscaled(found.flat, optimizer))
-
-    def _check_not_disabled(self, held: Iterable[int]) -> None:
-        if any(self._layers[i].disabled for i in held):
-            raise RuntimeError(
-                "an optimizer that holds the adapters steps within controller.disabled(), where none is trained: leave "
-                "the block before optimizer.step()."
-            )
+        self._beside_shards.before_step()
+        self._taken.take(optimizer, held)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         """Move the gates, and ranks if they are due: now, or at the end of the backward that is running."""
@@ -531,65 +530,10 @@ class RankController:
 
     def _other_step(self, optimizer: Optimizer) -> None:
         """An optimizer that holds no adapter has stepped."""
-        is_known = self._zero is not None and self._zero.optimizer is optimizer
-        if not is_known and self._find_zero(among=[frame.f_locals.get("self") for frame in calls("step")]):
-            self._bank.write_to_layers()  # the optimizer has trained the gates
-            self._in_zero_step()
-        if self._zero is None and not any(self._held.by(known) for known in self._known):
+        self._zero_steps.heard(optimizer)
+        if self._zero_steps.zero is None and not any(self._held.by(known) for known in self._known):
             check_gates_apart(self.model, self._layers, optimizer)
             self._others.step(optimizer)
-
-    # --- one step of DeepSpeed's optimizer
-
-    def _in_first_backward(self) -> None:
-        """In the first backward after a step: look for an optimizer of DeepSpeed."""
-        gone = self._zero is not None and not self._zero.is_alive
-        if gone or not self._has_looked:
-            self._has_looked = True
-            self._find_zero()
-
-    def _find_zero(self, among: Iterable[object] | None = None) -> bool:
-        """Whether there is a new optimizer of DeepSpeed that holds the adapters; from now on its steps are noticed."""
-        found = find_zero_optimizer(self._layers, among) if self.auto else None
-        if found is None or (self._zero is not None and self._zero.is_same(found)):
-            return False
-        if self._zero is not None:
-            self._zero.close()
-        self._zero = self._bank.zero = found
-        self._known.discard(found.optimizer)
-        self._hooks.optimizers.add(found.optimizer)
-        found.watch(self._before_zero_step, self._in_zero_step, self._after_zero_step)
-        return True
-
-    def _before_zero_step(self) -> None:
-        self._zero.check()
-        self._check_not_disabled(range(len(self.adapters)))
-
-    def _in_zero_step(self) -> None:
-        """DeepSpeed's optimizer lets its torch optimizer step a group of flattened parameters."""
-        zero = self._zero
-        if zero.optimizer not in self._known:
-            self._register(zero.optimizer)
-            # A process whose first backward has not reached the first adapter has not looked for the optimizer before.
-            self._heard_late = not (zero.heard if self._ranks_fixed else zero.is_heard_by_all())
-            self._first_of_zero = True
-            if not zero.heard:
-                self._after_zero_step()
-
-    @torch.no_grad()
-    def _after_zero_step(self) -> None:
-        """As :meth:`_end_step`; all processes call it together."""
-        self._count_step([self._zero.optimizer])
-        first, self._first_of_zero = self._first_of_zero, False
-        if first and not self._ranks_fixed and (why := self._zero.why_fixed()):  # its state has been made in this step
-            self._fix_ranks(why)
-        if self._ranks_fixed or (first and self._heard_late):
-            return
-        found = self._bank.flatten(self._zero.gate_gradients())
-        self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
-        self._trained.add(found.layers)
-        self._bank.write_to_layers()
-        self._advance()
 
     @torch.no_grad()
     def _end_step(self, optimizers: Sequence[Optimizer]) -> None:
@@ -598,23 +542,21 @@ class RankController:
             self._count_step(optimizers)
             return
         held = sorted({i for optimizer in optimizers for i in self._held_by(optimizer)})
-        if self._gradients is None:
-            # They were computed within the step, by its closure or by a backward that has ended now.
-            self._bank.refresh()
-            self._gradients = self._bank.flatten(self._taken | self._bank.take_gradients(held))
-            self._taken = {}
+        found = self._taken.collect(held)
         self._count_step(optimizers)
-        found, self._gradients = self._gradients, None
         moved = ()
         if found is not None:
             moved = found.layers
-            if not self._ranks_fixed:
-                self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
-            self._trained.add(moved)
+            self._move_gates(found)
             self._pending_graphs.after_step(trains_all=len(moved) == len(self.adapters))
         self._bank.write_to_layers(held, moved)
         if not self._ranks_fixed and self._advanced_to < self.steps:
             self._advance()
+
+    def _move_gates(self, found: GateGradients) -> None:
+        if not self._ranks_fixed:
+            self._bank.update(self._rule.step(self._bank, found.flat, self._stage(), found.seen), *found[:2])
+        self._trained.add(found.layers)
 
     def _count_step(self, optimizers: Sequence[Optimizer]) -> None:
         """Count a new training step: if several optimizers hold adapters, when one of them steps again."""
@@ -633,6 +575,24 @@ class RankController:
                 )
         self._stepped.update(optimizers)
         self._backwards.reset()
+
+    # --- one step of DeepSpeed's optimizer, see ZeroSteps
+
+    def _find_zero(self, zero: ZeroOptimizer) -> None:
+        self._bank.zero = zero
+        self._known.discard(zero.optimizer)
+        self._hooks.optimizers.add(zero.optimizer)
+
+    def _register_zero(self, optimizer: Optimizer) -> bool:
+        self._register(optimizer)
+        return not self._ranks_fixed
+
+    def _end_zero_step(self, optimizer: Optimizer, taken: Mapping[int, Tensor] | None) -> None:
+        self._count_step([optimizer])
+        if taken is not None:
+            self._move_gates(self._bank.flatten(taken))
+            self._bank.write_to_layers()
+            self._advance()
 
     # --- the interval
 
@@ -681,7 +641,7 @@ class RankController:
             return
         if len(self.history) == 1:
             self._warn_at_first()
-        with nullcontext() if self._zero is None else self._zero.gathered():
+        with self._zero_steps.gathered():
             done = self._interval.reallocate(self._importance(), self._given_back(), self._optimizers(), self._averages)
         self.moved += done.moved
         self._record(done)
@@ -704,15 +664,16 @@ class RankController:
     # --- the first step of an optimizer
 
     def _register(self, optimizer: Optimizer) -> None:
+        """At its first step: find out who trains with whom, and how long."""
         self._known.add(optimizer)
         complete_states(optimizer, self._layers)
         join_trainer(self)
-        by_zero = self._zero is not None and optimizer is self._zero.optimizer
+        zero = self._zero_steps.zero
+        by_zero = zero is not None and optimizer is zero.optimizer
         if by_zero or (self._schedule is None and (world_size() > 1 or adapters_are_sharded(self._layers))):
-            self._join_replicas()
+            self._join(zero)
         if self._schedule is None:
-            if self._beside_shards.find() is None:
-                self._beside_shards.close()
+            self._beside_shards.settle()
             self._make_schedule()
 
     def _make_schedule(self) -> None:
@@ -724,25 +685,22 @@ class RankController:
             self._schedule.warn(self.config, self.total_steps, uses_importance=self._rule.uses_importance)
 
     def _fix_ranks(self, why: object) -> None:
+        """From now on no rank moves. ``why``: the end of a sentence."""
         self._ranks_fixed = True
         warnings.warn(f"no rank moves in this distributed training, as in plain LoRA: {why}.", stacklevel=3)
 
-    def _join_replicas(self) -> None:
+    def _join(self, zero: ZeroOptimizer | None) -> None:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "seed"}
         numbers = {"total_steps": self.total_steps, "steps": self.steps, "budget": self.budget}
         where = {"whether ranks fade": self._interval.fading, "whether probes observe": bool(self._interval.probes)}
-        same = {**settings, **numbers, **where}
+        same, beside_shards = {**settings, **numbers, **where}, self._beside_shards.find()
         try:
-            if self._zero is None:
-                beside_shards = self._beside_shards.find()
-                replicas = join_replicas(self.adapters, self._bank.value, self._optimizers(), same, beside_shards)
-            else:
-                replicas = join_zero(self._layers, self._zero, same)
+            replicas = join(self.adapters, self._bank.value, self._optimizers(), same, beside_shards, zero)
         except CannotMoveRanks as why:
             self._fix_ranks(why)
         else:
             self._interval.synchronise(replicas)
-            if self._zero is not None and not self._bank.is_written(self._zero.gates()):
+            if zero is not None and not self._bank.is_written(zero.gates()):
                 raise RuntimeError(
                     "DeepSpeed's optimizer holds other gates than the controller, as after engine.load_checkpoint: put "
                     "controller.state_dict() into its client_state, and call controller.load_state_dict after it."

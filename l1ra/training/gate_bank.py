@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from l1ra.allocation.plan import Plan
 from l1ra.layers.base_layers import is_partitioned, tensor_of
@@ -22,7 +21,7 @@ from l1ra.layers.zero import ZeroOptimizer
 from l1ra.training.row_rotation import RowRotation, rotate_rows
 from l1ra_kernels import dispatch
 
-__all__ = ["GateBank", "GateGradients", "unscaled"]
+__all__ = ["GateBank", "GateGradients"]
 
 # Name of a tensor -> its value for a new rank.
 STATE = {"value": 1.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "importance_sq": 0.0, "age": 0.0, "weight": 0.0}
@@ -272,16 +271,3 @@ def _rows_here(layers: Sequence[L1RALinear], values: Sequence[Tensor]) -> tuple[
         gates.append(gate if len(gate) == len(value) else gate[: len(value)])
         parts.append(value)
     return gates, parts
-
-
-def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
-    """The gradient without the loss scale of a GradScaler; NaN if the scaler has found that it is not finite.
-
-    A fused optimizer unscales within its step. GradScaler then leaves scale and verdict in its attributes.
-    """
-    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if scale is not None:
-        grad = grad / scale.to(grad)
-    if found_inf is not None:
-        grad = torch.where(found_inf.to(grad.device) > 0, torch.nan, grad)
-    return grad

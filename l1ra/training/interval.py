@@ -20,8 +20,8 @@ from l1ra.layers.linear import L1RALinear
 from l1ra.layers.row_moves import row_runs
 from l1ra.layers.sharding import wholes
 from l1ra.layers.tensor_lists import transferred, views
+from l1ra.processes.group import ReplicaGroup
 from l1ra.training.averages import Averages
-from l1ra.training.data_parallel import ReplicaGroup
 from l1ra.training.gate_bank import GateBank
 from l1ra.training.principal_axes import rotate_to_principal_axes
 from l1ra.training.probes import ProbeSet

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l1ra.layers.gradient_probe import Probe, coherence, start_probes, update_sketches
 from l1ra.layers.linear import L1RALinear
-from l1ra.training.data_parallel import ReplicaGroup
+from l1ra.processes.group import ReplicaGroup
 
 __all__ = ["PROBE_RANKS", "ProbeSet"]
 

@@ -25,7 +25,7 @@ from benchmarks import scaling
 from benchmarks.scaling import BESIDE, COLUMNS, DDP, ROWS, WAYS, Collective, Training
 from l1ra.allocation.plan import Plan
 from l1ra.layers import row_moves
-from l1ra.training.data_parallel import ReplicaGroup
+from l1ra.processes.group import ReplicaGroup
 
 WIDTHS = (13, 9, 8, 10)  # of odd ones the parts are uneven
 LINEARS = tuple(itertools.pairwise(WIDTHS))

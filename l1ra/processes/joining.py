@@ -1,20 +1,19 @@
-"""Data-parallel training: every process holds a replica of the model and must move the same ranks.
+"""Which processes train the adapters together, and whether ranks can move there.
 
-Gradients are averaged, so all processes compute the same decisions. The decision of the first process is broadcast all
-the same: a single rank that differs would let the replicas diverge.
+Every process holds a replica of the adapters, or a part of each, and all must move the same ranks. Gradients are
+averaged, so that all processes compute the same decisions. The decision of the first process is broadcast all the same:
+a single rank that differs would let the replicas diverge.
 """
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -23,111 +22,21 @@ from l1ra.layers.base_layers import tensor_of
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.sharding import group_of, is_sharded, part_of
-from l1ra.layers.tensor_lists import copy_all_, grouped, transferred, views
 from l1ra.layers.zero import ZeroOptimizer
-from l1ra.training.replica_digests import check_alike, digests, fingerprint
+from l1ra.processes.group import ReplicaGroup, world_size
 
 __all__ = [
     "CannotMoveRanks",
-    "ReplicaGroup",
     "adapters_are_flat",
     "adapters_are_sharded",
     "check_gates_apart",
     "clear_unused_gradients",
-    "join_replicas",
-    "join_zero",
-    "launched_processes",
-    "world_size",
+    "join",
 ]
-
-T = TypeVar("T")
 
 
 class CannotMoveRanks(Exception):
     """Ranks can't move in this distributed training. The message is the end of a sentence."""
-
-
-class ReplicaGroup:
-    """The processes that train replicas of one model; without a ``group``, this process alone.
-
-    All processes must make the same calls in the same order.
-
-    Attributes:
-        number: the rank of this process in the group.
-        size: the number of processes.
-    """
-
-    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
-        self._group = group
-        self._device = device
-        self.number = 0 if group is None else distributed.get_rank(group)
-        self.size = 1 if group is None else distributed.get_world_size(group)
-
-    def broadcast(self, value: T) -> T:
-        """The picklable ``value`` of the first process."""
-        if self._group is None:
-            return value
-        held = [value]
-        with self._on_device():
-            distributed.broadcast_object_list(held, distributed.get_global_rank(self._group, 0), self._group)
-        return held[0]
-
-    def gather(self, value: T) -> list[T]:
-        """The picklable ``value`` of each process, in order."""
-        if self._group is None:
-            return [value]
-        found: list = [None] * self.size
-        with self._on_device():
-            distributed.all_gather_object(found, value, self._group)
-        return found
-
-    def sum_over_replicas(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in place."""
-        if self._group is None or not tensors:
-            return
-        first = tensors[0]
-        flat = torch.cat([part.reshape(-1) for part in transferred(tensors, first.device, first.dtype)])
-        distributed.all_reduce(flat, group=self._group)
-        copy_all_(tensors, views(flat, [tensor.shape for tensor in tensors]))
-
-    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by that of the first process, in place."""
-        for alike in grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).values():
-            some = [tensors[i] for i in alike]
-            flat = torch.cat([tensor.reshape(-1) for tensor in some])
-            distributed.broadcast(flat, distributed.get_global_rank(self._group, 0), self._group)
-            copy_all_(some, views(flat, [tensor.shape for tensor in some]))
-
-    def check_alike(self, adapters: Mapping[str, L1RALinear], gates: Tensor) -> None:
-        """Check that all processes hold the same adapters, bit for bit.
-
-        Args:
-            adapters: by name.
-            gates: the master gates of all ranks, ``(R,)``.
-
-        Raises:
-            ReplicasDiffer: they do not. All processes raise it.
-        """
-        if self._group is not None:
-            own = digests(adapters, gates)
-            # The digests of a thousand processes are too many to be sent and compared each time.
-            if len(set(self.gather(fingerprint(own)))) > 1:
-                check_alike(adapters.keys(), self.gather(own))
-
-    def _on_device(self) -> AbstractContextManager:
-        # NCCL sends objects from the current device, which is the first one in every process unless someone sets it.
-        cuda = self._device is not None and self._device.type == "cuda"
-        return torch.cuda.device(self._device) if cuda else nullcontext()
-
-
-def world_size() -> int:
-    """The number of processes of torch.distributed; 1 without it."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def launched_processes() -> int:
-    """:func:`world_size`, or before torch.distributed is initialised the number that torchrun has launched."""
-    return max(world_size(), int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def adapters_are_flat(layers: Iterable[L1RALinear]) -> bool:
@@ -160,14 +69,15 @@ def adapters_are_sharded(layers: Iterable[L1RALinear]) -> bool:
     return any(is_sharded(param) for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B))
 
 
-def join_replicas(
+def join(
     adapters: Mapping[str, L1RALinear],
     gates: Tensor,
     optimizers: Sequence[Optimizer],
     same: Mapping[str, Any],
     beside_shards: ReplicaGroup | None,
+    zero: ZeroOptimizer | None,
 ) -> ReplicaGroup:
-    """The group of processes that train these adapters with DistributedDataParallel or FSDP 2.
+    """The group of processes that train these adapters together.
 
     Nothing is sent before this process knows that it is in such a group.
 
@@ -177,65 +87,64 @@ def join_replicas(
         optimizers: those that have stepped the adapters.
         same: the values that must be equal in all processes, by name.
         beside_shards: the group, if the adapters lie beside the shards of FSDP 2.
+        zero: DeepSpeed's optimizer, within its step, if it holds the adapters.
 
     Raises:
         CannotMoveRanks: there is no such group, or ranks can't move in it. The processes of a group all raise it.
         ReplicasDiffer: the processes hold different adapters. All of them raise it.
     """
     layers = list(adapters.values())
-    if any(layer.is_flat for layer in layers):
+    if zero is not None:
+        group = _group_of_zero(layers, zero)
+    elif beside_shards is not None:
+        group = beside_shards.group
+    elif any(layer.is_flat for layer in layers):
         raise CannotMoveRanks(
             "FullyShardedDataParallel (FSDP 1) holds the adapters as parts of flat tensors. Take "
             "torch.distributed.fsdp.fully_shard in its place"
         )
-    sharded = adapters_are_sharded(layers)
-    wrapper = None if sharded or beside_shards is not None else _wrapper_of(layers)
-    if beside_shards is None and any(layer.reserve is None for layer in layers):
-        raise CannotMoveRanks(
-            f"{'fully_shard' if sharded else 'DistributedDataParallel'} needs tensors that keep their shapes. Pass "
-            "reserve=<rows> to l1ra.patch, to begin with four times the mean rank"
-        )
-    if _any_is_zero(optimizers):
+    elif adapters_are_sharded(layers):
+        group = _group_of_shards(layers)
+    else:
+        group = _group_of_replicas(layers)
+    if _any_is_part(optimizers):
         raise CannotMoveRanks(
             "ZeroRedundancyOptimizer gives each process a part of the adapters. Take a plain optimizer"
         )
-    if wrapper is not None and wrapper._join_config.enable:
+    replicas = ReplicaGroup(group, layers[0].lora_A.device)
+    if zero is None:
+        replicas.check_alike(adapters, gates)
+        same = {**same, "the adapters' parameters that optimizers hold": _held_parameters(adapters, optimizers)}
+    _compare(replicas, same)
+    return replicas
+
+
+def _group_of_zero(layers: Sequence[L1RALinear], zero: ZeroOptimizer) -> Any:
+    _check_reserve("DeepSpeed", layers)
+    if why := zero.why_fixed():
+        raise CannotMoveRanks(why)
+    return zero.group
+
+
+def _group_of_replicas(layers: Sequence[L1RALinear]) -> Any:
+    wrapper = _wrapper_of(layers)
+    _check_reserve("DistributedDataParallel", layers)
+    if wrapper._join_config.enable:
         raise CannotMoveRanks("under Join processes stop at different steps. Give all of them as many batches")
-    if wrapper is not None and _averages_weights(wrapper):
+    if _averages_weights(wrapper):
         raise CannotMoveRanks(
             "post_localSGD_hook lets the replicas differ until their weights are averaged. Register another "
             "communication hook, or none"
         )
-    replicas = beside_shards
-    if replicas is None:
-        group = _group_of_shards(layers) if sharded else wrapper.process_group
-        replicas = ReplicaGroup(group, layers[0].lora_A.device)
-    replicas.check_alike(adapters, gates)
-    held = _held_parameters(adapters, optimizers)
-    _compare(replicas, {**same, "the adapters' parameters that optimizers hold": held})
-    return replicas
+    return wrapper.process_group
 
 
-def join_zero(layers: Sequence[L1RALinear], zero: ZeroOptimizer, same: Mapping[str, Any]) -> ReplicaGroup:
-    """The group of processes that train these adapters with DeepSpeed's ZeRO. All processes must call this together.
-
-    Args:
-        zero: DeepSpeed's optimizer, within its step.
-        same: as in :func:`join_replicas`.
-
-    Raises:
-        CannotMoveRanks: ranks can't move there. All processes raise it.
-    """
+def _check_reserve(engine: str, layers: Sequence[L1RALinear]) -> None:
     if any(layer.reserve is None for layer in layers):
         raise CannotMoveRanks(
-            "DeepSpeed needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four "
+            f"{engine} needs tensors that keep their shapes. Pass reserve=<rows> to l1ra.patch, to begin with four "
             "times the mean rank"
         )
-    if why := zero.why_fixed():
-        raise CannotMoveRanks(why)
-    replicas = ReplicaGroup(zero.group, layers[0].lora_A.device)
-    _compare(replicas, same)
-    return replicas
 
 
 def _compare(replicas: ReplicaGroup, same: Mapping[str, Any]) -> None:
@@ -253,6 +162,7 @@ def _compare(replicas: ReplicaGroup, same: Mapping[str, Any]) -> None:
 
 def _group_of_shards(layers: Sequence[L1RALinear]) -> Any:
     """The processes among which FSDP 2 has divided the adapters."""
+    _check_reserve("fully_shard", layers)
     params = [param for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)]
     meshes = {param.device_mesh if is_sharded(param) else None for param in params}
     if len(meshes) > 1:
@@ -338,7 +248,7 @@ def _held_parameters(adapters: Mapping[str, L1RALinear], optimizers: Sequence[Op
     return f"{len(names)} (checksum {zlib.crc32(' '.join(names).encode()):08x})"
 
 
-def _any_is_zero(optimizers: Iterable[Optimizer]) -> bool:
+def _any_is_part(optimizers: Iterable[Optimizer]) -> bool:
     """Whether a ZeroRedundancyOptimizer is among them. It steps the optimizer of its own part within its step."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
+from l1ra.layers.recompute import in_backward
 from l1ra.layers.sharding import group_of, is_sharded
 from l1ra.layers.tensor_lists import grouped
-from l1ra.training.data_parallel import ReplicaGroup, world_size
+from l1ra.processes.group import ReplicaGroup, world_size
 
 __all__ = ["ReplicatedAdapters"]
 
@@ -50,6 +51,24 @@ class ReplicatedAdapters:
                 self.replicas = ReplicaGroup(group, self._layers[0].lora_A.device)
                 self.replicas.broadcast_tensors([param.data for param in self._parameters()])
         return self.replicas
+
+    def before_step(self) -> None:
+        """Before a step of an optimizer that holds them.
+
+        Raises:
+            RuntimeError: it steps within the backward, at whose end the gradients will be averaged.
+        """
+        if in_backward() and self.find() is not None:
+            raise RuntimeError(
+                "an optimizer steps within the backward, and the gradients of adapters beside the shards of "
+                "fully_shard are averaged at its end: step after the backward, or call fully_shard after l1ra.patch "
+                "and without ignored_params."
+            )
+
+    def settle(self) -> None:
+        """At the first step: listen no more if there are no such adapters."""
+        if self.find() is None:
+            self.close()
 
     def close(self) -> None:
         """Average no gradients any more."""

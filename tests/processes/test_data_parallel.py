@@ -22,8 +22,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import l1ra
 from l1ra.allocation.plan import LayerPlan
-from l1ra.training.data_parallel import ReplicaGroup, world_size
-from l1ra.training.replica_digests import ReplicasDiffer
+from l1ra.processes.digests import ReplicasDiffer
+from l1ra.processes.group import ReplicaGroup, world_size
 
 STEPS = 60
 MOVING = {  # name -> settings of patch; None: another value in each process

@@ -7,7 +7,7 @@ from helpers import bits
 from benchmarks.step_operations import Operations
 from l1ra import L1RALinear
 from l1ra.layers import tensor_lists
-from l1ra.training.replica_digests import ReplicasDiffer, check_alike, digests, fingerprint
+from l1ra.processes.digests import ReplicasDiffer, check_alike, digests, fingerprint
 
 
 def adapters(count=3, dtype=torch.float32):
