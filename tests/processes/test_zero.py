@@ -86,8 +86,9 @@ def steps_of(engine, x, y, count):
 
 
 def whole_gates(controller):
+    zero = controller._zero_steps.zero
     with torch.no_grad():
-        return [gate.tolist() for gate in controller._zero_steps.zero.gates()] if controller._zero_steps.zero._flats else []
+        return [gate.tolist() for gate in zero.gates()] if zero._flats else []
 
 
 def train(number, name, stage, config):
