@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, environment, kernel_times, linears, reallocation, step
+from benchmarks.gpu import ceilings, environment, kernel_times, linears, reallocation, step, workers
 from benchmarks.gpu.bench import SEED, Bench, error_line
 from benchmarks.gpu.processes import NO_GPU
 from benchmarks.gpu.timing import Budget
@@ -30,6 +30,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "kernels": kernel_times.run,
     "ceilings": ceilings.run,
     "reallocation": reallocation.run,
+    "workers": workers.run,
 }
 
 

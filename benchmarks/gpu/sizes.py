@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[float, float]] = {
     "kernels": (0.08, 100),
     "ceilings": (0.04, 40),
     "reallocation": (0.04, 40),
+    "workers": (0.04, 60),
 }
 ALWAYS = ("environment", "correctness")
 

@@ -196,8 +196,13 @@ def remarks(results: dict[str, Any]) -> str:
             f"optimizer step of {moved['step_ms']['median']:.1f} ms."
         )
     lines += [
+        f"{row['way']}, {results['workers']['processes']} processes: {row['step_ms']['median']:.1f} ms a step, "
+        f"{row['moving_step_ms']['median']:.1f} ms where ranks move."
+        for row in (results.get("workers") or {}).get("rows", [])
+    ]
+    lines += [
         f"Left out: {line}."
-        for name in ("linears", "step", "reallocation")
+        for name in ("linears", "step", "reallocation", "workers")
         for line in (results.get(name) or {}).get("left_out", [])
     ]
     lines += [f"Broken: {line}" for line in results.get("failed", [])]

@@ -56,7 +56,7 @@ class Part(NamedTuple):
 
     def of(self, whole: Tensor) -> Tensor:
         """The same part of ``whole``, a plain tensor of the shape of the whole."""
-        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim])
+        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim]) if whole.dim() else whole
 
 
 def part_of(tensor: Tensor) -> Part | None:
@@ -85,12 +85,11 @@ def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
     One reduction gathers all DTensors of one kind: each process adds its parts to zeros. A plain tensor is returned
     itself.
     """
-    found = [tensor.detach() for tensor in tensors]
-    for kind, chosen in grouped(found, _kind).items():
-        if kind is None:
-            continue
-        mesh, dims, dtype = kind
-        some = [found[i] for i in chosen]
+    found = list(tensors)
+    sharded = [i for i, tensor in enumerate(found) if is_sharded(tensor)]
+    for (mesh, dims, dtype), alike in grouped([found[i] for i in sharded], _kind).items():
+        chosen = [sharded[k] for k in alike]
+        some = [found[i].detach() for i in chosen]
         if dims is None:
             whole = [_on_mesh(tensor).full_tensor() for tensor in some]
         else:
@@ -106,11 +105,9 @@ def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _kind(tensor: Tensor) -> Any:
-    """None for a plain tensor; DTensors of one kind are gathered together: their mesh, its dimensions along which they
-    are split, their dtype."""
-    if not is_sharded(tensor):
-        return None
+def _kind(tensor: Tensor) -> tuple[Any, tuple[int, ...] | None, torch.dtype]:
+    """DTensors of one kind are gathered together: their mesh, its dimensions along which they are split (None: not as
+    :func:`part_of` knows it), their dtype."""
     split = part_of(tensor) is not None
     dims = tuple(i for i, p in enumerate(tensor.placements) if type(p) is Shard) if split else None
     return tensor.device_mesh, dims, tensor.dtype

@@ -25,6 +25,7 @@ from benchmarks.gpu import (
     step,
     tables,
     timing,
+    workers,
 )
 from benchmarks.gpu import environment as environment_section
 from benchmarks.gpu.required_tests import AUGMENT, KERNELS, LAYER, ORDER, REALLOCATION, untested
@@ -117,6 +118,16 @@ def test_all_sections_run_and_everything_is_written(tmp_path):
     assert "Kernels alone" in text and "- LoRAFusion-style: its published structure" in text
     assert str(tmp_path) not in text
     assert "reallocation" in (out / "log.txt").read_text()
+
+
+def test_several_processes_move_ranks_alike_in_every_way():
+    given = bench.Bench(torch.device("cpu"), tiny=True)
+    found = workers.run(given, processes=2)
+    assert not given.failed and [row["way"] for row in found["rows"]] == list(workers.WAYS)
+    assert all(row["ranks"] == found["rows"][0]["ranks"] and row["moved"] > 0 for row in found["rows"])
+    text = tables.remarks({"workers": found})
+    assert "fully_shard with l1ra.fsdp, 2 processes" in text and "where ranks move" in text
+    assert workers.run(given)["left_out"] == ["several processes: this machine has one GPU"]
 
 
 # --- what breaks, and what does not go with it

@@ -413,5 +413,7 @@ def test_a_plain_tensor_is_its_own_whole_and_part():
     rows = torch.ones(2, 3)
     (whole,) = wholes([rows])
     assert whole.data_ptr() == rows.data_ptr() and part_of(rows).of(rows) is not None
+    number = torch.tensor(3.0)
+    assert part_of(number).of(number) == 3
     with first_writes([rows]) as writes:
         assert writes
