@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from data import encode, from_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader
+from torch import distributed
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +30,7 @@ from transformers import (
 )
 
 from l1ra.model.targets import select_targets
+from l1ra.training.data_parallel import launched_processes
 
 UNITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NUMBERS = UNITS + [f"{n}teen" for n in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
@@ -73,10 +79,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def budget_and_reserve(model: Any, budget: int | None, compiled: bool = False) -> dict[str, int | None]:
-    """What ``l1ra.patch`` shall give the linear layers; rows in reserve in a compiled model, whose shapes must stay."""
+    """What ``l1ra.patch`` shall give the linear layers; rows in reserve where shapes must stay: in a compiled model or
+    in one of several processes."""
     layers = len(select_targets(model, "all-linear", {}))
     budget = budget or RANKS_PER_ADAPTER * layers
-    return {"budget": budget, "reserve": 4 * budget // layers if compiled else None}
+    shapes_stay = compiled or launched_processes() > 1
+    return {"budget": budget, "reserve": 4 * budget // layers if shapes_stay else None}
 
 
 def questions() -> list[dict]:
@@ -99,6 +107,50 @@ def preferences() -> list[dict]:
 
 def loader(path: str | None, tokenizer: Any, batch_size: int) -> DataLoader:
     """Shuffled batches of a file, or of the made-up lines, for a loop of one's own."""
+    return DataLoader(_encoded(path, tokenizer), batch_size, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+
+def _encoded(path: str | None, tokenizer: Any) -> list[dict]:
     rows = questions() if path is None else from_file(Path(path)).train
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    return DataLoader(encode(rows, tokenizer, max_length=512), batch_size, shuffle=True, collate_fn=collate)
+    return encode(rows, tokenizer, max_length=512)
+
+
+# --- one of several processes, in a loop without accelerate
+
+
+@contextmanager
+def process() -> Iterator[torch.device]:
+    """The device of this process. Within the block it can talk to the others that torchrun has started, if any."""
+    # A build of torch for CUDA names that as its accelerator without a GPU, too.
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if "LOCAL_RANK" not in os.environ:
+        yield torch.device(kind)
+        return
+    device = torch.device(kind, 0 if kind == "cpu" else int(os.environ["LOCAL_RANK"]))
+    if kind != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    distributed.init_process_group(distributed.get_default_backend_for_device(device))
+    yield device
+    distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is to print: the first of several, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def loader_of_process(path: str | None, tokenizer: Any, batch_size: int) -> DataLoader:
+    """As :func:`loader`; of several processes each gets batches of its own."""
+    if not distributed.is_initialized():
+        return loader(path, tokenizer, batch_size)
+    rows = _encoded(path, tokenizer)
+    return DataLoader(rows, batch_size, sampler=DistributedSampler(rows), collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """The mean of the values of all processes."""
+    if not distributed.is_initialized():
+        return value
+    total = torch.tensor(value, device=device)
+    distributed.all_reduce(total)
+    return total.item() / distributed.get_world_size()

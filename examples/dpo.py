@@ -40,6 +40,7 @@ def main() -> None:
                 bf16=options.bf16,
                 max_length=512,
                 logging_steps=50,
+                eval_on_start=True,  # trainer.evaluate() before train() lets each of several processes train for itself
                 save_strategy="no",
                 report_to="none",
                 use_cpu=not torch.accelerator.is_available(),
@@ -48,15 +49,16 @@ def main() -> None:
             eval_dataset=data,
             processing_class=tokenizer,
         )
-    before = trainer.evaluate()
     trainer.train()
+    before = trainer.state.log_history[0]
     after = trainer.evaluate()
 
-    print(l1ra.report(model))
-    print(f"\nloss on the training data {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}, ", end="")
-    print(f"right {after['eval_rewards/accuracies']:.0%}, {controller.moved} ranks moved")
-    l1ra.export_peft(model, options.out)
-    print(f"written to {options.out}: PeftModel.from_pretrained(model, {options.out!r}) loads it")
+    l1ra.export_peft(model, options.out)  # of several processes all call it
+    if trainer.is_world_process_zero():
+        print(l1ra.report(model))
+        print(f"\nloss on the training data {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}, ", end="")
+        print(f"right {after['eval_rewards/accuracies']:.0%}, {controller.moved} ranks moved")
+        print(f"written to {options.out}: PeftModel.from_pretrained(model, {options.out!r}) loads it")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""A loop in plain PyTorch, with one of three optimizers, compiled or not.
+"""A loop in plain PyTorch, with one of three optimizers, compiled or not; with torchrun in several processes.
 
 Without --model a tiny random Llama is trained, in seconds: it shows that everything runs, and learns nothing of use.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import common
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import l1ra
@@ -34,17 +37,22 @@ def main() -> None:
     add("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help="(default: %(default)s)")
     add("--compile", metavar="BACKEND", help="torch.compile the model, e.g. with inductor")
     options = parser.parse_args()
+    with common.process() as device:
+        train(options, device)
 
+
+def train(options: argparse.Namespace, device: torch.device) -> None:
     model, tokenizer = common.load(options.model)
-    # A build of torch for CUDA names that as its accelerator without a GPU, too.
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    loader = common.loader(options.data, tokenizer, batch_size=8)
+    model.to(device)
+    loader = common.loader_of_process(options.data, tokenizer, batch_size=8)
     sizes = common.budget_and_reserve(model, options.budget, bool(options.compile))
     controller = l1ra.patch(model, **sizes, total_steps=options.steps)
 
     trained = (p for p in model.parameters() if p.requires_grad)
     optimizer = make_optimizer(options.optimizer, trained, options.lr)
-    run = torch.compile(model, backend=options.compile) if options.compile else model
+    run = DistributedDataParallel(model) if distributed.is_initialized() else model
+    if options.compile:
+        run = torch.compile(run, backend=options.compile)
 
     before = mean_loss(model, loader)
     model.train()
@@ -61,15 +69,16 @@ def main() -> None:
         optimizer.eval()
     after = mean_loss(model, loader)
 
-    print(l1ra.report(model))
-    print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
+    if common.is_first():
+        print(l1ra.report(model))
+        print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
 
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, loader: DataLoader) -> float:
     model.eval()
     losses = [model(**batch.to(model.device)).loss.item() for batch in loader]
-    return sum(losses) / len(losses)
+    return common.mean_over_processes(sum(losses) / len(losses), model.device)
 
 
 if __name__ == "__main__":

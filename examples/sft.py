@@ -43,6 +43,9 @@ def main() -> None:
             torch_compile_backend=options.compile,
             max_length=512,
             logging_steps=50,
+            # trainer.evaluate() before train() would let each of several processes train for itself: accelerate takes
+            # the model for one that it has wrapped.
+            eval_on_start=True,
             save_strategy="no",
             report_to="none",
             use_cpu=not torch.accelerator.is_available(),
@@ -51,14 +54,15 @@ def main() -> None:
         eval_dataset=data,
         processing_class=tokenizer,
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    before = trainer.state.log_history[0]["eval_loss"]
     after = trainer.evaluate()["eval_loss"]
 
-    print(l1ra.report(model))
-    print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
-    l1ra.export_peft(model, options.out)
-    print(f"written to {options.out}: PeftModel.from_pretrained(model, {options.out!r}) loads it")
+    l1ra.export_peft(model, options.out)  # of several processes all call it
+    if trainer.is_world_process_zero():
+        print(l1ra.report(model))
+        print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
+        print(f"written to {options.out}: PeftModel.from_pretrained(model, {options.out!r}) loads it")
 
 
 if __name__ == "__main__":

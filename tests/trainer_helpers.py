@@ -48,3 +48,14 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+
+
+def act_as_gpus(kind):
+    """accelerate takes ``kind``, FSDP (``MULTI_GPU``) or DeepSpeed, on GPUs only: let it take these processes for some
+    with GPUs."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType[kind]

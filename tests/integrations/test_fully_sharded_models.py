@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import BRISK, llama, same_bits, trainable
 from torch import distributed, multiprocessing
+from trainer_helpers import act_as_gpus
 
 import l1ra
 
@@ -16,8 +17,7 @@ if not distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import Trainer, TrainingArguments
@@ -35,13 +35,6 @@ def tokens(count):
     for _ in range(7):
         rows.append((3 * rows[-1] + 1) % 50)
     return torch.cat(rows, 1)
-
-
-def shard_on_cpus():
-    """accelerate shards models on GPUs only: let it take these processes for some with GPUs."""
-    AcceleratorState._reset_state()
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def patched_llama(seed=0, **settings):
@@ -66,7 +59,7 @@ def with_accelerate(number, folder, kind, efficient=False):
     """Trained to 30 steps, saved, exported; then 10 steps more, and the same steps by another, resumed training."""
     found = []
     for resumed in (False, True):
-        shard_on_cpus()
+        act_as_gpus("MULTI_GPU")
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -115,7 +108,7 @@ def with_trainer(number, folder, kind):
             disable_tqdm=True,
         )
         assert args.device.type == "cpu"
-        shard_on_cpus()
+        act_as_gpus("MULTI_GPU")
         trainer = Trainer(model, args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens(24 * 8)])
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
