@@ -557,7 +557,7 @@ class RankController:
             self._zero.close()
         self._zero = self._bank.zero = found
         self._known.discard(found.optimizer)
-        self._hooks.optimizers.add(found.optimizer)
+        self._hooks.optimizers.setdefault(found.optimizer)
         found.watch(self._before_zero_step, self._in_zero_step, self._after_zero_step)
         return True
 
