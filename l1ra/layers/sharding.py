@@ -56,7 +56,9 @@ class Part(NamedTuple):
 
     def of(self, whole: Tensor) -> Tensor:
         """The same part of ``whole``, a plain tensor of the shape of the whole."""
-        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim]) if whole.dim() else whole
+        if whole.shape == self.tensor.shape:  # a scalar has no dimension to be split along
+            return whole
+        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim])
 
 
 def part_of(tensor: Tensor) -> Part | None:

@@ -581,7 +581,7 @@ class RankController:
     def _find_zero(self, zero: ZeroOptimizer) -> None:
         self._bank.zero = zero
         self._known.discard(zero.optimizer)
-        self._hooks.optimizers.add(zero.optimizer)
+        self._hooks.optimizers.setdefault(zero.optimizer)
 
     def _register_zero(self, optimizer: Optimizer) -> bool:
         self._register(optimizer)

@@ -101,7 +101,8 @@ class OptimizerHooks:
     the hooks do not keep their object alive and stop when it is gone.
 
     Attributes:
-        optimizers: the optimizers with adapters that have stepped.
+        optimizers: the optimizers with adapters that have stepped, as keys, in the order of their first steps:
+            processes that gather their states must do it in the same order.
     """
 
     def __init__(self, held: HeldAdapters, before: Callable, after: Callable, other: Callable) -> None:
@@ -112,7 +113,7 @@ class OptimizerHooks:
             after: called after each step.
             other: called after each step of an optimizer that holds none.
         """
-        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._held = held
         callbacks = {"before": before, "after": after, "other": other}
         self._callbacks = {when: weakref.WeakMethod(callback) for when, callback in callbacks.items()}
@@ -125,7 +126,7 @@ class OptimizerHooks:
         if initialises_state(optimizer):
             return
         if self._held.by(optimizer):
-            self.optimizers.add(optimizer)
+            self.optimizers.setdefault(optimizer)
         elif when == "after":
             when = "other"
         else:

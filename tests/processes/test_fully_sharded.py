@@ -39,6 +39,7 @@ MOVING = {  # name -> settings of patch
     "bfloat16 and clipped": {},
     "accumulated": {},
     "SGD": {},
+    "an optimizer for each parameter": {},
     "left out": {},
     "left out, accumulated": {},
     "left out, other seeds": {},
@@ -51,6 +52,7 @@ LIKE_ONE_PROCESS = {  # name -> how near the parameters come
     "columns, two dimensions": 1e-4,
     "two dimensions": 1e-4,
     "accumulated": 1e-4,
+    "an optimizer for each parameter": 1e-4,
     "left out": 1e-4,
     "left out, accumulated": 1e-4,
     "left out, averaged by the user": 1e-4,
@@ -104,7 +106,7 @@ def begin(name, seed=0, world=2, **more):
     if name == "left out, averaged by the user":
         for param in trainable(model):
             param.register_post_accumulate_grad_hook(average)
-    make = torch.optim.SGD if name == "SGD" else torch.optim.AdamW
+    make = torch.optim.SGD if name == "SGD" else OptimizerForEach if "for each" in name else torch.optim.AdamW
     return (
         model,
         controller,
@@ -121,6 +123,21 @@ def without_reserve(model, settings):
         model.blocks[i] = l1ra.L1RALinear.from_linear(block, rank=4)
     settings = {name: value for name, value in settings.items() if name != "reserve"}
     return model, l1ra.RankController(model, 16, **{**BRISK, **settings})
+
+
+class OptimizerForEach:
+    """Their states are gathered one after the other: in the same order in all processes."""
+
+    def __init__(self, params, lr):
+        self.optimizers = [torch.optim.AdamW([param], lr=lr) for param in params]
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
 def average(param):
@@ -313,6 +330,8 @@ def test_all_processes_move_the_same_ranks(found, name):
 def test_they_do_what_one_process_does_with_all_examples(found, name):
     torch.manual_seed(0)
     model, controller, optimizer, x, y = patched(16, **{**SETTINGS, **MOVING[name]})
+    if "for each" in name:
+        optimizer = OptimizerForEach(trainable(model), lr=1e-2)
     for _ in range(STEPS):
         step(model, optimizer, x, y)
     assert [entry["ranks"] for entry in controller.history] == ranks(found[0][name])
