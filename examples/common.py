@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from l1ra.model.targets import select_targets
-from l1ra.training.data_parallel import launched_processes
+from l1ra.processes.group import launched_processes
 
 UNITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NUMBERS = UNITS + [f"{n}teen" for n in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
