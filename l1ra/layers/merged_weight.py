@@ -11,6 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from l1ra.layers.base_layers import FLOATS, bnb_kind, has_own_forward
 from l1ra.layers.precision import widest_float
+from l1ra.layers.sharding import is_sharded
 
 __all__ = [
     "OriginalWeight",
@@ -80,6 +81,12 @@ def check_mergeable(base: nn.Module, name: str = "the adapter") -> None:
         raise TypeError(
             f"{name} can't be merged: its weight is computed by {computed} for its base_layer makes it a plain one. "
             "Call it to merge, or keep the adapters apart: l1ra.export_peft(model, directory)."
+        )
+    if is_sharded(base._parameters.get("weight")):
+        raise TypeError(
+            f"{name} can't be merged: its weight is a DTensor, of which each process holds a part. Write the adapters "
+            "with controller.save(folder) in all processes, and merge them in a fresh model: l1ra.load(model, folder), "
+            "l1ra.merge(model)."
         )
     reason = _why_not_mergeable(base)
     if reason:

@@ -19,6 +19,7 @@ from l1ra.layers.adapted_model import MERGED_FOR_GOOD, controller_of, find_adapt
 from l1ra.layers.base_layers import base_features
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.padded_weight import PaddedWeight, padding_pays_off
+from l1ra.layers.sharding import is_sharded
 from l1ra.layers.shared_input import share_inputs
 from l1ra.model.drawn_anew import drawn_anew, forget, mark, outside_warning
 from l1ra.model.merge import merge as merge_adapters
@@ -149,12 +150,18 @@ def unpatch(model: nn.Module, *, merge: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model was not patched.
+        RuntimeError: ``fully_shard`` has sharded the adapters. The model stays patched.
         ValueError, RuntimeError, TypeError: with ``merge``, those of :func:`l1ra.merge`. The model stays patched.
     """
     original = getattr(model, ORIGINAL, None)
     if original is None:
         raise ValueError("the model was not patched by l1ra.patch, or has been unpatched already.")
     adapters = [layer for _, layer in find_adapters(model)]
+    if any(is_sharded(layer.lora_A) for layer in adapters):
+        raise RuntimeError(
+            "fully_shard has sharded the adapters together with the weights, and does not let them go: write them with "
+            "controller.save(folder) in all processes, and load them into a fresh model with l1ra.load."
+        )
     if merge and not all(layer.merged for layer in adapters):
         merge_adapters(model)
     for layer in adapters:

@@ -10,6 +10,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from l1ra.allocation.plan import Plan
 from l1ra.layers.adapted_model import find_adapters
+from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.low_rank import ADAPTER_PARAMETERS
 from l1ra.layers.row_moves import RowMoves
@@ -45,6 +47,21 @@ class _Part(NamedTuple):
         return same and (self.layer is None or self.layer.rank == own.rank)
 
 
+def _part(owner: nn.Module) -> _Part:
+    """Of an adapter, or of what :func:`_holder` has returned."""
+    tensors = (owner._parameters[name] for name in ADAPTER_PARAMETERS)
+    if isinstance(owner, L1RALinear):
+        return _Part(*(tensor.detach() for tensor in tensors), owner)
+    return _Part(*tensors, None)
+
+
+def _holder(part: _Part) -> nn.Module:
+    """A module whose parameters are the averages."""
+    holder = nn.Module()
+    holder._parameters.update(zip(ADAPTER_PARAMETERS, part[:3], strict=True))
+    return holder
+
+
 class _Followed(NamedTuple):
     average: Any
     parameters: list[nn.Parameter] | None
@@ -58,6 +75,7 @@ class Averages:
         self._adapters = adapters
         # An average that its user has replaced is gone. Lists and dicts can't be referred to weakly.
         self._followed: list[tuple[Callable[[], Any], list[nn.Parameter] | None]] = []
+        self._gathered: list[list[nn.Module]] | None = None
 
     def follow(self, average: Any, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """See ``RankController.follow``."""
@@ -73,6 +91,22 @@ class Averages:
     def _alive(self) -> list[_Followed]:
         found = [_Followed(reference(), parameters) for reference, parameters in self._followed]
         return [followed for followed in found if followed.average is not None]
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block averages that are sharded, as those of sharded parameters, are plain tensors.
+
+        What was changed is written back at the end. All processes must enter it alike, while the parameters themselves
+        are sharded still.
+        """
+        found = list(self._all())
+        owners = [[_holder(part) if part.layer is None else part.layer for part in parts] for parts in found]
+        with gathered(adapter_parameters(owner for some in owners for owner in some), ()):
+            self._gathered = owners
+            try:
+                yield
+            finally:
+                self._gathered = None
 
     def plan_move(self, moves: RowMoves, plan: Plan, new_rows: Sequence[Tensor | None]) -> None:
         """Add the moves of all averages to ``moves``, by a plan that the model's adapters will follow.
@@ -129,6 +163,9 @@ class Averages:
         return None
 
     def _all(self) -> Iterator[list[_Part]]:
+        if self._gathered is not None:
+            yield from ([_part(owner) for owner in some] for some in self._gathered)
+            return
         alive = self._alive()
         yield from map(self._parts, alive)
         known = {id(followed.average) for followed in alive}
@@ -167,7 +204,7 @@ class Averages:
                 f"{type(average).__name__} has {len(layers)} adapters that average those of the model, which has "
                 f"{len(self._adapters)}: pass a copy of the whole model that was made after l1ra.patch."
             )
-        return [_Part(*(getattr(layer, name).detach() for name in ADAPTER_PARAMETERS), layer) for layer in layers]
+        return [_part(layer) for layer in layers]
 
     def _by_parameter(self, average: Any, parameters: list[nn.Parameter] | None) -> Mapping[int, Tensor]:
         """``id`` of a parameter of the model -> its average."""
@@ -198,12 +235,13 @@ class Averages:
 
 
 # A model has no reference to its averages. torch reports each module that is put into another one.
-_averaged_models: weakref.WeakSet[AveragedModel] = weakref.WeakSet()
+# In the order of construction: processes gather them in the same order.
+_averaged_models: weakref.WeakKeyDictionary[AveragedModel, None] = weakref.WeakKeyDictionary()
 
 
 def _record_average(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if isinstance(module, AveragedModel) and name == "module":
-        _averaged_models.add(module)
+        _averaged_models.setdefault(module)
 
 
 register_module_module_registration_hook(_record_average)

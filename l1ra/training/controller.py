@@ -34,6 +34,7 @@ from l1ra.layers.adapted_model import (
     whole_for_saving,
 )
 from l1ra.layers.base_layers import is_partitioned
+from l1ra.layers.gathered import adapter_parameters, gathered
 from l1ra.layers.linear import L1RALinear
 from l1ra.layers.pending_graphs import PendingGraphs
 from l1ra.layers.recompute import in_backward
@@ -348,7 +349,8 @@ class RankController:
         """Make the adapters as they are now the reference of :meth:`disabled`, instead of the model without adapters.
 
         For preference training that goes on from adapters which have been trained already. The reference needs as much
-        memory as A and B of the adapters, and is part of all checkpoints.
+        memory as A and B of the adapters, and is part of all checkpoints. Of adapters that ``fully_shard`` has sharded
+        each process keeps the whole: all must call this together.
 
         Example::
 
@@ -367,8 +369,9 @@ class RankController:
             raise RuntimeError(f"{merged} is merged into its weight: call l1ra.unmerge(model) before set_reference().")
         if any(is_partitioned(layer.lora_A) for layer in self._layers):
             raise RuntimeError("ZeRO stage 3 has partitioned the adapters: call set_reference() before it does.")
-        for layer in self._layers:
-            layer.set_reference()
+        with gathered(adapter_parameters(self._layers)):
+            for layer in self._layers:
+                layer.set_reference()
 
     def follow(self, average: Any, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Let the rows of an average of the weights (EMA, SWA) move with the ranks.
@@ -405,7 +408,8 @@ class RankController:
             controller.save("out/adapter")
             controller = l1ra.load(fresh_model, "out/adapter")
 
-        With ZeRO stage 3 all processes must call this together; the first one writes.
+        With ``fully_shard`` and ZeRO stage 3 all processes must call this together, not the first one alone, which
+        writes: it waits for the parts of the others.
 
         Raises:
             RuntimeError: FSDP 1 holds the adapters as parts of flat tensors. Nothing is written.

@@ -145,7 +145,7 @@ class Interval:
         coherence = self.probes.coherence()
         plan = self._replicas.broadcast(self._plan(importance, given_back, self._learning(coherence)))
         new_rows = self._new_rows(plan)
-        with gathered(adapter_parameters(self._layers), optimizers):
+        with averages.gathered(), gathered(adapter_parameters(self._layers), optimizers):
             done = move_ranks(self._layers, plan, self._bank, optimizers, new_rows, averages)
             self._bank.penalise_none()
             if self._config.principal_axes and self._uses_importance:

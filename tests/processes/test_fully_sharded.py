@@ -58,6 +58,7 @@ LIKE_ONE_PROCESS = {  # name -> how near the parameters come
     "left out, averaged by the user": 1e-4,
     "sharded before": 1e-4,
 }
+AVERAGED = [("sharded", "dict"), ("sharded", "list"), ("sharded by columns", "list"), ("left out", "dict")]
 RESTING = {  # name -> what the warning says
     "no reserve": "fully_shard needs tensors that keep their shapes. Pass reserve=<rows>",
     "some left out": "some adapters are sharded and others are not",
@@ -190,14 +191,13 @@ def save(folder):
     dcp.save(states, checkpoint_id=folder / "dcp")
     if distributed.get_rank() == 0:
         torch.save(controller.state_dict(), folder / "controller.pt")
-    try:
+    with pytest.raises(TypeError, match="its weight is a DTensor, of which each process holds a part"):
         l1ra.merge(model)
-        merging = "nothing"
-    except TypeError as error:
-        merging = str(error)
+    with pytest.raises(RuntimeError, match="fully_shard has sharded the adapters together with the weights"):
+        l1ra.unpatch(model)
     before = state_of(model)
     found = train("sharded", 35, made)
-    return {**found, "before": before, "output": output.detach(), "merging": merging, "report": str(l1ra.report(model))}
+    return {**found, "before": before, "output": output.detach(), "report": str(l1ra.report(model))}
 
 
 def resume(folder, world):
@@ -257,6 +257,33 @@ def saved_by_columns(folder):
     return made[0](probe()).detach()
 
 
+def reference(name):
+    """The adapters after 25 steps are the reference of the steps that follow."""
+    made = begin(name)
+    model, controller, *_ = made
+    train(name, 25, made)
+    kept = model(probe()).detach()
+    controller.set_reference()
+    train(name, 35, made)
+    with torch.no_grad(), controller.disabled():
+        return kept, model(probe())
+
+
+def averaged(made, form, steps=STEPS):
+    """An exponential average of one's own, which is sharded as the parameters are."""
+    model, controller, optimizer, x, y = made
+    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    ema = {name: param.detach().clone() for name, param in named.items()}
+    if form == "dict":
+        controller.follow(ema)
+    else:
+        controller.follow(list(ema.values()), list(named.values()))
+    for _ in range(steps):
+        step(model, optimizer, x, y)
+        torch._foreach_lerp_(list(ema.values()), [param.detach() for param in named.values()], 0.1)
+    return dict(zip(ema, wholes(list(ema.values())), strict=True))
+
+
 def steps_in_the_backward():
     made = begin("left out")
     model, _, _, x, y = made
@@ -283,6 +310,8 @@ def work(number, folder, world):
         found = {name: train(name) for name in (*MOVING, *RESTING)}
         found |= {"saved": save(folder), "resumed": resume(folder, 2), "resumed fresh": resume_fresh(folder)}
         found |= {"full": full_state_dict(folder), "failed": failing_write(folder), "head": trained_head(folder)}
+        found |= {f"reference {name}": reference(name) for name in ("sharded", "sharded by columns")}
+        found |= {f"average {name}, {form}": averaged(begin(name), form) for name, form in AVERAGED}
         found |= {"columns": saved_by_columns(folder), "in the backward": steps_in_the_backward()}
     torch.save(found, folder / f"{world}-{number}.pt")
     distributed.barrier()
@@ -423,8 +452,21 @@ def test_a_module_trained_in_full_is_saved_whole(found, folder):
     assert not same_bits(model.blocks[3].weight, Residual().blocks[3].weight)
 
 
+@pytest.mark.parametrize("name", ["sharded", "sharded by columns"])
+def test_a_reference_is_kept_whole_in_each_process(found, name):
+    for part in found:
+        torch.testing.assert_close(*part[f"reference {name}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "form"), AVERAGED)
+def test_sharded_averages_move_with_the_ranks(found, name, form):
+    torch.manual_seed(0)
+    alone = averaged(patched(16, **SETTINGS), form)
+    for part in found:
+        torch.testing.assert_close(part[f"average {name}, {form}"], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_not_possible_is_refused_by_name(found):
-    assert "can't be merged: its weight is a DTensor" in found[0]["saved"]["merging"]
     assert found[0]["in the backward"] and "blocks.0" in found[0]["saved"]["report"]
 
 
