@@ -46,15 +46,16 @@ def main() -> None:
                 break
     after = mean_loss(model, loader)
 
-    print(l1ra.report(accelerator.unwrap_model(model)))
-    print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
+    if accelerator.is_main_process:
+        print(l1ra.report(accelerator.unwrap_model(model)))
+        print(f"\nloss on the training data {before:.3f} -> {after:.3f}, {controller.moved} ranks moved")
 
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, loader: DataLoader) -> float:
     model.eval()
     losses = [model(**batch).loss.item() for batch in loader]
-    return sum(losses) / len(losses)
+    return common.mean_over_processes(sum(losses) / len(losses), next(model.parameters()).device)
 
 
 if __name__ == "__main__":

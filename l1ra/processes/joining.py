@@ -194,8 +194,10 @@ def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
     wrappers = [w for w in _wrapped if mine <= {id(module) for module in w.modules()}]
     if not wrappers:
         raise CannotMoveRanks(
-            "ranks move with DistributedDataParallel, not where adapters are sharded (FSDP, DeepSpeed) or each process "
-            "trains for itself. Wrap the model anew if its wrapper is a copy or was unpickled"
+            "no DistributedDataParallel holds the adapters, so that each process trains for itself, or something else "
+            "averages the gradients, as DeepSpeed's stage 0 does: take stage 1. Wrap the model, and do it anew if its "
+            "wrapper is a copy or was unpickled. A Trainer that has evaluated before it trains wraps no model: pass "
+            "eval_on_start=True in place of calling evaluate() first"
         )
     params = [param for layer in layers for param in (layer.lora_A, layer.gate, layer.lora_B)]
     there = [w for w in wrappers if all(id(param) in _wrapped[w] for param in params)]

@@ -40,7 +40,7 @@ MOVING = {  # name -> settings of patch; None: another value in each process
 HOOKS = {"half gradients", "compressed gradients", "averages of weights"}
 RESTING = {  # name -> what the warning says
     "no reserve": r"Pass reserve=<rows> to l1ra.patch",
-    "each for itself": "each process trains for itself",
+    "each for itself": "pass eval_on_start=True in place of calling evaluate() first",
     "parts of an optimizer": "ZeroRedundancyOptimizer",
     "other totals": "its processes differ in total_steps: 60 and 61",
     "uneven batches": "under Join",
