@@ -183,7 +183,12 @@ _wrapped: WeakKeyDictionary[DistributedDataParallel, dict[int, bool]] = WeakKeyD
 
 def _record_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if isinstance(module, DistributedDataParallel) and name == "module" and submodule is not None:
-        _wrapped[module] = {id(param): param.requires_grad for param in submodule.parameters()}
+        averaged = {id(param) for param in module._delay_all_reduce_params}  # DDP itself lists them as ignored, too
+        _wrapped[module] = {
+            id(param): param.requires_grad
+            for key, param in submodule.named_parameters()
+            if key not in module.parameters_to_ignore or id(param) in averaged
+        }
 
 
 register_module_module_registration_hook(_record_wrapper)
@@ -203,8 +208,8 @@ def _wrapper_of(layers: Sequence[L1RALinear]) -> DistributedDataParallel:
     there = [w for w in wrappers if all(id(param) in _wrapped[w] for param in params)]
     if not there:
         raise CannotMoveRanks(
-            "DistributedDataParallel was constructed before the adapters, so that it does not average their gradients. "
-            "Call l1ra.patch first"
+            "DistributedDataParallel was constructed before the adapters, or was told to ignore them, so that it does "
+            "not average their gradients. Call l1ra.patch first, and let it ignore none of their parameters"
         )
     for wrapper in there:
         if all(_wrapped[wrapper][id(param)] for param in params if param.requires_grad):

@@ -45,6 +45,7 @@ RESTING = {  # name -> what the warning says
     "other totals": "its processes differ in total_steps: 60 and 61",
     "uneven batches": "under Join",
     "wrapped too early": "was constructed before the adapters",
+    "ignored gates": "was told to ignore them",
     "thawed after it was wrapped": "some adapters were frozen when",
     "the optimizer within ZeRO": "its processes differ in the adapters' parameters that optimizers hold",
     "averages of weights": "post_localSGD_hook lets the replicas differ",
@@ -88,6 +89,9 @@ def begin(number, name, seed=0):
         replica, controller = DistributedDataParallel(model), l1ra.RankController(model, 16, **BRISK)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     elif name != "each for itself":
+        if name == "ignored gates":
+            gates = [f"{key}.gate" for key in controller.adapters]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, gates)
         replica = DistributedDataParallel(model, gradient_as_bucket_view=name == "gradient rows")
     if name in HOOKS:
         replica.register_comm_hook(*communication(name))

@@ -410,6 +410,13 @@ def test_features_that_the_processes_do_not_divide_are_split_along_the_ranks():
         l1ra.fsdp(Residual())
 
 
+def test_adapters_of_another_dtype_than_their_gates_are_refused():
+    model, *_ = patched(16, reserve=12, adapter_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"adapters are torch.bfloat16 and their gates torch.float32.*model.bfloat16"):
+        l1ra.fsdp(model)
+    assert l1ra.fsdp(model.bfloat16())
+
+
 def test_a_lora_is_written_once_and_whole(found, folder):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
