@@ -32,7 +32,6 @@ ZERO3 = {  # as accelerate launch --use_deepspeed sets it
 CASES = {  # name -> command, needed libraries, environment, what a process holds of the adapters
     "own loop": ("own_loop.py", "", {}, "whole"),
     "accelerate": ("accelerate_loop.py", "accelerate", {}, "whole"),
-    "TRL": ("sft.py", "trl", {}, "whole"),
     "TRL, FSDP 2": ("sft.py", "trl", FSDP2, "parts"),
     "TRL, ZeRO 3": ("sft.py", "trl deepspeed", ZERO3, "parts"),
 }
