@@ -263,7 +263,7 @@ def _adapter_config(
     }
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
     """Write PEFT's two files, or diffusers' one if there is no ``config``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
