@@ -195,10 +195,15 @@ def whole_for_saving(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
     """Within the block the parameters that the pretrained model does not have are whole, also where they are sharded.
 
     Args:
-        state_dict: of the whole model. Without it, all processes that hold parts must enter the block alike.
+        state_dict: of the whole model, plain tensors. Without it, all processes that hold parts must enter the block
+            alike.
 
-    Returns:
-        The context yields whether this process is to write: all do, but where parameters are sharded the first one.
+    Yields:
+        Whether this process is to write: all do, but where parameters are sharded the first one.
+
+    Raises:
+        ValueError: ``state_dict`` lacks a sharded parameter.
+        RuntimeError: the block has raised an error in the process that writes; raised in the others.
     """
     owners = adapter_parameters(layer for _, layer in find_adapters(model))
     owners += [
@@ -211,6 +216,9 @@ def whole_for_saving(model: nn.Module, state_dict: Mapping[str, Tensor] | None =
     owners += [(module, name) for module in parts for name, param in module._parameters.items() if param is not None]
     if state_dict:
         values = {param: state_dict[name] for name, param in model.named_parameters() if name in state_dict}
+        params = (module._parameters[name] for module, name in owners)
+        if any(is_sharded(param) and param not in values for param in params):
+            raise ValueError("state_dict lacks parameters that are trained: pass that of the whole patched model.")
         with gathered(owners, values=values):
             yield True
         return

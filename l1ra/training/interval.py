@@ -90,11 +90,7 @@ class Interval:
             self.probes.start(self.generator)
 
     def choose_ranks(
-        self,
-        importance: Importance | None,
-        progress: float,
-        given_back: Sequence[int],
-        periods: Sequence[int],
+        self, importance: Importance | None, progress: float, given_back: Sequence[int], periods: Sequence[int]
     ) -> None:
         """Middle: stop the probes, choose the ranks to be pruned, and penalise their gates from now on.
 
